@@ -1,0 +1,96 @@
+"""The trainer's own batches: tower inputs of a batch's distinct nodes, and which edge each belongs to."""
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.loader.nodes_dataset import NodesDataset
+from mmgraph.order import GlobalBatchSampler
+from mmgraph.tables import ImagePaths
+
+
+class EdgeRows(Dataset[tuple[int, int, int]]):
+    """Edges by number: ``ds[i]`` is (i, row of the source, row of the destination).
+
+    Args:
+        rows: (E, 2) int64, as :func:`mmgraph.tables.known_edges` returns.
+    """
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, edge: int) -> tuple[int, int, int]:
+        return edge, int(self.rows[edge, 0]), int(self.rows[edge, 1])
+
+
+class BatchCollator:
+    """Collates b edges into a batch that knows its nodes.
+
+    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations; the inputs
+    of the U distinct rows among them, as :class:`NodeInputs`; ``inverse`` (2b,) int64, the place of each row among
+    these; and, as NumPy arrays that stay on the host, ``distinct`` (U,) and ``image_causes`` (U,).
+    """
+
+    def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):
+        self.nodes, self.paths, self.inputs = nodes, paths, inputs
+
+    def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        edges, sources, destinations = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
+        rows = np.concatenate([sources, destinations])  # (2b,)
+        distinct, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
+        inputs = self.inputs([self.node(int(row)) for row in distinct])
+        length = int(inputs["attention_mask"].sum(dim=1).max())  # padding behind the longest text changes nothing
+        return {
+            "edges": torch.from_numpy(edges),
+            "rows": torch.from_numpy(rows),
+            "inverse": torch.from_numpy(inverse),
+            "input_ids": inputs["input_ids"][:, :length],
+            "attention_mask": inputs["attention_mask"][:, :length],
+            "pixel_values": inputs["pixel_values"],
+            "distinct": distinct,
+            "image_causes": np.array(self.inputs.image_causes),
+        }
+
+    def node(self, row: int) -> dict[str, Any]:
+        """A row's dict with its image path resolved."""
+        node = self.nodes[row]
+        node["image_path"] = self.paths.resolve(node["image_path"])
+        return node
+
+
+def build_loader(
+    nodes: pd.DataFrame,
+    rows: np.ndarray,
+    paths: ImagePaths,
+    inputs: NodeInputs,
+    sampler: GlobalBatchSampler,
+    workers: int,
+) -> DataLoader[Any]:
+    """The loader that Accelerate shards: global batches in the sampler's order, made by ``workers`` processes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
+    return DataLoader(
+        EdgeRows(rows),
+        batch_sampler=sampler,
+        collate_fn=BatchCollator(NodesDataset(nodes), paths, inputs),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches the whole terminal: the rank decides when its workers end, and its own handlers aren't theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,200 @@
+"""Checkpoint files in the original's format, and encoders from them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.files import write_durably
+from mmgraph.log import log
+from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, file_keys
+from mmgraph.towers import load_tower_configs, random_towers
+
+DEFAULT_MODEL = Config.model_name
+TOWER_PREFIXES = ("text_model.", "vision_model.")
+
+
+class TrainedState(NamedTuple):
+    """The trained module and its optimizer, whole, on the CPU; in the order of the module's parameters."""
+
+    weights: dict[str, torch.Tensor]  # float32
+    exp_avg: dict[str, torch.Tensor]  # Adam's first moments by parameter; empty before the first step
+    exp_avg_sq: dict[str, torch.Tensor]
+    adam_step: int
+
+
+class Checkpoint(NamedTuple):
+    """What a file of the original's format holds; a final file has only the model."""
+
+    model_state_dict: dict[str, torch.Tensor]  # under the original's keys
+    optimizer_state_dict: dict[str, Any] | None = None
+    epoch: int | None = None
+    loss: float | None = None
+
+
+def epoch_file(output: Path, epoch: int) -> Path:
+    return output / "checkpoints" / f"multimodal_encoder_epoch_{epoch}.pt"
+
+
+def final_file(output: Path) -> Path:
+    return output / "checkpoints" / "multimodal_encoder_final.pt"
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write an epoch file, or, where there is no epoch, a final file: the bare ``model_state_dict``."""
+    content: dict[str, Any] = checkpoint.model_state_dict
+    if checkpoint.epoch is not None:
+        content = {
+            "epoch": checkpoint.epoch,
+            "model_state_dict": checkpoint.model_state_dict,
+            "optimizer_state_dict": checkpoint.optimizer_state_dict,
+            "loss": checkpoint.loss,
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, lambda temporary: torch.save(content, temporary))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read an epoch or final file, of mmgraph or the original, under either layout of keys. No code in it is run.
+
+    Raises:
+        UserError: no such file, or not a checkpoint of this format; with the reason.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever a broken zip or a forbidden pickle makes it raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: not a checkpoint that can be read safely ({type(error).__name__}: {reason})"
+        ) from None
+    whole = isinstance(content, dict) and "model_state_dict" in content
+    state = content["model_state_dict"] if whole else content
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: holds no model_state_dict")
+    if "graph_proj.weight" not in state or "fusion.text_proj.weight" not in state:
+        raise UserError(
+            f"{path}: not a multimodal graph encoder: it has no graph_proj.weight or fusion.text_proj.weight"
+        )
+    if not whole:
+        return Checkpoint(file_keys(state))
+    missing = {"epoch", "optimizer_state_dict", "loss"} - content.keys()
+    if missing:
+        raise UserError(f"{path}: an epoch file without {', '.join(sorted(missing))}")
+    return Checkpoint(file_keys(state), content["optimizer_state_dict"], int(content["epoch"]), float(content["loss"]))
+
+
+def model_state(towers: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``model_state_dict`` as the original writes it: towers (under its keys), fusion, heads; float32, on the CPU."""
+    return {key: tensor.detach().float().cpu().contiguous() for key, tensor in [*towers.items(), *weights.items()]}
+
+
+def optimizer_state(trained: TrainedState, group: Mapping[str, Any]) -> dict[str, Any]:
+    """``optimizer_state_dict`` as torch's AdamW writes it: one group over params 0..31.
+
+    Args:
+        group: the optimizer's param group, for its settings.
+    """
+    names = list(trained.weights)
+    settings = {key: value for key, value in group.items() if key != "params"}
+    state = {
+        i: {
+            "step": torch.tensor(float(trained.adam_step)),
+            "exp_avg": trained.exp_avg[name],
+            "exp_avg_sq": trained.exp_avg_sq[name],
+        }
+        for i, name in enumerate(names)
+        if name in trained.exp_avg
+    }
+    return {"state": state, "param_groups": [{**settings, "params": list(range(len(names)))}]}
+
+
+def trained_state(checkpoint: Checkpoint, names: list[str], path: str | Path) -> TrainedState:
+    """The trained part of a file, for the parameters ``names``; without moments where it is a final file.
+
+    Raises:
+        UserError: a tensor is missing.
+    """
+    missing = [name for name in names if name not in checkpoint.model_state_dict]
+    if missing:
+        raise UserError(f"{path}: has no tensor {missing[0]}")
+    weights = {name: checkpoint.model_state_dict[name].float() for name in names}
+    if checkpoint.optimizer_state_dict is None:
+        return TrainedState(weights, {}, {}, 0)
+    states = checkpoint.optimizer_state_dict.get("state", {})
+    if not states:
+        return TrainedState(weights, {}, {}, 0)
+    try:
+        moments = [{name: states[i][key].float() for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")]
+        return TrainedState(weights, *moments, adam_step=int(states[0]["step"]))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: its optimizer_state_dict is not AdamW's over {len(names)} parameters") from None
+
+
+def load_pretrained_encoder(
+    checkpoint_path: str | Path, device: str | torch.device = "cuda", *, model_name: str | None = None
+) -> MultimodalGraphEncoder:
+    """An encoder from an epoch or final file, in eval mode. All weights come from the file, the widths too.
+
+    Args:
+        checkpoint_path: a file of mmgraph or of the original.
+        device: where to put it; without CUDA the CPU is used, and the log says so.
+        model_name: whose configuration the towers have. Default: the run's ``config.yaml`` beside the checkpoint's
+            folder, else ViT-B/32.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the towers' configuration.
+    """
+    state = read_checkpoint(checkpoint_path).model_state_dict
+    name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
+    encoder = MultimodalGraphEncoder.from_towers(
+        random_towers(*_tower_configs(name)),
+        fused_dim=state["fusion.text_proj.weight"].shape[0],
+        proj_dim=state["graph_proj.weight"].shape[0],
+    )
+    expected = encoder.state_dict()
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "is missing in" if key not in state else "is not expected in"
+            raise UserError(f"{checkpoint_path}: {key} {where} it; is {name} the model it was trained with?")
+        if state[key].shape != expected[key].shape:
+            raise UserError(
+                f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
+                f"towers of {name}; give the model it was trained with"
+            )
+    encoder.load_state_dict(state)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        log("no CUDA device: the encoder is loaded on the CPU")
+        device = "cpu"
+    return encoder.to(device).eval()
+
+
+def model_name_of_run(checkpoint_path: str | Path) -> str | None:
+    """The model that the run around a checkpoint was made with, if there is such a run."""
+    settings = run_settings(checkpoint_path)
+    return settings.get("model_name") if settings else None
+
+
+def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
+    """The ``config.yaml`` of the run that a checkpoint lies in, or None."""
+    path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+    try:
+        return load_tower_configs(model_name)
+    except UserError:
+        if model_name != DEFAULT_MODEL:
+            raise
+        return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are ViT-B/32's shape: no hub is needed

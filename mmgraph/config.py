@@ -1,0 +1,241 @@
+"""A run's settings: one frozen dataclass, checked where it is built, and the parser that fills it."""
+
+import dataclasses
+import difflib
+import math
+from argparse import SUPPRESS, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from mmgraph.errors import UserError
+from mmgraph.log import is_main_process
+
+DEFAULT_TABLES = ("data/processed/nodes.csv", "data/processed/edges.csv")
+DEMO_FOLDER = Path("data/demo")
+DEMO_SETTINGS: dict[str, Any] = {
+    "nodes": str(DEMO_FOLDER / "nodes.csv"),
+    "edges": str(DEMO_FOLDER / "edges.csv"),
+    "model_name": str(DEMO_FOLDER / "towers"),
+    "run_name": "demo",
+    "fused_dim": 128,
+    "proj_dim": 128,
+    "epochs": 5,
+    "learning_rate": 1e-3,
+    "num_workers": 0,  # 72-pixel images, all of them cached: workers would only cost their start
+    "cache_size": 2048,
+}
+
+
+def _flag(default: Any, help: str, aliases: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Defaults are the original trainer's. Raises :class:`UserError` on values that cannot work."""
+
+    nodes: str = _flag(DEFAULT_TABLES[0], "node table, CSV or Parquet: node_id, short_name, summary, image_path")
+    edges: str = _flag(DEFAULT_TABLES[1], "edge table, CSV or Parquet: src_id, dst_id")
+    image_root: str | None = _flag(
+        None,
+        "folder that relative image paths start from (default: the folder "
+        "of the node table, then the working directory)",
+    )
+    demo: bool = _flag(False, f"build the emoji demo graph in {DEMO_FOLDER} if it is not there, and train on it")
+    truncated_images: Literal["partial", "black"] = _flag(
+        "partial", "an image file that ends early: use the part that is there (as the original), or black"
+    )
+    model_name: str = _flag("openai/clip-vit-base-patch32", "CLIP towers: a name on the Hugging Face hub or a folder")
+    init_from: str | None = _flag(None, "start from an epoch or final file (.pt) of mmgraph or the original")
+    fused_dim: int = _flag(512, "width of the cross-attention fusion, a multiple of 8")
+    proj_dim: int = _flag(256, "width of the three projections, and so of the embeddings")
+    epochs: int = _flag(20, "passes over the edges")
+    max_steps: int | None = _flag(None, "end after this many optimizer steps, if sooner")
+    global_batch_size: int = _flag(
+        64, "edges in one optimizer step, over all processes", aliases=("--batch_size", "--batch-size")
+    )
+    learning_rate: float = _flag(5e-5, "AdamW's rate")
+    weight_decay: float = _flag(1e-4, "AdamW's decoupled weight decay")
+    lr_schedule: Literal["constant", "cosine"] = _flag("constant", "rate over the steps; cosine ends at 0")
+    warmup_steps: int = _flag(0, "steps over which the rate rises linearly to learning_rate")
+    max_grad_norm: float = _flag(0.0, "clip gradients to this L2 norm; 0 does not clip")
+    temperature: float = _flag(0.07, "divides the cosine similarities in both losses")
+    graph_loss_weight: float = _flag(1.0, "weight of the graph loss; the text-image loss has weight 1")
+    seed: int = _flag(42, "everything random comes from it")
+    num_workers: int = _flag(4, "DataLoader workers in each process")
+    cache_size: int = _flag(128, "images kept decoded in each worker, least recently used go first")
+    output_dir: str | None = _flag(None, "where everything the run makes lies (default: runs/RUN_NAME)")
+    run_name: str | None = _flag(None, "the run's name (default: demo, or the folder of the node table)")
+    resume: str = _flag(
+        "auto",
+        "auto goes on where the run in the output folder stopped; never refuses to; or the path of a state folder",
+    )
+    save_every: int = _flag(500, "steps between resume states; 0: only at the end of each epoch")
+    keep_last: int = _flag(2, "resume states kept; epoch files are never removed")
+    log_every: int = _flag(50, "steps between lines of the text log")
+    log_buffer_size: int = _flag(10, "lines of the text log written at a time")
+    report_to: Literal["none", "wandb"] = _flag("none", "tracker that follows the run")
+    check: bool = _flag(False, "check arguments, data and launch, and train nothing")
+
+    def __post_init__(self) -> None:
+        positive = (
+            "fused_dim",
+            "proj_dim",
+            "epochs",
+            "global_batch_size",
+            "learning_rate",
+            "temperature",
+            "keep_last",
+            "log_every",
+            "log_buffer_size",
+        )
+        not_negative = (
+            "weight_decay",
+            "warmup_steps",
+            "max_grad_norm",
+            "graph_loss_weight",
+            "seed",
+            "num_workers",
+            "cache_size",
+            "save_every",
+        )
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in not_negative:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.max_steps is not None and self.max_steps <= 0:
+            raise UserError(f"--max_steps {self.max_steps}: must be above 0")
+        if self.fused_dim % 8:
+            raise UserError(f"--fused_dim {self.fused_dim}: must be a multiple of 8, the number of attention heads")
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder of everything that the run makes."""
+        name = self.run_name or Path(self.nodes).resolve().parent.name
+        return Path(self.output_dir) if self.output_dir else Path("runs") / name
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML that ``--config`` reads back."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+GROUPS = {  # how --help_all sets the flags out
+    "data": ("nodes", "edges", "image_root", "demo", "truncated_images"),
+    "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
+    "training": ("epochs", "max_steps", "global_batch_size", "learning_rate", "weight_decay", "lr_schedule",
+                 "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
+    "loading": ("num_workers", "cache_size"),
+    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size",
+               "report_to", "check"),
+}  # fmt: skip
+COMMON = {  # what --help shows
+    "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
+    "seed", "num_workers", "output_dir", "resume", "report_to",
+}  # fmt: skip
+
+
+class _Parser(HfArgumentParser):
+    """Flags from the dataclass; a wrong one is a :class:`UserError` instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def parse(self, arguments: list[str]) -> Namespace:
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(
+                flag.replace("-", "_"), [f"__{f.name}" for f in dataclasses.fields(Config)], 1
+            )
+            self.error(f"unknown argument {flag}" + (f", did you mean --{near[0][2:]}?" if near else ""))
+        return namespace
+
+    def show_help(self, every_flag: bool) -> None:
+        for action in self._actions:
+            if not every_flag and action.dest not in COMMON | {"help", "help_all", "config"}:
+                action.help = SUPPRESS
+            if action.default is None or action.default is False:
+                action.default = SUPPRESS  # "(default: None)" says nothing
+            action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]  # --a-b is the same as --a_b
+        self.print_help()
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="accelerate launch launch.py",
+        add_help=False,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--flags]",
+        description="Train a multimodal graph node encoder. Flags may be written with - or _.",
+    )
+    parser._optionals.title = "start"
+    parser.add_argument("--config", metavar="FILE", help="YAML of flags and values; flags given beside it win")
+    parser.add_argument("--help", action="store_true", default=False, help="show the common flags")
+    parser.add_argument("--help_all", "--help-all", action="store_true", default=False, help="show all flags")
+    parser._add_dataclass_arguments(Config)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for action in [a for a in parser._optionals._group_actions if a.dest in names]:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+            action.metavar = action.metavar or (None if action.choices else action.dest.rsplit("_", 1)[-1].upper())
+    return parser
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: must hold 'flag: value' lines, not a {type(settings).__name__}")
+    known = {field.name for field in dataclasses.fields(Config)} | {"batch_size"}
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise UserError(f"--config {path}: unknown key '{name}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        if isinstance(value, dict | list):
+            raise UserError(f"--config {path}: '{name}' must be a single value")
+    return settings
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Build the settings from command-line arguments (and the YAML that ``--config`` names).
+
+    Raises:
+        UserError: an unknown or malformed flag, key or file.
+        SystemExit: after ``--help`` and ``--help_all``.
+    """
+    parser = _build_parser()
+    given = parser.parse(arguments)
+    if given.help or given.help_all:
+        if is_main_process():
+            parser.show_help(given.help_all)
+        raise SystemExit(0)
+    from_file: list[str] = []
+    if given.config is not None:
+        from_file = _as_arguments(_read_yaml(given.config))
+        try:
+            parser.parse(from_file)
+        except UserError as error:
+            raise UserError(f"--config {given.config}: {error}") from None
+    given = parser.parse(from_file + arguments)
+    if given.demo:
+        given = parser.parse(_as_arguments(DEMO_SETTINGS) + from_file + arguments)
+        if given.nodes != DEMO_SETTINGS["nodes"] or given.edges != DEMO_SETTINGS["edges"]:
+            raise UserError("--demo trains on the demo graph: leave out --nodes and --edges, or leave out --demo")
+    return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})

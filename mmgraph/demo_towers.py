@@ -1,0 +1,62 @@
+"""The demo's towers: a small CLIP in Hugging Face format, random weights from a fixed seed, a tokenizer of its own."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 12, 4096
+
+
+def build_towers(folder: Path, texts: list[str]) -> None:
+    """Write model, tokenizer and image processor, so that ``--model_name folder`` works as any CLIP does.
+
+    Args:
+        texts: what the tokenizer's byte-pair merges are learned from.
+    """
+    tokenizer = _train_tokenizer(texts)
+    tower = {
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "projection_dim": WIDTH,
+    }  # fmt: skip
+    config = CLIPConfig(
+        text_config={
+            **tower, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**tower, "image_size": IMAGE, "patch_size": PATCH},
+        projection_dim=WIDTH,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = CLIPModel(config)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    # Not model.save_pretrained: it imports DeepSpeed where that is installed, which costs seconds and prints.
+    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}).save_pretrained(
+        folder
+    )
+
+
+def _train_tokenizer(texts: list[str]) -> CLIPTokenizer:
+    backend = CLIPTokenizer().backend_tokenizer
+    letters = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        # Given as special tokens the ends of words get their ids in this order; else in that of a hash table, which
+        # differs from build to build, and ties between merges with it.
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
+    )
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)

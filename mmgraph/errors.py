@@ -1,0 +1,8 @@
+"""The one exception that stands for something the user can mend."""
+
+
+class UserError(Exception):
+    """Wrong usage or bad input: shown as one line, exit code 2, never with a traceback.
+
+    The message says what is wrong, where (file, line), and what to do.
+    """

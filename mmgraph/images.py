@@ -1,0 +1,125 @@
+"""Image files to CLIP pixels: decoding that never raises, and preprocessing equal to CLIP's."""
+
+import io
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from mmgraph.errors import UserError
+
+# Why a node's picture is not (all of) its file. A batch carries the index; 0 is a picture read in full.
+CAUSES = ("", "no image path", "file not found", "unreadable", "truncated", "too many pixels")
+
+_truncated_lock = threading.Lock()
+
+
+def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
+    """Read a picture as RGB, as ``PIL.Image.open(path).convert("RGB")`` would (EXIF rotation is not applied).
+
+    JPEG and 8-bit RGB PNG are decoded by torchvision, whose pixels are the same; everything else (GIF, WebP, palette,
+    CMYK, 16 bit, files that end early) by Pillow.
+
+    Returns:
+        (3, H, W) uint8 and an index into ``CAUSES``. A picture that cannot be read is black, 224x224.
+    """
+    if path is None:
+        return _black(), CAUSES.index("no image path")
+    try:
+        data = Path(path).read_bytes() if Path(path).is_file() else None
+    except OSError:
+        return _black(), CAUSES.index("unreadable")
+    if data is None:
+        return _black(), CAUSES.index("file not found")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large pictures and of palettes: the original decoded them too
+        return _decode_safely(data, truncated)
+
+
+def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
+    try:
+        header = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        return _black(), CAUSES.index("too many pixels")
+    except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
+        return _black(), CAUSES.index("unreadable")
+    return _decode(data, header, truncated)
+
+
+def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Tensor, int]:
+    if (picture.format == "JPEG" and picture.mode == "RGB") or (
+        picture.format == "PNG" and picture.mode in ("RGB", "RGBA") and data[24] == 8  # bits per channel
+    ):
+        try:
+            return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB), 0
+        except RuntimeError:
+            pass  # truncated or broken: Pillow tells which
+    try:
+        return _to_tensor(picture), 0
+    except Exception as error:
+        if not (isinstance(error, OSError) and "truncated" in str(error)):
+            return _black(), CAUSES.index("unreadable")
+    if truncated == "black":
+        return _black(), CAUSES.index("truncated")
+    try:
+        with _truncated_lock:  # Pillow's switch is global: never leave it on, or half images pass without a word
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                return _to_tensor(Image.open(io.BytesIO(data))), CAUSES.index("truncated")
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+    except Exception:
+        return _black(), CAUSES.index("unreadable")
+
+
+def _to_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def _black() -> torch.Tensor:
+    return torch.zeros(3, 224, 224, dtype=torch.uint8)
+
+
+class Preprocessing:
+    """CLIP's preprocessing with the settings of a Hugging Face CLIP image processor (or CLIP processor).
+
+    Split in two so that caches can hold bytes: :meth:`resize` gives (3, S, S) uint8, :meth:`normalize` float32. Equal to
+    transformers' torchvision processor; within 0.03 of its Pillow one.
+
+    Raises:
+        UserError: the processor does something else than resize the short side, crop the centre and normalise.
+    """
+
+    def __init__(self, processor: Any):
+        processor = getattr(processor, "image_processor", processor)
+        try:
+            self.short_side = int(processor.size["shortest_edge"])
+            self.crop = int(processor.crop_size["height"])
+            usual = processor.resample == 3 and processor.crop_size["width"] == self.crop <= self.short_side
+            mean, std = processor.image_mean, processor.image_std
+        except (AttributeError, KeyError, TypeError):
+            usual = False
+        if not usual:
+            raise UserError(
+                f"{type(processor).__name__} is not CLIP's preprocessing (bicubic resize of the short side, square "
+                "centre crop); use towers that have it"
+            )
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+
+    def resize(self, picture: torch.Tensor) -> torch.Tensor:
+        """(3, H, W) uint8 -> (3, S, S) uint8."""
+        picture = transforms.resize(picture, [self.short_side], InterpolationMode.BICUBIC, antialias=True)
+        top, left = ((side - self.crop) // 2 for side in picture.shape[1:])  # torchvision's own crop rounds up
+        return picture[:, top : top + self.crop, left : left + self.crop].contiguous()
+
+    def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, S, S) uint8 -> float32, mean 0 and deviation 1 over CLIP's training images."""
+        return (pictures.float() / 255 - self.mean) / self.std

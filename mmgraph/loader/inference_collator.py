@@ -1,0 +1,21 @@
+"""The collator of single nodes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mmgraph.loader.node_inputs import NodeInputs
+
+
+class InferenceCollator:
+    """Collates N node dicts into the three tower inputs of :class:`MultimodalCollator`, N rows each.
+
+    Nothing is cached: inference sees each node once.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any):
+        self.inputs = NodeInputs(tokenizer, processor, cache_size=0)
+
+    def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.inputs(nodes)

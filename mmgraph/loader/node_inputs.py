@@ -1,0 +1,72 @@
+"""Nodes to tower inputs: the text rule, the image rule, and the cache. Every collator is this and an order of nodes."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from mmgraph.images import Preprocessing, read_image
+from mmgraph.loader.image_cache import ShardedLRU
+
+TEXT_LENGTH = 77  # tokens, CLIP's
+
+
+def node_text(node: dict[str, Any]) -> str:
+    """``summary`` if it has more than 3 words, else ``short_name``, else one space. Missing values are not words."""
+    for name, words in (("summary", 4), ("short_name", 1)):
+        value = node.get(name)
+        if isinstance(value, str) and len(value.split()) >= words:
+            return value
+    return " "
+
+
+class NodeInputs:
+    """Turns N node dicts into what CLIP's towers take.
+
+    Calling it gives a dict of ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64, ``pixel_values``
+    (N, 3, S, S) float32. ``image_causes`` is then a list of N indices into :data:`mmgraph.images.CAUSES`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        processor: a Hugging Face CLIP processor or CLIP image processor.
+        cache_size: images kept decoded and resized (as bytes, 150 KB each at 224 pixels).
+        truncated_images: what an image file that ends early gives: the part that is there, or black.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        processor: Any,
+        cache_size: int,
+        truncated_images: Literal["partial", "black"] = "partial",
+    ):
+        self.tokenizer = tokenizer
+        self.preprocessing = Preprocessing(processor)
+        self.cache: ShardedLRU[tuple[torch.Tensor, int]] = ShardedLRU(cache_size)
+        self.truncated_images = truncated_images
+        self.image_causes: list[int] = []
+
+    def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        text = self.tokenizer(
+            [node_text(node) for node in nodes],
+            padding="max_length",
+            truncation=True,
+            max_length=TEXT_LENGTH,
+            return_tensors="pt",
+        )
+        pictures, causes = zip(*(self._picture(node.get("image_path")) for node in nodes), strict=True)
+        self.image_causes = list(causes)
+        return {
+            "input_ids": text["input_ids"],  # (N, 77)
+            "attention_mask": text["attention_mask"],  # (N, 77)
+            "pixel_values": self.preprocessing.normalize(torch.stack(pictures)),  # (N, 3, S, S)
+        }
+
+    def _picture(self, image_path: Any) -> tuple[torch.Tensor, int]:
+        given = isinstance(image_path, str) and bool(image_path.strip())
+        path = image_path.replace("\\", "/") if given else None
+        return self.cache.get(path, lambda: self._read(path))
+
+    def _read(self, path: str | None) -> tuple[torch.Tensor, int]:
+        picture, cause = read_image(path, self.truncated_images)
+        return self.preprocessing.resize(picture), cause

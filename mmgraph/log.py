@@ -1,0 +1,72 @@
+"""The run's text log: printed at once, written to the file in batches, by the main process alone.
+
+``log()`` and ``flush_log()`` are module functions, as in the original, so that any module can log without being
+handed a logger. Outside a run there is no file: lines are printed, and the last thousand wait for a run to open one.
+"""
+
+import atexit
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+_waiting: deque[str] = deque(maxlen=1000)
+_path: Path | None = None
+_size = 10
+
+
+def log(*args: object, **kwargs: object) -> None:
+    """Print a line now and append it to the run's log file later.
+
+    Args:
+        *args, **kwargs: as for :func:`print`; ``sep`` and ``end`` are honoured.
+
+    Silent in processes whose ``RANK`` is not 0 and in DataLoader workers. The file is written when ``log_buffer_size``
+    lines wait, on :func:`flush_log`, and at exit.
+    """
+    if not is_main_process():
+        return
+    text = str(kwargs.get("sep", " ")).join(map(str, args)) + str(kwargs.get("end", "\n"))
+    tqdm.write(text, end="")  # a plain print would tear a progress bar
+    _waiting.append(text)
+    if _path is not None and len(_waiting) >= _size:
+        flush_log()
+
+
+def flush_log() -> None:
+    """Write all waiting lines to the log file, in one write. Without an open file the lines go on waiting."""
+    if _path is None or not _waiting:
+        return
+    with _path.open("a", encoding="utf-8") as file:
+        file.write("".join(_waiting))
+    _waiting.clear()
+
+
+@contextmanager
+def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
+    """Write the log to ``path`` (appended) while the block runs, ``size`` lines at a time; flushed however it ends."""
+    global _path, _size, _waiting
+    _path, _size = Path(path), size
+    _waiting = deque(_waiting)
+    try:
+        yield
+    finally:
+        flush_log()
+        _path, _waiting = None, deque(maxlen=1000)
+
+
+def is_main_process() -> bool:
+    """True in the process that may write: rank 0 (by the launcher's ``RANK``) and no DataLoader worker."""
+    return os.environ.get("RANK", "0") == "0" and get_worker_info() is None
+
+
+def _drop() -> None:
+    _waiting.clear()
+
+
+atexit.register(flush_log)
+os.register_at_fork(after_in_child=_drop)  # the parent writes these lines; a child would write them again

@@ -1,0 +1,98 @@
+"""``metrics.jsonl`` (one object a step) and the tracker; both written by the main process alone."""
+
+import json
+import netrc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mmgraph.files import sync
+from mmgraph.log import log
+
+
+class MetricsFile:
+    """Appends rows; on disk at the latest after 10 rows or the row after 1 s, and at :meth:`sync`.
+
+    Args:
+        path: the file.
+        keep: bytes of an existing file to go on from; what stands behind them is cut off.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+        self._path, self._waiting, self._written = path, 0, time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._waiting += 1
+        if self._waiting >= 10 or time.monotonic() - self._written > 1:
+            self._flush()
+
+    def sync(self) -> int:
+        """Put all rows on the disk. Returns the bytes of the file."""
+        self._flush()
+        sync(self._path)
+        return self._path.stat().st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        self._waiting, self._written = 0, time.monotonic()
+
+
+class WandbTracker:
+    """Weights & Biases, such that it can never stop or hang training: any error of it is one line in the log.
+
+    Without a key in the environment or netrc the run is kept offline, below ``folder``.
+
+    Args:
+        run_id: of the run to go on with; None starts one.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], run_id: str | None):
+        self._run: Any = None
+        try:
+            import wandb  # costs seconds: only for those who asked
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            self._run = wandb.init(
+                project="mmgraph", name=name, dir=folder, config=settings, id=run_id, resume="allow", mode=mode,
+                settings=wandb.Settings(init_timeout=30),
+            )  # fmt: skip
+            log(f"wandb: {mode} run {self._run.id} in {folder / 'wandb'}")
+        except Exception as error:
+            log(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id if self._run is not None else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._call(lambda: self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
+
+    def close(self) -> None:
+        self._call(lambda: self._run.finish())
+
+    def _call(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            log(f"wandb is off from here: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

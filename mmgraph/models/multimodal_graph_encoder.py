@@ -1,0 +1,174 @@
+"""The trained part of the encoder, and the whole encoder: towers, fusion, heads."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
+from mmgraph.towers import Tokens, Towers, load_towers, run_towers
+
+TOWER_NAMES = ("text_model", "vision_model")
+
+
+class TrainedModule(nn.Module):
+    """Fusion and projection heads: what is optimised, wrapped by Accelerate, and saved for resume.
+
+    Its 32 parameters come in the order of the original's optimizer.
+
+    Args:
+        d_text, d_vis: widths of the towers' tokens.
+        fused_dim: width of the fusion.
+        proj_dim: width of the projections.
+    """
+
+    def __init__(self, d_text: int, d_vis: int, fused_dim: int, proj_dim: int):
+        super().__init__()
+        self._build(d_text, d_vis, fused_dim, proj_dim)
+
+    def _build(self, d_text: int, d_vis: int, fused_dim: int, proj_dim: int) -> None:
+        self.fusion = CrossAttentionFusion(d_text, d_vis, fused_dim)
+        self.graph_proj = nn.Linear(fused_dim, proj_dim)
+        self.text_proj = nn.Linear(fused_dim, proj_dim)
+        self.vis_proj = nn.Linear(fused_dim, proj_dim)
+
+    def forward(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embed U nodes: ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), rows of unit length."""
+        return self.project(*self.fusion(*tokens))
+
+    def project(
+        self, fused: torch.Tensor, text_pool: torch.Tensor, vis_pool: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(U, fused_dim) three times -> (U, proj_dim) three times, L2-normalised."""
+        return (
+            F.normalize(self.graph_proj(fused), dim=-1),
+            F.normalize(self.text_proj(text_pool), dim=-1),
+            F.normalize(self.vis_proj(vis_pool), dim=-1),
+        )
+
+
+class MultimodalGraphEncoder(TrainedModule):
+    """The whole encoder, for users and inference.
+
+    Its ``state_dict`` has the original's keys and order (``text_model.text_model.…``, ``vision_model.vision_model.…``,
+    then fusion and heads) whatever version of transformers is installed; ``load_state_dict`` takes the keys of either
+    version and ignores old ``position_ids``.
+
+    Args:
+        clip_name: CLIP towers, a hub name or a folder; they are frozen.
+        fused_dim: width of the fusion.
+        proj_dim: width of the projections.
+    """
+
+    def __init__(self, clip_name: str, fused_dim: int, proj_dim: int):
+        nn.Module.__init__(self)
+        self._assemble(load_towers(clip_name), fused_dim, proj_dim)
+
+    @classmethod
+    def from_towers(cls, towers: Towers, fused_dim: int, proj_dim: int) -> "MultimodalGraphEncoder":
+        """An encoder around towers that are already in memory."""
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder._assemble(towers, fused_dim, proj_dim)
+        return encoder
+
+    def _assemble(self, towers: Towers, fused_dim: int, proj_dim: int) -> None:
+        self.text_model, self.vision_model = towers
+        text_width, vision_width = (tower.config.hidden_size for tower in towers)
+        self._build(text_width, vision_width, fused_dim, proj_dim)
+        self.register_state_dict_post_hook(_use_file_keys)
+        self.register_load_state_dict_pre_hook(_use_module_keys)
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embed B nodes.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L), 1 at valid tokens.
+            pixel_values: (B, 3, S, S) float32, normalised.
+
+        Returns:
+            ``z_graph``, ``z_text``, ``z_vis``, each (B, proj_dim), rows of unit length.
+        """
+        with torch.no_grad():
+            tokens, _, _ = run_towers(self._towers(), input_ids, attention_mask, pixel_values)
+        return super().forward(tokens)
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Features of B nodes, inputs as :meth:`forward`.
+
+        Returns:
+            ``fused`` (B, fused_dim); ``text_only`` (B, d_text) and ``image_only`` (B, d_vis), the towers' pooled
+            outputs; ``concat``, the two side by side.
+        """
+        tokens, text_only, image_only = run_towers(self._towers(), input_ids, attention_mask, pixel_values)
+        return {
+            "fused": self.fusion(*tokens)[0],
+            "text_only": text_only,
+            "image_only": image_only,
+            "concat": torch.cat([text_only, image_only], dim=-1),
+        }
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The 32 parameters of fusion and heads, in the optimizer's order."""
+        return [p for name, p in self.named_parameters() if not name.startswith(TOWER_NAMES)]
+
+    def train(self, mode: bool = True) -> "MultimodalGraphEncoder":
+        """As for any module, but the towers stay in eval mode."""
+        super().train(mode)
+        for tower in self._towers():
+            tower.eval()
+        return self
+
+    def _towers(self) -> Towers:
+        return Towers(self.text_model, self.vision_model)
+
+
+def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
+    """Both towers' tensors under the original's keys: the tower's name twice, whatever transformers calls them."""
+    return {
+        _file_key(f"{name}.{key}"): tensor
+        for name, tower in zip(TOWER_NAMES, towers, strict=True)
+        for key, tensor in tower.state_dict().items()
+    }
+
+
+def _file_key(key: str) -> str:
+    """The original's key for a tower's tensor of either layout; other keys stay as they are."""
+    tower, _, rest = key.partition(".")
+    return f"{tower}.{key}" if tower in TOWER_NAMES and not rest.startswith(f"{tower}.") else key
+
+
+def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A whole encoder's tensors of either layout under the original's keys, without ``position_ids``."""
+    return {_file_key(key): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
+
+
+def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    ours = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
+    for key, tensor in ours.items():
+        state[prefix + _file_key(key.removeprefix(prefix))] = tensor
+
+
+def _use_module_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    nested = {name: _is_nested(getattr(module, name).state_dict().keys(), name) for name in TOWER_NAMES}
+    for key in [key for key in state if key.startswith(prefix)]:
+        tensor = state.pop(key)
+        ours = _file_key(key.removeprefix(prefix))
+        tower = ours.partition(".")[0]
+        if ours.endswith("position_ids") and tower in TOWER_NAMES:
+            continue
+        if tower in TOWER_NAMES and not nested[tower]:
+            ours = ours.removeprefix(f"{tower}.")
+        state[prefix + ours] = tensor
+
+
+def _is_nested(keys: Iterable[str], name: str) -> bool:
+    return next(iter(keys)).startswith(f"{name}.")

@@ -1,0 +1,65 @@
+"""Where a run begins: from nothing, from a state in its output folder, or from a state that was named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.log import log
+from mmgraph.state import newest_state, read_record
+
+ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
+
+
+def find_state(config: Config, identity: Mapping[str, Any]) -> Path | None:
+    """The state to go on from, or None for a new run.
+
+    Raises:
+        UserError: the output folder holds another run, or one that ``--resume`` says not to touch; the state that was
+            named is not valid.
+    """
+    output = config.output_folder
+    if config.resume not in ("auto", "never"):
+        return _named_state(Path(config.resume), output, identity)
+    if config.resume == "never":
+        if _used(output):
+            raise UserError(f"--resume never: {output} holds a run; {ELSEWHERE}")
+        return None
+    state = newest_state(output / "state", tell=log)
+    if state is None:
+        if _used(output):
+            raise UserError(f"{output} holds checkpoints but no valid state to go on from; {ELSEWHERE}")
+        return None
+    _compare(state, identity, f"{output} holds another run")
+    return state
+
+
+def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path:
+    read_record(state)
+    newest = newest_state(output / "state", tell=log)
+    if newest is not None and newest.resolve() != state.resolve():
+        raise UserError(f"--resume {state}: {output} has gone on to {newest.name}; {ELSEWHERE}")
+    if newest is None and _used(output):
+        raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {ELSEWHERE}")
+    _compare(state, identity, f"--resume {state} is of another run")
+    return state
+
+
+def _used(output: Path) -> bool:
+    return any((output / "checkpoints").glob("*.pt")) or any((output / "state").glob("step-*"))
+
+
+def _compare(state: Path, identity: Mapping[str, Any], what: str) -> None:
+    before = read_record(state)["identity"]
+    differences = [
+        f"{name} {_short(before.get(name))} -> {_short(value)}"
+        for name, value in identity.items()
+        if before.get(name) != value
+    ]
+    if differences:
+        raise UserError(f"{what}: {', '.join(differences)}; {ELSEWHERE}")
+
+
+def _short(value: object) -> str:
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)  # a SHA-256

@@ -1,0 +1,200 @@
+"""Resume state: one consolidated folder a state, whole or not there, free of how many processes wrote it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmgraph.checkpoints import TrainedState
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.files import sync
+
+FORMAT = 1
+WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands. ``epoch`` is the one in progress, from 1; ``step`` counts finished optimizer steps."""
+
+    step: int = 0
+    epoch: int = 1
+    samples_in_epoch: int = 0
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
+    adam_step: int = 0
+    loss_scale: dict[str, Any] | None = None  # the fp16 scaler's state
+    metrics_bytes: int = 0
+    components: dict[str, Any] = dataclasses.field(default_factory=dict)  # small JSON of other parts
+
+
+def identity(config: Config, nodes: str, edges: str, towers: str) -> dict[str, Any]:
+    """What may not change when a run goes on: data, towers and all that enters the numbers."""
+    fixed = ("seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
+             "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "truncated_images")  # fmt: skip
+    known: dict[str, Any] = {name: getattr(config, name) for name in fixed}
+    if config.lr_schedule != "constant":  # the rate of a step depends on the last one
+        known |= {"epochs": config.epochs, "max_steps": config.max_steps}
+    return known | {"nodes table": nodes, "edges table": edges, "towers": towers}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside DDP's wrapper. (``accelerator.unwrap_model`` imports DeepSpeed where that is installed.)"""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
+    """Copy the trained module and Adam's moments to the CPU. Called by all ranks; every rank gets the whole."""
+    weights, first, second, adam_step = {}, {}, {}, 0
+    for name, parameter in unwrapped(module).named_parameters():
+        weights[name] = _copy(parameter)
+        state = optimizer.state.get(parameter)
+        if state:
+            first[name], second[name] = _copy(state["exp_avg"]), _copy(state["exp_avg_sq"])
+            adam_step = int(state["step"])
+    return TrainedState(weights, first, second, adam_step)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
+    """Put a consolidated state into the trained module and its optimizer, on every rank.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    module = unwrapped(module)
+    for name, parameter in module.named_parameters():
+        if name not in trained.weights or trained.weights[name].shape != parameter.shape:
+            found = tuple(trained.weights[name].shape) if name in trained.weights else "missing"
+            raise UserError(f"weights do not fit: {name} is {found}, expected {tuple(parameter.shape)}")
+    module.load_state_dict(trained.weights)
+    if not trained.exp_avg:
+        return
+    current = optimizer.state_dict()
+    current["state"] = {
+        i: {
+            "step": torch.tensor(float(trained.adam_step)),
+            "exp_avg": trained.exp_avg[name],
+            "exp_avg_sq": trained.exp_avg_sq[name],
+        }
+        for i, name in enumerate(trained.weights)
+    }
+    optimizer.load_state_dict(current)
+
+
+def write_state(
+    folder: Path,
+    progress: Progress,
+    trained: TrainedState,
+    run_identity: dict[str, Any],
+    config: Config,
+    keep_last: int,
+) -> Path:
+    """Write ``folder/step-<n>``: to a temporary name, synced, renamed; then remove all but the newest ``keep_last``.
+
+    Called on the main process alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
+    temporary.mkdir()
+    moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
+    moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
+    save_file(trained.weights, temporary / WEIGHTS)
+    save_file(moments, temporary / MOMENTS)
+    record = {
+        "format": FORMAT,
+        **dataclasses.asdict(progress),
+        "identity": run_identity,
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")}
+        | {"python": platform.python_version()},
+        "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, MOMENTS)},
+    }
+    (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for name in (WEIGHTS, MOMENTS, RECORD):
+        sync(temporary / name)
+    sync(temporary)
+    if target.exists():
+        shutil.rmtree(target)  # an invalid one, or the same step under raised limits
+    temporary.rename(target)
+    sync(folder)
+    for old in state_folders(folder)[keep_last:]:
+        shutil.rmtree(old)
+    return target
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """Folders named like states, the newest first; whether they are valid is for :func:`read_state` to say."""
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
+    """The newest valid state; ``tell`` gets a line for each newer one that is not."""
+    for path in state_folders(folder):
+        try:
+            read_record(path)
+            return path
+        except UserError as error:
+            tell(f"ignored: {error}")
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The ``state.json`` of a state whose files are whole.
+
+    Raises:
+        UserError: no state, a newer format, or a file that its SHA-256 does not match; with the file's name.
+    """
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        found, hashes = record["format"], record["sha256"]
+        Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a state, it has no {RECORD}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found}, written by a newer mmgraph; this one reads format {FORMAT}")
+    for name in (WEIGHTS, MOMENTS):
+        if not (path / name).is_file() or _sha256(path / name) != hashes.get(name):
+            raise UserError(f"{path / name}: damaged, its SHA-256 is not the one in {RECORD}")
+    return record
+
+
+def read_state(path: Path) -> tuple[Progress, TrainedState, dict[str, Any]]:
+    """A state's progress, tensors and whole record. Raises :class:`UserError` where it is not valid."""
+    record = read_record(path)
+    progress = Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
+    try:
+        weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+    first, second = (
+        {key.removeprefix(f"{kind}."): tensor for key, tensor in moments.items() if key.startswith(f"{kind}.")}
+        for kind in ("exp_avg", "exp_avg_sq")
+    )
+    return progress, TrainedState(weights, first, second, progress.adam_step), record
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

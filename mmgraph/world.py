@@ -1,0 +1,135 @@
+"""The processes of a run: the Accelerator, the checks that it is what was launched, and agreement between ranks."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    gather_object,
+)
+
+from mmgraph.errors import UserError
+
+Result = TypeVar("Result")
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def build_accelerator() -> Accelerator:
+    """The Accelerator of this launch.
+
+    Raises:
+        UserError: the launch would train wrongly without a word, such as ranks that each train alone.
+    """
+    cpu = not torch.accelerator.is_available()
+    _refuse_lone_process()
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True,  # the sampler's batches are global: each rank takes its slice
+                even_batches=False,  # repeated edges would be false negatives
+                dispatch_batches=False,
+                non_blocking=True,
+            ),
+            # gloo sums in the order of DDP's buckets, and DDP reorders them after its first step unless it looks for
+            # unused parameters: without this a resumed run of 3 or more ranks differs in the last bits.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cpu)],
+        )
+    except ValueError as error:
+        raise UserError(f"the accelerate config does not fit this machine: {error}") from None
+    _check_world(accelerator)
+    return accelerator
+
+
+def _refuse_lone_process() -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process; the address it sets gives it away."""
+    environment = os.environ
+    if (
+        environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        and "MASTER_ADDR" in environment
+        and "RANK" not in environment
+    ):
+        raise UserError(
+            "the launcher was asked for several CPU processes and started one; use --config_file "
+            "accelerate_configs/cpu_2proc.yaml (with --num_processes N for another number)"
+        )
+
+
+def _check_world(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train "
+            "alone. Use a config of accelerate_configs/"
+        )
+    asked = [
+        name
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TPU")
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+    ]
+    if asked or accelerator.distributed_type not in SUPPORTED:
+        kind = asked[0] if asked else accelerator.distributed_type.value
+        raise UserError(f"{kind} is not supported; use a config of accelerate_configs/ (plain data parallel)")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            "gradient_accumulation_steps must be 1: contrastive losses need the whole batch; set --global_batch_size"
+        )
+
+
+def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> None:
+    """Raise :class:`UserError` where a global batch does not split evenly over ranks, or is larger than the graph."""
+    if batch_size % num_processes:
+        below = batch_size - batch_size % num_processes
+        sizes = " or ".join(str(size) for size in (below, below + num_processes) if size)
+        raise UserError(
+            f"--global_batch_size {batch_size} does not divide into {num_processes} processes; {sizes} does"
+        )
+    if batch_size > num_edges:
+        raise UserError(
+            f"--global_batch_size {batch_size} is larger than the graph's {num_edges:,} edges, and incomplete batches "
+            "are dropped; give a smaller one"
+        )
+
+
+def describe(accelerator: Accelerator, batch_size: int) -> str:
+    """One line: processes, devices, precision, edges a step and a process."""
+    count = accelerator.num_processes
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
+    return (
+        f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "
+        f"precision {accelerator.mixed_precision}, {batch_size} edges a step, {batch_size // count} a process"
+    )
+
+
+def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """Call ``function`` on every rank; where it fails on one, fail on all, so that none waits for ever.
+
+    Raises:
+        UserError: naming the rank, on ranks where the call itself went well. A rank's own error is raised there as is.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    text = None if error is None else str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    failures = [text] if accelerator.num_processes == 1 else gather_object([text])
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise UserError(f"rank {rank}: {failure}")
+    return result
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:
+    """Call ``function`` on the main process alone; its failure is every rank's (see :func:`together`)."""
+    together(accelerator, function if accelerator.is_main_process else lambda: None)
