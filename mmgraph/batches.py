@@ -36,9 +36,9 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
 class BatchCollator:
     """Collates b edges into a batch that knows its nodes.
 
-    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations; the inputs
-    of the U distinct rows among them, as :class:`NodeInputs`; ``inverse`` (2b,) int64, the place of each row among
-    these; and, as NumPy arrays that stay on the host, ``distinct`` (U,) and ``image_causes`` (U,).
+    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations; the
+    inputs of the U distinct rows among them, as :class:`NodeInputs`; ``inverse`` (2b,) int64, the place of each row
+    among these; and, as NumPy arrays that stay on the host, ``distinct`` (U,) and ``image_causes`` (U,).
     """
 
     def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):

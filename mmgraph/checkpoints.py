@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
-from mmgraph.log import log
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, file_keys
+from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs, random_towers
 
 DEFAULT_MODEL = Config.model_name
@@ -131,8 +131,10 @@ def trained_state(checkpoint: Checkpoint, names: list[str], path: str | Path) ->
     if not states:
         return TrainedState(weights, {}, {}, 0)
     try:
-        moments = [{name: states[i][key].float() for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")]
-        return TrainedState(weights, *moments, adam_step=int(states[0]["step"]))
+        first, second = (
+            {name: states[i][key].float() for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")
+        )
+        return TrainedState(weights, first, second, int(states[0]["step"]))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: its optimizer_state_dict is not AdamW's over {len(names)} parameters") from None
 

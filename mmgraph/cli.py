@@ -1,11 +1,13 @@
 """The command lines: ``launch.py`` trains, ``mmgraph VERB`` does the rest. Errors become one line here."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mmgraph.errors import UserError
-from mmgraph.log import is_main_process
+from mmgraph.text_log import is_main_process
 
 WRONG_USAGE = 2
 
@@ -27,7 +29,7 @@ def _train(arguments: list[str]) -> int:
 
     from mmgraph.demo import build_demo
     from mmgraph.graph import load_graph
-    from mmgraph.log import log
+    from mmgraph.text_log import log
     from mmgraph.trainer import Trainer
     from mmgraph.world import build_accelerator, check_batch_size, describe, on_main_process, together
 
@@ -44,6 +46,78 @@ def _train(arguments: list[str]) -> int:
         return Trainer(config, accelerator, graph).run()
     finally:
         accelerator.end_training()
+
+
+def _verb(arguments: list[str]) -> int:
+    parser = _build_parser()
+    given = parser.parse_args(arguments)
+    given.run(given)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong flag is one line, not a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(prog="mmgraph", description="Multimodal graph node encoders. accelerate launch launch.py trains.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    demo = verbs.add_parser("demo", help="build the emoji demo graph")
+    demo.add_argument("folder", type=Path, help="where to")
+    demo.set_defaults(run=_demo)
+
+    encode = verbs.add_parser("encode", help="write the four feature files of a checkpoint")
+    encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
+    encode.add_argument("--nodes", help="node table (default: the run's)")
+    for name, help in (
+        ("image_root", "folder that image paths start from (default: the run's)"),
+        ("model_name", "CLIP towers the checkpoint was trained with (default: the run's)"),
+    ):
+        encode.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
+    encode.add_argument("--output_dir", "--output-dir", type=Path, help="default: features in the run's folder")
+    encode.add_argument("--batch_size", "--batch-size", type=_positive, default=64, help="nodes at a time (64)")
+    encode.add_argument("--num_workers", "--num-workers", type=int, default=0, help="DataLoader workers (0)")
+    encode.set_defaults(run=_encode)
+
+    convert = verbs.add_parser("convert", help="checkpoint between .pt and .safetensors, nothing lost")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from mmgraph.demo import build_demo
+
+    if is_main_process():
+        build_demo(given.folder)
+
+
+def _encode(given: argparse.Namespace) -> None:
+    from mmgraph.encode import encode
+
+    encode(
+        given.source, given.nodes, given.image_root, given.model_name, given.output_dir, given.batch_size,
+        given.num_workers,
+    )  # fmt: skip
+
+
+def _convert(given: argparse.Namespace) -> None:
+    from mmgraph.convert import convert
+
+    if is_main_process():
+        convert(given.source, given.target)
 
 
 def _run(action: Callable[[], int]) -> int:

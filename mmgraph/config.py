@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from mmgraph.errors import UserError
-from mmgraph.log import is_main_process
+from mmgraph.text_log import is_main_process
 
 DEFAULT_TABLES = ("data/processed/nodes.csv", "data/processed/edges.csv")
 DEMO_FOLDER = Path("data/demo")
@@ -23,7 +23,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "run_name": "demo",
     "fused_dim": 128,
     "proj_dim": 128,
-    "epochs": 5,
+    "epochs": 4,
     "learning_rate": 1e-3,
     "num_workers": 0,  # 72-pixel images, all of them cached: workers would only cost their start
     "cache_size": 2048,
@@ -178,7 +178,7 @@ def _build_parser() -> _Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML of flags and values; flags given beside it win")
     parser.add_argument("--help", action="store_true", default=False, help="show the common flags")
     parser.add_argument("--help_all", "--help-all", action="store_true", default=False, help="show all flags")
-    parser._add_dataclass_arguments(Config)
+    parser._add_dataclass_arguments(Config)  # type: ignore[arg-type]
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for action in [a for a in parser._optionals._group_actions if a.dest in names]:

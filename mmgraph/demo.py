@@ -16,7 +16,7 @@ import pandas as pd
 
 from mmgraph.demo_towers import build_towers
 from mmgraph.errors import UserError
-from mmgraph.log import log
+from mmgraph.text_log import log
 
 VERSION = 1
 HELD_OUT = 0.1
@@ -250,14 +250,15 @@ def build_summaries(nodes: list[Node], edges: list[Edge]) -> dict[str, str]:
 
 
 def _describe(node: Node, secret: set[str]) -> str:
-    lowered = {phrase.lower() for phrase in secret}
-    words = [word for word in node.keywords if word.lower() not in lowered][:MOST_KEYWORDS]
     sentences = [f"emoji of group {node.category}: {node.name.removeprefix('flag: ')}"]
     if node.country:
         sentences.append(f"capital {node.country['capital'] or 'none'}")
     if node.country.get("area"):
         sentences.append(f"{node.country['area']:,.0f} square kilometres")
-    return "; ".join(sentences + words)
+    if not node.country:  # a country's are "flag" and "nation"
+        lowered = {phrase.lower() for phrase in secret}
+        sentences += [word for word in node.keywords if word.lower() not in lowered][:MOST_KEYWORDS]
+    return "; ".join(sentences)
 
 
 def _without(text: str, phrases: set[str]) -> str:

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 12, 4096
+SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 4096
 
 
 def build_towers(folder: Path, texts: list[str]) -> None:
@@ -59,4 +59,4 @@ def _train_tokenizer(texts: list[str]) -> CLIPTokenizer:
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)  # type: ignore[arg-type]

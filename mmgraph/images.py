@@ -90,8 +90,8 @@ def _black() -> torch.Tensor:
 class Preprocessing:
     """CLIP's preprocessing with the settings of a Hugging Face CLIP image processor (or CLIP processor).
 
-    Split in two so that caches can hold bytes: :meth:`resize` gives (3, S, S) uint8, :meth:`normalize` float32. Equal to
-    transformers' torchvision processor; within 0.03 of its Pillow one.
+    Split in two so that caches can hold bytes: :meth:`resize` gives (3, S, S) uint8, :meth:`normalize` float32. Equal
+    to transformers' torchvision processor; within 0.03 of its Pillow one.
 
     Raises:
         UserError: the processor does something else than resize the short side, crop the centre and normalise.

@@ -1,6 +1,6 @@
 """The contrastive losses, over the global batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,29 +42,54 @@ def contrastive_losses(
         temperature: divides the cosine similarities.
         graph_loss_weight: weight of the graph loss.
     """
-    anchors, positives = z_graph.float().chunk(2)  # (b, proj_dim) each
-    graph = _shared_info_nce(anchors, positives, temperature, halves=1)
-    mm = _shared_info_nce(z_text.float(), z_vis.float(), temperature, halves=2)
-    return Losses(mm + graph_loss_weight * graph, mm, graph)
+    own = torch.stack([z_graph, z_text, z_vis]).float().unflatten(1, (2, -1))  # (3, 2, b, proj_dim)
+    graph, text, vis = gather_with_gradients(own, dim=2)  # (2, B, proj_dim) each: all anchors, all positives
+    own_graph, own_text, own_vis = own
+    edges = own.shape[2]  # b
+    first = edges * (dist.get_rank() if dist.is_initialized() else 0)
+    labels = torch.arange(first, first + edges, device=own.device)  # (b,) where this rank's edges stand among all
+    graph_loss = _info_nce(own_graph[0], own_graph[1], graph[0], graph[1], labels, temperature)
+    labels = torch.cat([labels, labels + graph.shape[1]])  # (2b,) the same for nodes: the positives come after all B
+    own_text, own_vis, text, vis = (z.flatten(0, 1) for z in (own_text, own_vis, text, vis))  # (2b or 2B, proj_dim)
+    mm_loss = _info_nce(own_text, own_vis, text, vis, labels, temperature)
+    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss)
 
 
-def _shared_info_nce(left: torch.Tensor, right: torch.Tensor, temperature: float, halves: int) -> torch.Tensor:
-    """InfoNCE of this rank's rows against all ranks'; row i of ``left`` and of ``right`` belong together."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1:
-        return info_nce_loss(left @ right.T / temperature)
-    rank, rows = dist.get_rank(), len(left) // halves
-    starts = [half * rows * world_size + rank * rows for half in range(halves)]
-    labels = torch.cat([torch.arange(start, start + rows, device=left.device) for start in starts])
-    row_logits = left @ _gather(right, halves).T / temperature  # (2b or b, 2B or B)
-    column_logits = right @ _gather(left, halves).T / temperature
-    return (F.cross_entropy(row_logits, labels) + F.cross_entropy(column_logits, labels)) / 2
+def _info_nce(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    all_left: torch.Tensor,
+    all_right: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """:func:`info_nce_loss` of some rows and columns: (n, d) own ones against (N, d), their places in ``labels``."""
+    rows = F.cross_entropy(left @ all_right.T / temperature, labels)
+    columns = F.cross_entropy(right @ all_left.T / temperature, labels)
+    return (rows + columns) / 2
 
 
-def _gather(rows: torch.Tensor, halves: int) -> torch.Tensor:
-    """All ranks' rows with gradients: all anchors first, then all positives, as one process would have them."""
-    from torch.distributed.nn.functional import all_gather  # importing it starts distributed machinery
+def gather_with_gradients(own: torch.Tensor, dim: int) -> torch.Tensor:
+    """All ranks' tensors, joined along ``dim`` in rank order; gradients flow back to the rank each part came from.
 
-    gathered = torch.stack(all_gather(rows.contiguous()))  # (world, halves * b, dim)
-    by_half = gathered.unflatten(1, (halves, -1)).transpose(0, 1)  # (halves, world, b, dim)
-    return by_half.flatten(0, 2)  # (halves * B, dim)
+    A rank's gradient is the sum over the losses of all ranks. Outside of distributed training ``own`` itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    return torch.cat(list(_Gather.apply(own).unbind()), dim)
+
+
+class _Gather(torch.autograd.Function):
+    """(...) on each rank -> (world_size, ...) on all."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own.contiguous())
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]

@@ -4,11 +4,12 @@ import json
 import netrc
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmgraph.files import sync
-from mmgraph.log import log
+from mmgraph.text_log import log
 
 
 class MetricsFile:
@@ -24,8 +25,8 @@ class MetricsFile:
         self._file.truncate(keep)
         self._path, self._waiting, self._written = path, 0, time.monotonic()
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write((json.dumps(row) + "\n").encode())
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(dict(row)) + "\n").encode())
         self._waiting += 1
         if self._waiting >= 10 or time.monotonic() - self._written > 1:
             self._flush()
@@ -59,7 +60,7 @@ class WandbTracker:
             import wandb  # costs seconds: only for those who asked
 
             os.environ.setdefault("WANDB_SILENT", "true")
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
             self._run = wandb.init(
                 project="mmgraph", name=name, dir=folder, config=settings, id=run_id, resume="allow", mode=mode,
                 settings=wandb.Settings(init_timeout=30),
@@ -72,7 +73,7 @@ class WandbTracker:
     def run_id(self) -> str | None:
         return self._run.id if self._run is not None else None
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         self._call(lambda: self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
 
     def close(self) -> None:

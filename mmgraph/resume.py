@@ -6,8 +6,8 @@ from typing import Any
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.log import log
 from mmgraph.state import newest_state, read_record
+from mmgraph.text_log import log
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
 

@@ -93,7 +93,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: Traine
             "exp_avg": trained.exp_avg[name],
             "exp_avg_sq": trained.exp_avg_sq[name],
         }
-        for i, name in enumerate(trained.weights)
+        for i, (name, _) in enumerate(module.named_parameters())
     }
     optimizer.load_state_dict(current)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmgraph.errors import UserError
-from mmgraph.log import log
+from mmgraph.text_log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")
@@ -111,7 +111,7 @@ def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "ed
     """
     index = pd.Index(nodes["node_id"])
     ends = np.stack([index.get_indexer(edges[name]) for name in EDGE_COLUMNS], axis=1).astype(np.int64)
-    known = (ends >= 0).all(axis=1)
+    known = np.all(ends >= 0, axis=1)
     if not known.all():
         first = int(np.argmin(known))
         unknown = edges[EDGE_COLUMNS[0 if ends[first, 0] < 0 else 1]].iloc[first]

@@ -45,11 +45,9 @@ def load_towers(model_name: str) -> Towers:
     transformers_logging.set_verbosity_error()  # a CLIP checkpoint holds the other tower too: not worth a report
     transformers_logging.disable_progress_bar()
     try:
-        text_model, text_report = CLIPTextModel.from_pretrained(
-            model_name, dtype=torch.float32, output_loading_info=True
-        )
-        vision_model, vision_report = CLIPVisionModel.from_pretrained(
-            model_name, dtype=torch.float32, output_loading_info=True
+        (text_model, text_report), (vision_model, vision_report) = (  # type: ignore[misc]
+            kind.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
+            for kind in (CLIPTextModel, CLIPVisionModel)
         )
     except (OSError, ValueError) as error:
         raise _no_model(model_name, error) from None
@@ -72,7 +70,7 @@ def load_tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfi
         config = CLIPConfig.from_pretrained(model_name)
     except (OSError, ValueError) as error:
         raise _no_model(model_name, error) from None
-    return config.text_config, config.vision_config
+    return config.text_config, config.vision_config  # type: ignore[return-value]
 
 
 def load_tokenizer_and_processor(model_name: str) -> tuple[Any, Any]:
@@ -99,6 +97,11 @@ def fingerprint(towers: Towers) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
     return digest.hexdigest()
+
+
+def widths(towers: Towers) -> tuple[int, int]:
+    """The widths of their tokens: d_text and d_vis."""
+    return tuple(tower.config.hidden_size for tower in towers)  # type: ignore[union-attr, return-value]
 
 
 class LiveTowers:

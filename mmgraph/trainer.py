@@ -1,38 +1,31 @@
 """The training run: restore -> for batch -> step -> record -> save -> stop."""
 
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from mmgraph import checkpoints, state
 from mmgraph.batches import build_loader
-from mmgraph.config import Config
+from mmgraph.config import DEMO_SETTINGS, Config
 from mmgraph.errors import UserError
-from mmgraph.files import sync
 from mmgraph.graph import Graph
-from mmgraph.images import CAUSES
 from mmgraph.loader.node_inputs import NodeInputs
-from mmgraph.log import flush_log, log, log_file
 from mmgraph.losses import contrastive_losses
-from mmgraph.metrics import MetricsFile, WandbTracker
 from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
 from mmgraph.order import GlobalBatchSampler
+from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state
 from mmgraph.schedule import lr_at
-from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers
+from mmgraph.stopping import EXIT_CODE, StopRequest
+from mmgraph.text_log import log
+from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
 from mmgraph.world import on_main_process, together
-
-STOPPED = 143  # exit code of a run that was asked to stop, and did with its state written
 
 
 class _Pending(NamedTuple):
@@ -63,10 +56,14 @@ class Trainer:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint, fingerprint(towers))
         self.source = LiveTowers(towers, accelerator.device, dtype)
-        self._build(towers.text_model.config.hidden_size, towers.vision_model.config.hidden_size, inputs)
+        self._build(*widths(towers), inputs)
         self.start_state = together(accelerator, lambda: find_state(config, self.identity))
         self._restore()
         self.total_steps = self._count_steps()
+        self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
+        self.stop, self.stopping = StopRequest(), False
+        self.pending: _Pending | None = None
+        self.data_wait, self.recorded = 0.0, time.perf_counter()
 
     def _build(self, d_text: int, d_vis: int, inputs: NodeInputs) -> None:
         config = self.config
@@ -129,7 +126,8 @@ class Trainer:
         if self.done:
             log(f"finished: {self.output} is at step {self.progress.step:,}; raise --epochs or --max_steps to go on")
             return 0
-        with self._opened():
+        with self.recorder.opened(), self.stop.listening():
+            self._say_hello()
             while not (self.done or self.stopping):
                 for batch in self.batches():
                     self.record(self.step(batch))
@@ -139,7 +137,7 @@ class Trainer:
                         self.save()
                 self.save()
             self._say_goodbye()
-        return STOPPED if self.stopping else 0
+        return EXIT_CODE if self.stopping else 0
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """This rank's batches of the epoch in progress, from where it stands; ``data_wait`` is the last one's."""
@@ -182,7 +180,7 @@ class Trainer:
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
         self.recorded = now
-        stop = losses.new_tensor([float(self.stop_requested)])
+        stop = losses.new_tensor([float(self.stop.requested)])
         pending = _Pending(row, self.accelerator.reduce(torch.cat([losses, stop]), "mean"))
         self.settle()
         self.pending = pending
@@ -191,7 +189,8 @@ class Trainer:
         """Write the row of the last recorded step. The same on every rank, but for the writing."""
         if self.pending is None:
             return
-        (row, values), self.pending = self.pending, None
+        row, values = self.pending
+        self.pending = None
         loss, loss_mm, loss_graph, stop = values.tolist()
         if not np.isfinite(loss):
             raise UserError(
@@ -203,21 +202,7 @@ class Trainer:
         sums = self.progress.epoch_sums
         for name, value in {**losses, "steps": 1}.items():
             sums[name] = sums.get(name, 0) + value
-        if self.accelerator.is_main_process:
-            self._write_row({"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row})
-
-    def _write_row(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
-        if self.tracker is not None:
-            self.tracker.write(row)
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
-        if row["step"] % self.config.log_every == 0:
-            log(
-                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: loss {row['loss']:.4f} (text-image "
-                f"{row['loss_mm']:.4f}, graph {row['loss_graph']:.4f}), lr {row['lr']:.3g}, "
-                f"{row['edges_per_s']:,.0f} edges/s"
-            )
+        self.recorder.row({"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row})
 
     @property
     def save_is_due(self) -> bool:
@@ -234,86 +219,41 @@ class Trainer:
         if self.accelerator.scaler is not None:
             progress.loss_scale = self.accelerator.scaler.state_dict()
         if progress.samples_in_epoch == self.samples_per_epoch:
-            self._log_epoch()
-            on_main_process(self.accelerator, lambda: self._write_epoch_file(trained))
+            on_main_process(self.accelerator, lambda: self._end_epoch(trained))
             progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
         on_main_process(self.accelerator, lambda: self._write_state(trained))
 
-    def _log_epoch(self) -> None:
-        sums, steps = self.progress.epoch_sums, self.progress.epoch_sums["steps"]
+    def _end_epoch(self, trained: checkpoints.TrainedState) -> None:
+        sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums["steps"])
         means = {name: sums[name] / steps for name in ("loss", "loss_mm", "loss_graph")}
-        log(
-            f"epoch {self.progress.epoch}/{self.config.epochs} done: mean loss {means['loss']:.4f} (text-image "
-            f"{means['loss_mm']:.4f}, graph {means['loss_graph']:.4f}) over {int(steps):,} steps"
-        )
-
-    def _write_epoch_file(self, trained: checkpoints.TrainedState) -> None:
-        sums = self.progress.epoch_sums
+        self.recorder.epoch(self.progress.epoch, means, steps)
         checkpoint = checkpoints.Checkpoint(
             checkpoints.model_state(tower_state(self.source.towers), trained.weights),
             checkpoints.optimizer_state(trained, self.optimizer.param_groups[0]),
             self.progress.epoch,
-            sums["loss"] / sums["steps"],
+            means["loss"],
         )
-        flush_log()
         checkpoints.write_checkpoint(checkpoints.epoch_file(self.output, self.progress.epoch), checkpoint)
 
     def _write_state(self, trained: checkpoints.TrainedState) -> None:
         if self.done:
             model = checkpoints.model_state(tower_state(self.source.towers), trained.weights)
             checkpoints.write_checkpoint(checkpoints.final_file(self.output), checkpoints.Checkpoint(model))
-        self.progress.metrics_bytes = self.metrics.sync()
-        if self.tracker is not None and self.tracker.run_id is not None:
-            self.progress.components["wandb"] = self.tracker.run_id
-        flush_log()
-        if self.log_path.exists():
-            sync(self.log_path)
+        self.progress.metrics_bytes = self.recorder.sync()
         state.write_state(
             self.output / "state", self.progress, trained, self.identity, self.config, self.config.keep_last
         )
-
-    @contextmanager
-    def _opened(self) -> Iterator[None]:
-        """The run's files, its progress bar, and its answer to signals, closed however the block ends."""
-        self.pending: _Pending | None = None
-        self.stop_requested = self.stopping = False
-        self.data_wait, self.recorded = 0.0, time.perf_counter()
-        self.log_path = self.output / "training_log.txt"
-        self.tracker: WandbTracker | None = None
-        with ExitStack() as stack:
-            on_main_process(self.accelerator, lambda: self._open_files(stack))
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
-            self._say_hello()
-            yield
-
-    def _open_files(self, stack: ExitStack) -> None:
-        try:
-            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.config.save(self.output / "config.yaml")
-            self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.output}: {error.strerror or error}") from None
-        stack.callback(self.metrics.close)
-        stack.enter_context(log_file(self.log_path, self.config.log_buffer_size))
-        if self.config.report_to == "wandb":
-            settings = state.dataclasses.asdict(self.config)
-            self.tracker = WandbTracker(self.output, self.output.name, settings, self.progress.components.get("wandb"))
-            stack.callback(self.tracker.close)
-        self.bar = stack.enter_context(
-            tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
-        )
-
-    def _request_stop(self, number: int, _: object) -> None:
-        if self.stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: now
-        self.stop_requested = True
 
     def _say_hello(self) -> None:
         if self.start_state is not None:
             log(f"resumed at step {self.progress.step:,} from {self.start_state}")
         elif self.config.init_from is not None:
             log(f"weights from {self.config.init_from}; begins at epoch {self.progress.epoch}")
+        if self.config.model_name == DEMO_SETTINGS["model_name"]:
+            log(
+                "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
+                f"{checkpoints.DEFAULT_MODEL} uses the real ones"
+            )
         towers = sum(t.numel() for t in tower_state(self.source.towers).values())
         trained = sum(p.numel() for p in self.trained.parameters())
         size = (self.config.epochs - self.progress.epoch + 1) * 4 * (towers + 3 * trained) / 1e9
@@ -324,18 +264,11 @@ class Trainer:
         )
 
     def _say_goodbye(self) -> None:
-        self.bar.close() if self.accelerator.is_main_process else None
-        causes: dict[int, int] = {}
-        for found in gather_object([{int(row): int(self.image_causes[row]) for row in self.image_causes.nonzero()[0]}]):
-            causes |= found
-        counts = {cause: sum(code == i for code in causes.values()) for i, cause in enumerate(CAUSES)}
-        told = ", ".join(f"{count:,} {cause}" for cause, count in counts.items() if cause and count)
-        if told:
-            log(f"images that are black or in part: {told} (of {len(self.graph.nodes):,} nodes)")
+        self.recorder.image_causes(self.image_causes)
         if self.stopping:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
-        else:
-            log(
-                f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in {self.output}. "
-                f"Next: mmgraph encode {self.output} writes the embeddings"
-            )
+            return
+        log(
+            f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in {self.output}. "
+            f"Next: mmgraph encode {self.output} writes the embeddings"
+        )

@@ -39,8 +39,9 @@ def build_accelerator() -> Accelerator:
                 non_blocking=True,
             ),
             # gloo sums in the order of DDP's buckets, and DDP reorders them after its first step unless it looks for
-            # unused parameters: without this a resumed run of 3 or more ranks differs in the last bits.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cpu)],
+            # unused parameters: without this a resumed run of 3 or more ranks differs in the last bits. (Two ranks
+            # sum the same in any order, and are spared DDP's warning.)
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cpu and _launched_processes() > 2)],
         )
     except ValueError as error:
         raise UserError(f"the accelerate config does not fit this machine: {error}") from None
@@ -62,8 +63,12 @@ def _refuse_lone_process() -> None:
         )
 
 
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _check_world(accelerator: Accelerator) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = _launched_processes()
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train "

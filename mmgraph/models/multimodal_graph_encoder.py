@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
-from mmgraph.towers import Tokens, Towers, load_towers, run_towers
+from mmgraph.towers import Tokens, Towers, load_towers, run_towers, widths
 
 TOWER_NAMES = ("text_model", "vision_model")
 
@@ -76,8 +76,7 @@ class MultimodalGraphEncoder(TrainedModule):
 
     def _assemble(self, towers: Towers, fused_dim: int, proj_dim: int) -> None:
         self.text_model, self.vision_model = towers
-        text_width, vision_width = (tower.config.hidden_size for tower in towers)
-        self._build(text_width, vision_width, fused_dim, proj_dim)
+        self._build(*widths(towers), fused_dim, proj_dim)
         self.register_state_dict_post_hook(_use_file_keys)
         self.register_load_state_dict_pre_hook(_use_module_keys)
 

@@ -1,0 +1,73 @@
+"""Checkpoints between the original's ``.pt`` and safetensors, nothing lost, under the original's keys."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mmgraph.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from mmgraph.errors import UserError
+from mmgraph.files import write_durably
+from mmgraph.models.multimodal_graph_encoder import file_keys
+
+OPTIMIZER = "optimizer_state_dict."  # prefix of an epoch file's moments: params are numbered, as in the .pt
+
+
+def convert(source: Path, target: Path) -> None:
+    """Convert an epoch or final file to the format that ``target``'s ending names.
+
+    The model's tensors keep the original's keys. An epoch file's moments go to
+    ``optimizer_state_dict.<param>.<name>``, its epoch, loss and settings to the metadata; converted back it is an epoch
+    file again.
+
+    Raises:
+        UserError: endings that are not one ``.pt`` and one ``.safetensors``, or an unreadable source.
+    """
+    if {source.suffix, target.suffix} != {".pt", ".safetensors"}:
+        raise UserError(f"{source} -> {target}: one must end in .pt, the other in .safetensors")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent}: no such folder")
+    if source.suffix == ".pt":
+        checkpoint = read_checkpoint(source)
+        tensors, metadata = _to_safetensors(checkpoint)
+        write_durably(target, lambda path: save_file(tensors, path, metadata))
+    else:
+        write_checkpoint(target, _read_safetensors(source))
+
+
+def _to_safetensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors = dict(checkpoint.model_state_dict)
+    metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # safetensors keeps no order of its own
+    if checkpoint.optimizer_state_dict is not None:
+        for param, state in checkpoint.optimizer_state_dict["state"].items():
+            tensors |= {f"{OPTIMIZER}{param}.{name}": tensor for name, tensor in state.items()}
+        groups = checkpoint.optimizer_state_dict["param_groups"]
+        metadata |= {"epoch": str(checkpoint.epoch), "loss": repr(checkpoint.loss), "param_groups": json.dumps(groups)}
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        model = file_keys({key: tensor for key, tensor in tensors.items() if not key.startswith(OPTIMIZER)})
+        model = {key: model[key] for key in json.loads(metadata.get("keys", "null")) or model}
+        if "epoch" not in metadata:
+            return Checkpoint(model)
+        groups = json.loads(metadata["param_groups"])
+        epoch, loss = int(metadata["epoch"]), float(metadata["loss"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a converted checkpoint ({type(error).__name__}: {error})") from None
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key in sorted(key for key in tensors if key.startswith(OPTIMIZER)):
+        param, name = key.removeprefix(OPTIMIZER).split(".")
+        state.setdefault(int(param), {})[name] = tensors[key]
+    state = {param: state[param] for param in sorted(state)}
+    for group in groups:
+        group["betas"] = tuple(group["betas"])  # JSON has only lists
+    return Checkpoint(model, {"state": state, "param_groups": groups}, epoch, loss)

@@ -1,0 +1,95 @@
+"""The original's four feature files, from any checkpoint."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from mmgraph import checkpoints
+from mmgraph.errors import UserError
+from mmgraph.files import write_durably
+from mmgraph.loader.inference_collator import InferenceCollator
+from mmgraph.loader.nodes_dataset import NodesDataset
+from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
+from mmgraph.tables import ImagePaths, read_nodes
+from mmgraph.text_log import log
+from mmgraph.towers import load_tokenizer_and_processor
+from mmgraph.world import build_accelerator, on_main_process, together
+
+FEATURES = ("fused", "text_only", "image_only", "concat")
+
+
+def encode(
+    source: Path,
+    nodes_path: str | None = None,
+    image_root: str | None = None,
+    model_name: str | None = None,
+    output: Path | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> None:
+    """Write ``features_{fused,text_only,image_only,concat}.pt``: one (N, d) float32 tensor each, in node order.
+
+    Args:
+        source: a run's output folder (its final file is used), or an epoch or final file.
+        nodes_path, image_root, model_name: default to those of the run that the checkpoint lies in.
+        output: folder to write to; default: ``features`` in the run's folder, else ``features``.
+        batch_size: nodes at a time in each process.
+
+    Raises:
+        UserError: no checkpoint, no node table, or towers that do not fit.
+    """
+    checkpoint = checkpoints.final_file(source) if source.is_dir() else source
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder or an epoch or final file (.pt)")
+    settings = checkpoints.run_settings(checkpoint) or {}
+    nodes_path, image_root = nodes_path or settings.get("nodes"), image_root or settings.get("image_root")
+    if nodes_path is None:
+        raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
+    output = output or (checkpoint.parent.parent / "features" if settings else Path("features"))
+    accelerator = build_accelerator()
+    nodes = together(accelerator, lambda: read_nodes(nodes_path))
+    paths = ImagePaths(nodes_path, image_root)
+    nodes["image_path"] = [paths.resolve(path) for path in nodes["image_path"]]
+    encoder = together(
+        accelerator,
+        lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=model_name),
+    )
+    name = model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL
+    collator = together(accelerator, lambda: InferenceCollator(*load_tokenizer_and_processor(name)))
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
+    loader = DataLoader(Subset(NodesDataset(nodes), rows), batch_size, collate_fn=collator, num_workers=num_workers)
+    together(accelerator, lambda: output.mkdir(parents=True, exist_ok=True))
+    part = output / f".part-{rank}.tmp"
+    together(accelerator, lambda: torch.save(_encode_rows(encoder, loader, accelerator), part))
+    on_main_process(accelerator, lambda: _join_parts(output, world_size))
+    log(f"features of {len(nodes):,} nodes: {output}")
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def _encode_rows(
+    encoder: MultimodalGraphEncoder, loader: DataLoader[Any], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in FEATURES}
+    for batch in tqdm(loader, unit="batch", disable=None if accelerator.is_main_process else True):
+        features = encoder.encode(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+        for name in FEATURES:
+            found[name].append(features[name].float().cpu())
+    return {name: torch.cat(parts) if parts else torch.empty(0) for name, parts in found.items()}
+
+
+def _join_parts(output: Path, world_size: int) -> None:
+    """Each rank took one run of rows: joining their files in rank order gives node order."""
+    files = [output / f".part-{rank}.tmp" for rank in range(world_size)]
+    parts = [torch.load(file, weights_only=True) for file in files]
+    for name in FEATURES:
+        joined = torch.cat([part[name] for part in parts if part[name].numel()])
+        write_durably(output / f"features_{name}.pt", partial(torch.save, joined))
+    for file in files:
+        file.unlink()

@@ -1,0 +1,107 @@
+"""What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.files import sync
+from mmgraph.images import CAUSES
+from mmgraph.metrics import MetricsFile, WandbTracker
+from mmgraph.state import Progress
+from mmgraph.text_log import flush_log, log, log_file
+from mmgraph.world import on_main_process
+
+
+class Recorder:
+    """Opens a run's files in its output folder, and writes to them; on other ranks it does nothing.
+
+    Args:
+        config: the run's settings.
+        accelerator: of this rank.
+        progress: where the run begins; the tracker's id is kept in its ``components``.
+        total_steps: the step that the run ends with.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, progress: Progress, total_steps: int):
+        self.config, self.accelerator, self.progress, self.total_steps = config, accelerator, progress, total_steps
+        self.output = config.output_folder
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the files open while the block runs; flush and close them however it ends."""
+        with ExitStack() as stack:
+            on_main_process(self.accelerator, lambda: self._open(stack))
+            yield
+
+    def _open(self, stack: ExitStack) -> None:
+        self.log_path, config = self.output / "training_log.txt", self.config
+        try:
+            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
+            config.save(self.output / "config.yaml")
+            self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
+            self.log_path.touch()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.output}: {error.strerror or error}") from None
+        stack.callback(self.metrics.close)
+        stack.enter_context(log_file(self.log_path, config.log_buffer_size))
+        self.tracker: WandbTracker | None = None
+        if config.report_to == "wandb":
+            run_id = self.progress.components.get("wandb")
+            self.tracker = WandbTracker(self.output, self.output.name, dataclasses.asdict(config), run_id)
+            self.progress.components["wandb"] = self.tracker.run_id
+            stack.callback(self.tracker.close)
+        self.bar = stack.enter_context(
+            tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
+        )
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics.write(row)
+        if self.tracker is not None:
+            self.tracker.write(row)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
+        if row["step"] % self.config.log_every == 0:
+            log(
+                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: loss {row['loss']:.4f} (text-image "
+                f"{row['loss_mm']:.4f}, graph {row['loss_graph']:.4f}), lr {row['lr']:.3g}, "
+                f"{row['edges_per_s']:,.0f} edges/s"
+            )
+
+    def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
+        """Sum an epoch up in the log, and flush it."""
+        log(
+            f"epoch {epoch}/{self.config.epochs} done: mean loss {means['loss']:.4f} (text-image "
+            f"{means['loss_mm']:.4f}, graph {means['loss_graph']:.4f}) over {steps:,} steps"
+        )
+        flush_log()
+
+    def sync(self) -> int:
+        """Put log and metrics on the disk, for a state that is to follow. Returns the bytes of the metrics."""
+        flush_log()
+        sync(self.log_path)
+        return self.metrics.sync()
+
+    def image_causes(self, causes: np.ndarray) -> None:
+        """Log how many nodes were seen without their whole picture, by cause. Called on every rank.
+
+        Args:
+            causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen.
+        """
+        found: dict[int, int] = {}
+        for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
+            found |= of_rank
+        codes = list(found.values())
+        told = [f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if i in codes]
+        if told:
+            log(f"images that are black or in part: {', '.join(told)} (of {len(causes):,} nodes)")

@@ -1,0 +1,93 @@
+"""What tests share: a tiny graph with pictures, tiny towers, and real launches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+from mmgraph.demo_towers import build_towers
+
+REPOSITORY = Path(__file__).parent.parent
+WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]
+
+
+def graph_files(folder: Path, nodes: int = 40, edges: int = 200) -> Path:
+    """Write nodes.csv, edges.csv and images/ of a graph drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(nodes):
+        words = [WORDS[int(k)] for k in torch.randint(len(WORDS), (1 + i % 9,), generator=generator)]
+        color = tuple(int(c) for c in torch.randint(256, (3,), generator=generator))
+        Image.new("RGB", (30 + i, 40), color).save(folder / f"images/{i}.png")
+        rows.append((f"{i:03d}", f"node {i}", " ".join(words), f"images\\{i}.png"))
+    pd.DataFrame(rows, columns=["node_id", "short_name", "summary", "image_path"]).to_csv(
+        folder / "nodes.csv", index=False
+    )
+    ends = torch.randint(nodes, (edges, 2), generator=generator)
+    pd.DataFrame([(f"{a:03d}", f"{b:03d}") for a, b in ends.tolist()], columns=["src_id", "dst_id"]).to_csv(
+        folder / "edges.csv", index=False
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the graph's files and towers/."""
+    folder = graph_files(tmp_path_factory.mktemp("data") / "graph")
+    build_towers(folder / "towers", [*WORDS, "node 0 1 2 3 4 5 6 7 8 9"])
+    return folder
+
+
+def tiny_configs() -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+    """Towers of widths 32 and 48, for modules that need no files."""
+    text = CLIPTextConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16,
+        projection_dim=32,
+    )  # fmt: skip
+    return text, vision
+
+
+def settings(graph: Path, output: Path, *more: str) -> list[str]:
+    """Flags of a small run on the graph."""
+    return [
+        f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
+        f"--output_dir={output}", "--fused_dim=32", "--proj_dim=16", "--batch_size=12", "--num_workers=0",
+        "--learning_rate=1e-3", *more,
+    ]  # fmt: skip
+
+
+def launch_command(config: str, *arguments: str) -> list[str]:
+    """``accelerate launch`` of launch.py under a config of accelerate_configs/."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(REPOSITORY / "accelerate_configs" / config), str(REPOSITORY / "launch.py"), *arguments,
+    ]  # fmt: skip
+
+
+def run(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would."""
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(config: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Launch and insist that it succeeds."""
+    done = run(launch_command(config, *arguments), cwd)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

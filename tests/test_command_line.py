@@ -1,0 +1,168 @@
+"""What a user types: flags, settings files, wrong ones of both, and the verbs."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, graph_files, read_metrics, run, settings
+
+from mmgraph.cli import main, train_main
+from mmgraph.config import Config, parse_config
+from mmgraph.errors import UserError
+from mmgraph.schedule import lr_at
+
+
+def test_defaults_are_the_originals() -> None:
+    config = parse_config([])
+    assert config == Config()
+    assert (config.model_name, config.fused_dim, config.proj_dim) == ("openai/clip-vit-base-patch32", 512, 256)
+    assert (config.global_batch_size, config.epochs, config.seed, config.cache_size) == (64, 20, 42, 128)
+    assert (config.learning_rate, config.weight_decay, config.temperature) == (5e-5, 1e-4, 0.07)
+    assert (config.graph_loss_weight, config.lr_schedule, config.max_grad_norm) == (1.0, "constant", 0.0)
+    assert (config.nodes, config.edges) == ("data/processed/nodes.csv", "data/processed/edges.csv")
+
+
+def test_flags_settings_files_and_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 5e-5\nbatch_size: 32\nrun_name: 7\nmax_steps:\n")  # PyYAML reads 5e-5 as text
+    config = parse_config([f"--config={path}", "--max-steps", "9", "--seed=1"])
+    assert (config.learning_rate, config.global_batch_size, config.run_name, config.max_steps) == (5e-5, 32, "7", 9)
+    assert parse_config([f"--config={path}", "--global_batch_size=8"]).global_batch_size == 8
+    config.save(tmp_path / "saved.yaml")
+    assert parse_config(["--config", str(tmp_path / "saved.yaml")]) == config
+    assert parse_config(["--demo", "--epochs=1"]).fused_dim == 128
+    assert str(parse_config(["--nodes=a/b/nodes.csv"]).output_folder) == "runs/b"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epoch=3"], "unknown argument --epoch, did you mean --epochs?"),
+        (["--seed=x"], "invalid int value: 'x'"),
+        (["--learning_rate=nan"], "must be above 0"),
+        (["--lr_schedule=linear"], "invalid choice"),
+        (["--fused_dim=100"], "multiple of 8"),
+        (["--epochs=0"], "--epochs 0: must be above 0"),
+        (["--max_steps=-1"], "must be above 0"),
+        (["stray"], "unknown argument stray"),
+        (["--demo", "--nodes=x.csv"], "leave out --nodes"),
+        (["--config=nowhere.yaml"], "No such file"),
+        (["--config=BROKEN"], "not valid YAML"),
+        (["--config=LIST"], "must hold 'flag: value' lines"),
+        (["--config=UNKNOWN"], "unknown key 'epocs', did you mean 'epochs'?"),
+        (["--config=WRONG"], "invalid int value"),
+        (["--config=NESTED"], "must be a single value"),
+        (["--nodes=nowhere.csv", "--edges=nowhere.csv"], "nowhere.csv: no such file"),
+        (["--resume=never", "--report_to=nothing"], "invalid choice"),
+        ([], "there is no data/processed/nodes.csv and data/processed/edges.csv here"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("BROKEN", "a: [1\nb: }"), ("LIST", "- 1"), ("UNKNOWN", "epocs: 3"), ("WRONG", "epochs: x"),
+                       ("NESTED", "epochs: [1]")):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("mmgraph.towers.load_towers", None)  # no model is loaded before
+    assert train_main(flags) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("mmgraph: error: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_exit_code_of_the_process_itself(tmp_path: Path) -> None:
+    done = run([sys.executable, str(REPOSITORY / "launch.py"), "--learning_rte=1"], tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    expected = "mmgraph: error: unknown argument --learning_rte, did you mean --learning_rate? (see --help)\n"
+    assert done.stderr == expected
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as caught:
+            parse_config([flag])
+        assert caught.value.code == 0
+    short, _, long = capsys.readouterr().out.partition("usage:")[2].partition("usage:")
+    assert short.count("\n  --") <= 18 and "--temperature" not in short and "--model_name" in short
+    assert long.count("\n  --") >= 35 and "--temperature" in long and "training:" in long
+
+
+def test_check_trains_nothing(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main(settings(graph, tmp_path / "run", "--check")) == 0
+    assert "checked: 40 nodes, 200 edges; nothing was trained" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size=500"], "larger than the graph's 200 edges"),
+        (["--image_root=/nowhere"], "--image_root /nowhere: no such folder"),
+        (["--image_root=EMPTY"], "none of 40 image files looked up exists"),
+        (["--model_name=EMPTY"], "no CLIP model"),
+        (["--output_dir=/proc/nowhere"], "--output_dir /proc/nowhere"),
+        (["--init_from=nowhere.pt"], "nowhere.pt: no such file"),
+    ],
+)
+def test_data_that_cannot_work(
+    more: list[str], message: str, graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [flag.replace("EMPTY", str(tmp_path)) for flag in more]
+    assert train_main(settings(graph, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bare_launch_in_a_folder_with_the_originals_layout(graph: Path, tmp_path: Path) -> None:
+    """``accelerate launch launch.py``, nothing else: the hub's cache holds tiny towers under the default's name."""
+    graph_files(tmp_path / "data/processed", nodes=20, edges=70)
+    model = tmp_path / "hub/hub/models--openai--clip-vit-base-patch32"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text("0" * 40)
+    shutil.copytree(graph / "towers", model / "snapshots" / ("0" * 40))
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(REPOSITORY / "launch.py")]
+    done = run(command, tmp_path, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "runs/processed"
+    assert len(read_metrics(output)) == 20  # one batch of 64 edges in each of 20 epochs
+    assert len(list((output / "checkpoints").glob("multimodal_encoder_epoch_*.pt"))) == 20
+    assert (output / "checkpoints/multimodal_encoder_final.pt").is_file()
+
+
+def test_rates() -> None:
+    constant, cosine = Config(), Config(lr_schedule="cosine", warmup_steps=10, learning_rate=1.0)
+    assert {lr_at(s, constant, 100) for s in range(1, 101)} == {5e-5}
+    assert [lr_at(s, cosine, 110) for s in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    assert lr_at(60, cosine, 110) == pytest.approx(0.5) and lr_at(110, cosine, 110) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "a.pt", "b.pt"], "one must end in .pt"),
+        (["convert", "a.pt", "b.safetensors"], "a.pt: no such file"),
+        (["encode", "nowhere"], "no such checkpoint"),
+        (["encode", "x", "--batch_size=0"], "batch_size"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "required"),
+        (["demo", "FULL"], "is not this version's demo graph"),
+    ],
+)
+def test_wrong_verbs(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL/mine.txt").touch()
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert (tmp_path / "FULL/mine.txt").exists()
+
+
+def test_config_is_checked_where_it_is_built() -> None:
+    with pytest.raises(UserError):
+        Config(epochs=0)

@@ -1,0 +1,164 @@
+"""Datasets, collators and the image cache."""
+
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mmgraph import GraphEdgeDataset, InferenceCollator, MultimodalCollator, NodesDataset
+from mmgraph.loader import node_inputs
+from mmgraph.loader.image_cache import ShardedLRU
+from mmgraph.loader.node_inputs import node_text
+from mmgraph.tables import read_edges, read_nodes
+from mmgraph.towers import load_tokenizer_and_processor
+
+
+@pytest.fixture
+def dataset(graph: Path, monkeypatch: pytest.MonkeyPatch) -> GraphEdgeDataset:
+    monkeypatch.chdir(graph)  # the collator opens the paths that it gets
+    return GraphEdgeDataset(read_nodes("nodes.csv"), read_edges("edges.csv"))
+
+
+@pytest.fixture
+def collator(graph: Path) -> MultimodalCollator:
+    return MultimodalCollator(*load_tokenizer_and_processor(str(graph / "towers")))
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        ({"summary": "one two three four", "short_name": "s"}, "one two three four"),
+        ({"summary": "one two three", "short_name": "short name"}, "short name"),
+        ({"summary": None, "short_name": "s"}, "s"),
+        ({"summary": float("nan"), "short_name": float("nan")}, " "),
+        ({"summary": "", "short_name": "  "}, " "),
+        ({"summary": "nan", "short_name": "NA"}, "NA"),
+    ],
+)
+def test_text_of_a_node(node: dict[str, Any], text: str) -> None:
+    assert node_text(node) == text
+
+
+def test_collated_pairs(dataset: GraphEdgeDataset, collator: MultimodalCollator) -> None:
+    pairs = [dataset[i] for i in range(5)]
+    batch = collator(pairs)
+    assert list(batch) == ["input_ids", "attention_mask", "pixel_values"]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (10, 77)
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+    assert batch["pixel_values"].shape == (10, 3, 72, 72) and batch["pixel_values"].dtype == torch.float32
+    single = InferenceCollator(collator.inputs.tokenizer, _Processor())
+    alone = single([node for pair in zip(*pairs, strict=True) for node in pair])  # anchors, then positives
+    assert all(torch.equal(batch[name], alone[name]) for name in batch)
+
+
+class _Processor:
+    """A bare image processor, as an original CLIPProcessor holds one."""
+
+    size, crop_size, resample = {"shortest_edge": 72}, {"height": 72, "width": 72}, 3
+    image_mean, image_std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def test_rows_become_dicts_without_the_id(dataset: GraphEdgeDataset) -> None:
+    nodes = NodesDataset(read_nodes("nodes.csv"))
+    assert len(nodes) == 40 and list(nodes[3]) == ["short_name", "summary", "image_path"]
+    assert nodes[3]["short_name"] == "node 3" and nodes[-1]["short_name"] == "node 39"
+    with pytest.raises(IndexError):
+        nodes[40]
+
+
+def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None:
+    count = 100_000
+    rows = [(f"n{i}", f"name {i}", f"a summary of node {i} that has words", f"images/{i}.jpg") for i in range(count)]
+    frame = pd.DataFrame(rows, columns=["node_id", "short_name", "summary", "image_path"])
+    frame.to_csv(tmp_path / "nodes.csv", index=False)
+    del rows, frame
+    nodes = read_nodes(tmp_path / "nodes.csv")
+    table = int(nodes.memory_usage(index=True, deep=True).sum())
+    tracemalloc.start()
+    dataset = NodesDataset(nodes)
+    ours = table + tracemalloc.get_traced_memory()[1]
+    copied = nodes.set_index("node_id").to_dict("index")  # the original, beside its table
+    theirs = table + tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(copied) == len(dataset) == count
+    print(f"{ours / 1e6:.1f} MB against {theirs / 1e6:.1f} MB: {1 - ours / theirs:.0%} less")
+    assert ours < 0.5 * theirs
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reads: list[str] = []
+    read = node_inputs.read_image
+    monkeypatch.setattr(node_inputs, "read_image", lambda path, how: reads.append(path) or read(path, how))
+    return reads
+
+
+def test_a_second_pass_over_a_graph_that_fits_reads_nothing(
+    dataset: GraphEdgeDataset, collator: MultimodalCollator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = count_reads(monkeypatch)
+    passes = []
+    for _ in range(2):
+        first = len(reads)
+        passes.append([collator([dataset[i] for i in range(start, start + 20)]) for start in range(0, 200, 20)])
+        if not first:
+            assert len(reads) == len(set(reads)) <= 40  # each picture once, 400 times asked for
+            seen = len(reads)
+    assert len(reads) == seen
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(*passes, strict=True))
+
+
+def test_cache_size_is_a_bound(graph: Path, dataset: GraphEdgeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = count_reads(monkeypatch)
+    tokenizer, processor = load_tokenizer_and_processor(str(graph / "towers"))
+    for size in (0, 1, 5):
+        collator = MultimodalCollator(tokenizer, processor, cache_size=size)
+        reads.clear()
+        for _ in range(2):
+            collator([dataset[i] for i in range(50)])
+        assert len(collator.inputs.cache) == size and len(reads) > 50
+    assert MultimodalCollator(tokenizer, processor).inputs.cache.capacity == 128
+
+
+def test_the_least_recently_used_entry_goes() -> None:
+    """Against a list that is searched, over uses that are drawn at random, whatever the number of shards."""
+    for capacity, shards in ((3, 1), (7, 4), (20, 16)):
+        cache: ShardedLRU[int] = ShardedLRU(capacity, shards)
+        kept: list[int] = []
+        generator = torch.Generator().manual_seed(capacity)
+        for key in torch.randint(3 * capacity, (2000,), generator=generator).tolist():
+            missed: list[int] = []
+            assert cache.get(f"path/{key}", lambda key=key, missed=missed: missed.append(key) or key) == key
+            assert bool(missed) == (key not in kept)
+            if key in kept:
+                kept.remove(key)
+            kept = [*kept, key][-capacity:]
+            assert len(cache) == len(kept)
+
+
+def test_the_cache_is_safe_under_threads() -> None:
+    cache: ShardedLRU[str] = ShardedLRU(50)
+    wrong: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def work(seed: int) -> None:
+        barrier.wait()
+        keys = torch.randint(200, (3000,), generator=torch.Generator().manual_seed(seed)).tolist()
+        wrong.extend(str(key) for key in keys if cache.get(key, lambda key=key: f"value {key}") != f"value {key}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert not wrong and 40 <= len(cache) <= 50
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_of_every_start_method(dataset: GraphEdgeDataset, collator: MultimodalCollator, method: str) -> None:
+    expected = [collator([dataset[i] for i in range(start, start + 50)]) for start in range(0, 200, 50)]
+    loader = DataLoader(dataset, 50, collate_fn=collator, num_workers=1, multiprocessing_context=method)
+    for batch, other in zip(loader, expected, strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in other)

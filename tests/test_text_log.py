@@ -1,0 +1,116 @@
+"""The buffered log: few writes, and no line lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from mmgraph import flush_log, log
+from mmgraph.text_log import log_file
+
+
+def count_writes(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the file is opened to append, for 1,000 messages."""
+    opened = 0
+    open_path = Path.open
+
+    def counting(self: Path, *args: object, **kwargs: object) -> object:
+        nonlocal opened
+        opened += self == path
+        return open_path(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", counting)
+        with log_file(path, size):
+            for i in range(1000):
+                log("message", i)
+    assert path.read_text().splitlines() == [f"message {i}" for i in range(1000)]
+    return opened
+
+
+def test_a_tenth_of_the_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffered = count_writes(tmp_path / "buffered.txt", 10, monkeypatch)
+    unbuffered = count_writes(tmp_path / "unbuffered.txt", 1, monkeypatch)
+    print(f"{buffered} writes a thousand messages against {unbuffered}")
+    assert unbuffered == 1000 and buffered <= unbuffered / 10
+
+
+def test_printed_at_once_and_written_when_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.txt"
+    with log_file(path, 3):
+        log("a", 1, sep="-")
+        log("b")
+        assert capsys.readouterr().out == "a-1\nb\n" and not path.exists()
+        log("c", end="!\n")
+        assert path.read_text() == "a-1\nb\nc!\n"
+        log("d")
+        flush_log()
+        assert path.read_text().endswith("d\n")
+        log("e")
+    assert path.read_text() == "a-1\nb\nc!\nd\ne\n"
+
+
+def test_outside_a_run_and_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log("before the file is open")
+    flush_log()
+    assert "before" in capsys.readouterr().out
+    with log_file(tmp_path / "log.txt"):
+        pass
+    assert (tmp_path / "log.txt").read_text() == "before the file is open\n"
+    with log_file(tmp_path / "second.txt"):
+        pass
+    assert not (tmp_path / "second.txt").exists()
+
+
+def test_an_exception_loses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), log_file(tmp_path / "log.txt"):
+        log("last words")
+        raise RuntimeError
+    assert (tmp_path / "log.txt").read_text() == "last words\n"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "raise ValueError", "pass"])
+def test_exit_loses_nothing(tmp_path: Path, end: str) -> None:
+    """Also without the block being left, as when the interpreter ends under it."""
+    code = f"""
+import sys
+from mmgraph import text_log
+text_log.log_file({str(tmp_path / "log.txt")!r}).__enter__()
+text_log.log("one")
+{end}
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (tmp_path / "log.txt").read_text() == "one\n"
+
+
+def test_other_ranks_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with log_file(tmp_path / "log.txt"):
+        log("from rank 1")
+    assert capsys.readouterr().out == "" and not (tmp_path / "log.txt").exists()
+
+
+class Talking(Dataset[int]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> int:
+        log("from a worker")
+        return i
+
+
+def test_workers_and_forks_do_not_write(tmp_path: Path) -> None:
+    with log_file(tmp_path / "log.txt"):
+        log("once")
+        assert len(list(DataLoader(Talking(), num_workers=1, multiprocessing_context="fork"))) == 2
+        child = os.fork()
+        if child == 0:
+            flush_log()
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert (tmp_path / "log.txt").read_text() == "once\n"

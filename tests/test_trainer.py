@@ -1,0 +1,310 @@
+"""Runs in this process: files, resume, refusals, stops."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import graph_files, read_metrics, settings
+
+from mmgraph import recorder, trainer
+from mmgraph.cli import main, train_main
+from mmgraph.images import CAUSES
+
+LOSSES = ("loss", "loss_mm", "loss_graph")
+
+
+def losses(output: Path) -> list[list[float]]:
+    return [[row[name] for name in LOSSES] for row in read_metrics(output)]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and its bytes' hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def run40(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps: two epochs of 16, and half of a third."""
+    output = tmp_path_factory.mktemp("runs") / "run40"
+    assert train_main(settings(graph, output, "--max_steps=40", "--save_every=6", "--log_every=10")) == 0
+    return output
+
+
+def test_what_a_run_leaves(run40: Path) -> None:
+    rows = read_metrics(run40)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["epoch"] for row in rows] == [1] * 16 + [2] * 16 + [3] * 8
+    assert list(rows[0]) == [
+        "step", "epoch", "loss", "loss_mm", "loss_graph", "lr", "edges_per_s", "data_wait_s",
+    ]  # fmt: skip
+    assert all(row["loss"] == pytest.approx(row["loss_mm"] + row["loss_graph"], rel=1e-6) for row in rows)
+    assert {path.name for path in (run40 / "checkpoints").iterdir()} == {
+        "multimodal_encoder_epoch_1.pt", "multimodal_encoder_epoch_2.pt", "multimodal_encoder_final.pt",
+    }  # fmt: skip
+    assert [path.name for path in sorted((run40 / "state").iterdir())] == ["step-00000036", "step-00000040"]
+    log = (run40 / "training_log.txt").read_text()
+    for n in (1, 2):
+        mean = sum(row["loss"] for row in rows if row["epoch"] == n) / 16
+        assert f"epoch {n}/20 done: mean loss {mean:.4f}" in log
+        file = torch.load(run40 / f"checkpoints/multimodal_encoder_epoch_{n}.pt", weights_only=True)
+        assert file["epoch"] == n and file["loss"] == pytest.approx(mean, rel=1e-6)
+        assert file["optimizer_state_dict"]["state"][0]["step"] == 16 * n
+    assert log.count("\nstep ") == 4 and "1 process (NO), device cpu" in log
+    assert log.splitlines()[-1].startswith("done: ")
+    state = json.loads((run40 / "state/step-00000040/state.json").read_text())
+    assert (state["format"], state["step"], state["epoch"], state["samples_in_epoch"]) == (1, 40, 3, 96)
+    assert state["adam_step"] == 40 and state["metrics_bytes"] == (run40 / "metrics.jsonl").stat().st_size
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    graph: Path, run40: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(run40)
+    assert train_main(settings(graph, run40, "--max_steps=40")) == 0
+    assert "finished: " in capsys.readouterr().out and tree(run40) == before
+
+
+def test_limits_raised_go_on(graph: Path, run40: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for steps in (3, 16, 21, 40):  # inside an epoch, at its end, inside the next
+        assert train_main(settings(graph, output, f"--max_steps={steps}", "--keep_last=1")) == 0
+        assert len(read_metrics(output)) == steps and len(list((output / "state").iterdir())) == 1
+    assert losses(output) == losses(run40)
+    final = "checkpoints/multimodal_encoder_final.pt"
+    first, second = torch.load(output / final), torch.load(run40 / final)
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+def test_workers_change_nothing(graph: Path, run40: Path, tmp_path: Path) -> None:
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--num_workers=2")) == 0
+    assert losses(tmp_path / "run") == losses(run40)[:20]
+
+
+def test_another_run_in_the_same_folder_is_refused(
+    graph: Path, run40: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(run40, output)
+    before = tree(output)
+    other = tmp_path / "graph"
+    shutil.copytree(graph, other)
+    edges = (other / "edges.csv").read_text().splitlines()
+    (other / "edges.csv").write_text("\n".join(edges[:-1]) + "\n")
+    for flags, message in (
+        (settings(graph, output, "--seed=1", "--temperature=0.1"), "seed 42 -> 1, temperature 0.07 -> 0.1"),
+        (settings(other, output), "edges table"),
+        (settings(graph, output, "--resume=never"), "--resume never"),
+        (settings(graph, output, f"--resume={run40 / 'state/step-00000036'}"), "has gone on to step-00000040"),
+        (settings(graph, output, "--resume=nowhere"), "nowhere: not a state"),
+    ):
+        assert train_main(flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert tree(output) == before
+
+
+def test_a_named_state_begins_a_branch(graph: Path, run40: Path, tmp_path: Path) -> None:
+    flags = settings(graph, tmp_path / "branch", f"--resume={run40 / 'state/step-00000036'}", "--max_steps=40")
+    assert train_main(flags) == 0
+    assert losses(tmp_path / "branch") == losses(run40)[36:]
+
+
+def test_a_damaged_state_is_never_used(
+    graph: Path, run40: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(run40, output)
+    newest = output / "state/step-00000040"
+    weights = bytearray((newest / "trainable.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (newest / "trainable.safetensors").write_bytes(weights)
+    (output / "state/step-00000099").mkdir()
+    (output / "state/step-10.bak").mkdir()
+    (output / "state/.tmp-1").mkdir()
+    assert train_main(settings(graph, output, "--max_steps=40", f"--resume={newest}")) == 2
+    assert "trainable.safetensors: damaged" in capsys.readouterr().err
+    assert train_main(settings(graph, output, "--max_steps=40")) == 0
+    out = capsys.readouterr().out
+    assert "ignored: " in out and "resumed at step 36" in out
+    assert losses(output) == losses(run40)  # rows behind step 36 were cut off and written anew
+    (newest / "state.json").write_text('{"format": 2}')
+    assert train_main(settings(graph, output, f"--resume={newest}")) == 2
+
+
+def test_init_from_an_epoch_file_goes_on_as_the_run_did(graph: Path, run40: Path, tmp_path: Path) -> None:
+    epoch_file = run40 / "checkpoints/multimodal_encoder_epoch_1.pt"
+    output = tmp_path / "run"
+    assert train_main(settings(graph, output, f"--init_from={epoch_file}", "--max_steps=24")) == 0
+    rows = read_metrics(output)
+    assert [(row["step"], row["epoch"]) for row in rows[:17]] == [(s, 2) for s in range(1, 17)] + [(17, 3)]
+    assert losses(output) == losses(run40)[16:]  # weights, Adam's moments and step, and the order of epoch 2
+    assert (output / "checkpoints/multimodal_encoder_epoch_2.pt").is_file()
+    final = tmp_path / "final"
+    start = run40 / "checkpoints/multimodal_encoder_final.pt"
+    assert train_main(settings(graph, final, f"--init_from={start}", "--max_steps=1")) == 0
+    assert read_metrics(final)[0]["epoch"] == 1
+
+
+def test_init_from_other_towers_or_sizes_is_refused(
+    graph: Path, run40: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.pt"
+    state = torch.load(run40 / "checkpoints/multimodal_encoder_final.pt")
+    state["text_model.text_model.final_layer_norm.weight"] += 1
+    torch.save(state, path)
+    assert train_main(settings(graph, tmp_path / "run", f"--init_from={path}")) == 2
+    assert "its towers are not --model_name" in capsys.readouterr().err
+    flags = settings(graph, tmp_path / "run", f"--init_from={run40 / 'checkpoints/multimodal_encoder_final.pt'}")
+    assert train_main([*flags, "--fused_dim=64"]) == 2
+    assert "weights do not fit" in capsys.readouterr().err
+
+
+def test_towers_are_unchanged_after_training(graph: Path, run40: Path) -> None:
+    from mmgraph.models.multimodal_graph_encoder import tower_state
+    from mmgraph.towers import load_towers
+
+    final = torch.load(run40 / "checkpoints/multimodal_encoder_final.pt")
+    first = torch.load(run40 / "checkpoints/multimodal_encoder_epoch_1.pt")["model_state_dict"]
+    for key, tensor in tower_state(load_towers(str(graph / "towers"))).items():
+        assert torch.equal(final[key], tensor) and torch.equal(first[key], tensor)
+    assert not torch.equal(final["graph_proj.weight"], first["graph_proj.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_does_and_goes_on(
+    number: signal.Signals, graph: Path, run40: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, flags = tmp_path / "run", settings(graph, tmp_path / "run", "--max_steps=40")
+    step = trainer.Trainer.step
+
+    def interrupted(self: trainer.Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.progress.step == 20:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", interrupted)
+        assert train_main(flags) == 143
+    assert "stopped at step 22" in capsys.readouterr().out
+    assert not (output / "checkpoints/multimodal_encoder_final.pt").exists()
+    assert train_main(flags) == 0 and losses(output) == losses(run40)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = trainer.Trainer.step
+    monkeypatch.setattr(
+        trainer.Trainer, "step", lambda self, batch: step(self, batch) * (float("nan") if self.progress.step > 8 else 1)
+    )
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--save_every=5")) == 2
+    assert "step 9: the loss is nan" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run/state").iterdir()] == ["step-00000005"]
+
+
+def test_an_error_in_a_run_loses_no_line_of_the_log(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: trainer.Trainer, batch: object) -> torch.Tensor:
+        recorder.log("the last line")
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(trainer.Trainer, "step", broken)
+    with pytest.raises(RuntimeError):
+        train_main(settings(graph, tmp_path / "run"))
+    assert (tmp_path / "run/training_log.txt").read_text().endswith("the last line\n")
+
+
+def test_the_loop_is_non_blocking_and_sets_gradients_to_none(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    zero_grad, build = torch.optim.AdamW.zero_grad, trainer.Trainer._build
+    monkeypatch.setattr(
+        torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: seen.append(set_to_none) or zero_grad(self)
+    )
+
+    def built(self: trainer.Trainer, *args: object) -> None:
+        build(self, *args)
+        seen.append(self.loader._non_blocking)
+
+    monkeypatch.setattr(trainer.Trainer, "_build", built)
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=3")) == 0
+    assert seen == [True] * 4
+
+
+def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: Path) -> None:
+    """Gradients of a step against an encoder that is given all 2B rows by the public collator."""
+    from mmgraph import GraphEdgeDataset, MultimodalCollator, MultimodalGraphEncoder, info_nce_loss
+    from mmgraph.config import parse_config
+    from mmgraph.graph import load_graph
+    from mmgraph.order import permuted
+    from mmgraph.tables import read_edges, read_nodes
+    from mmgraph.towers import load_tokenizer_and_processor
+    from mmgraph.world import build_accelerator
+
+    config = parse_config(settings(graph, tmp_path / "run"))
+    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
+    encoder = MultimodalGraphEncoder(config.model_name, 32, 16)
+    encoder.load_state_dict(run.trained.state_dict(), strict=False)
+    batch = next(run.batches())
+    assert len(batch["distinct"]) < len(batch["rows"]) == 24
+    tensors = run.step(batch)
+
+    nodes = read_nodes(config.nodes)
+    nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
+    dataset = GraphEdgeDataset(nodes, read_edges(config.edges))
+    order = permuted(torch.arange(12).numpy(), 200, config.seed, 1)
+    assert order.tolist() == batch["edges"].tolist()
+    plain = MultimodalCollator(*load_tokenizer_and_processor(config.model_name))([dataset[int(i)] for i in order])
+    z_graph, z_text, z_vis = encoder(**plain)
+    mm = info_nce_loss(z_text @ z_vis.T / 0.07)
+    graph_loss = info_nce_loss(z_graph[:12] @ z_graph[12:].T / 0.07)
+    (mm + graph_loss).backward()
+    assert torch.allclose(tensors, torch.stack([mm + graph_loss, mm, graph_loss]).detach(), atol=1e-5)
+    for (name, ours), theirs in zip(run.trained.named_parameters(), encoder.get_trainable_parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name
+
+
+def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], graph: Path) -> None:
+    folder = graph_files(tmp_path / "graph")
+    shutil.copytree(graph / "towers", folder / "towers")
+    (folder / "images/1.png").unlink()
+    (folder / "images/2.png").write_bytes(b"no picture")
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str, keep_default_na=False)
+    nodes.loc[3, "image_path"] = ""
+    nodes.to_csv(folder / "nodes.csv", index=False)
+    assert train_main(settings(folder, tmp_path / "run", "--max_steps=16")) == 0
+    line = f"1 {CAUSES[1]}, 1 {CAUSES[2]}, 1 {CAUSES[3]} (of 40 nodes)"
+    assert line in capsys.readouterr().out and line in (tmp_path / "run/training_log.txt").read_text()
+
+
+def test_encode_writes_the_four_feature_files(graph: Path, run40: Path, tmp_path: Path) -> None:
+    from mmgraph import InferenceCollator, NodesDataset, load_pretrained_encoder
+    from mmgraph.tables import read_nodes
+    from mmgraph.towers import load_tokenizer_and_processor
+
+    assert main(["encode", str(run40), "--output_dir", str(tmp_path / "features"), "--batch-size=7"]) == 0
+    encoder = load_pretrained_encoder(run40 / "checkpoints/multimodal_encoder_final.pt")  # config.yaml says which model
+    nodes = read_nodes(graph / "nodes.csv")
+    nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
+    dataset = NodesDataset(nodes)
+    collator = InferenceCollator(*load_tokenizer_and_processor(str(graph / "towers")))
+    expected = encoder.encode(**collator([dataset[i] for i in range(40)]))
+    widths = {"fused": 32, "text_only": 128, "image_only": 128, "concat": 256}
+    for name, width in widths.items():
+        features = torch.load(tmp_path / f"features/features_{name}.pt", weights_only=True)
+        assert features.shape == (40, width) and features.dtype == torch.float32
+        assert torch.allclose(features, expected[name], atol=1e-5)
+    assert len(list((tmp_path / "features").iterdir())) == 4
