@@ -194,9 +194,6 @@ def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
 
 
 def _tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    try:
-        return load_tower_configs(model_name)
-    except UserError:
-        if model_name != DEFAULT_MODEL:
-            raise
-        return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are ViT-B/32's shape: no hub is needed
+    if model_name == DEFAULT_MODEL:
+        return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are this model's: no hub is needed
+    return load_tower_configs(model_name)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and asking for one costs its retries
+
 import pandas as pd
 import pytest
 import torch

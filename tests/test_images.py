@@ -81,7 +81,7 @@ def test_a_truncated_file_is_used_in_part_and_counted(name: str, tmp_path: Path)
     path.write_bytes(pictures()[name][: len(pictures()[name]) // 2])
     tensor, cause = read_image(str(path))
     assert CAUSES[cause] == "truncated" and tensor.shape == (3, 60, 83)
-    assert tensor[:, :10].float().std() > 0 and tensor[:, -5:].float().std() == 0
+    assert tensor[:, :10].float().std() > 0 and tensor[:, -5:].float().std(dim=(1, 2)).max() == 0
     black, cause = read_image(str(path), truncated="black")
     assert CAUSES[cause] == "truncated" and black.shape == (3, 224, 224) and not black.any()
 
@@ -91,7 +91,7 @@ def test_a_truncated_file_is_used_in_part_and_counted(name: str, tmp_path: Path)
     [
         (None, "file not found"),
         (b"", "unreadable"),
-        (b"no picture", "unreadable"),
+        (b"text", "unreadable"),
         (b"\x89PNG\r\n\x1a\n", "unreadable"),
     ],
 )

@@ -25,12 +25,12 @@ def test_the_order_never_changes() -> None:
 def test_the_order_looks_random() -> None:
     """Chi-square of where an eighth of the edges goes, over seeds: 7 degrees of freedom, mean 7, deviation 3.7."""
     values = []
-    for seed in range(200):
+    for seed in range(100):
         counts = np.bincount(permuted(np.arange(1000), 8000, seed, 1) // 1000, minlength=8)
         values.append(float(((counts - 125) ** 2 / 125).sum()) * 8000 / 7000)  # drawn without replacement
     assert 6 < np.mean(values) < 8
-    firsts = np.bincount([permuted(np.array([0]), 10, seed, 1)[0] for seed in range(3000)], minlength=10)
-    assert firsts.min() > 220 and firsts.max() < 380  # 300 each, deviation 16
+    firsts = np.bincount([permuted(np.array([0]), 10, seed, 1)[0] for seed in range(1000)], minlength=10)
+    assert firsts.min() > 60 and firsts.max() < 140  # 100 each, deviation 9.5
     # neighbours in place are not neighbours in value
     order = permuted(np.arange(8000), 8000, 0, 1).astype(float)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
@@ -43,7 +43,7 @@ def test_ranks_get_slices_of_the_same_batches(world_size: int) -> None:
         BatchSamplerShard(GlobalBatchSampler(103, 12, seed=1), world_size, rank, split_batches=True, even_batches=False)
         for rank in range(world_size)
     ]
-    joined = [sum(parts, []) for parts in zip(*shards, strict=True)]
+    joined = [[edge for part in parts for edge in part] for parts in zip(*shards, strict=True)]
     assert joined == whole and len(whole) == 8
     seen = [edge for batch in joined for edge in batch]
     assert len(seen) == len(set(seen)) == 96  # each edge once, the incomplete batch dropped

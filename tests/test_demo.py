@@ -1,0 +1,136 @@
+"""The demo graph: real relations, texts that give nothing away, the same bytes each time."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from test_trainer import tree
+
+from mmgraph.cli import main, train_main
+from mmgraph.demo import read_nodes_of_packages
+from mmgraph.tables import read_edges, read_nodes
+from mmgraph.towers import load_tokenizer_and_processor, load_towers
+
+RELATIONS = {
+    "borders", "composed_of", "gender_variant", "mentions", "next_in_subgroup", "same_currency", "same_language",
+    "same_subregion", "shares_keyword",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "graph"
+    assert main(["demo", str(folder)]) == 0
+    return folder
+
+
+def all_edges(demo: Path) -> pd.DataFrame:
+    return pd.concat([read_edges(demo / name) for name in ("edges.csv", "eval_edges.csv")], ignore_index=True)
+
+
+def test_its_tables(demo: Path) -> None:
+    assert {path.name for path in demo.iterdir()} == {
+        "nodes.csv", "edges.csv", "eval_edges.csv", "relations.csv", "images", "towers", "README",
+    }  # fmt: skip
+    nodes, edges, relations = read_nodes(demo / "nodes.csv"), all_edges(demo), pd.read_csv(demo / "relations.csv")
+    assert len(nodes) == 1906 and set(relations["relation"]) == RELATIONS
+    assert not edges.duplicated().any() and (edges["src_id"] != edges["dst_id"]).all()
+    assert set(edges["src_id"]) | set(edges["dst_id"]) <= set(nodes["node_id"])
+    counts = Counter(edges["rel_id"])
+    assert 12_000 < len(edges) < 15_000 and len(counts) == 9 and min(counts.values()) > 90
+    names = dict(zip(nodes["node_id"], nodes["short_name"], strict=True))
+    of = {row.relation: edges[edges["rel_id"] == str(row.rel_id)] for row in relations.itertuples()}
+    pairs = {
+        relation: {(names[a], names[b]) for a, b in zip(some["src_id"], some["dst_id"], strict=True)}
+        for relation, some in of.items()
+    }
+    assert ("flag: Austria", "flag: Switzerland") in pairs["borders"] | {(b, a) for a, b in pairs["borders"]}
+    assert ("firefighter", "fire engine") in pairs["composed_of"]
+    assert ("person running", "woman running") in pairs["gender_variant"]
+
+
+def test_a_tenth_is_held_out_and_no_node_left_alone(demo: Path) -> None:
+    train, held_out = read_edges(demo / "edges.csv"), read_edges(demo / "eval_edges.csv")
+    assert len(held_out) / (len(train) + len(held_out)) == pytest.approx(0.1, abs=0.001)
+
+    def pairs(edges: pd.DataFrame) -> set[frozenset[str]]:
+        return {frozenset(pair) for pair in zip(edges["src_id"], edges["dst_id"], strict=True)}
+
+    assert not pairs(train) & pairs(held_out)
+    assert set(held_out["src_id"]) | set(held_out["dst_id"]) <= set(train["src_id"]) | set(train["dst_id"])
+
+
+def test_summaries_do_not_tell_what_edges_are_to_predict(demo: Path) -> None:
+    nodes = read_nodes(demo / "nodes.csv").set_index("node_id")
+    for edge in all_edges(demo).itertuples():
+        for one, other in ((edge.src_id, edge.dst_id), (edge.dst_id, edge.src_id)):
+            name = nodes.at[other, "short_name"].removeprefix("flag: ")
+            summary = nodes.at[one, "summary"]
+            assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", summary, re.IGNORECASE), (summary, name)
+    sources = read_nodes_of_packages()
+    counts = Counter(word.lower() for node in sources for word in set(node.keywords))
+    for node in sources:
+        summary = nodes.at[node.node_id, "summary"]
+        assert len(summary.split()) > 3  # or the name would be the text
+        if node.country:
+            assert node.country["subregion"] not in summary or not node.country["subregion"]
+        keywords = {word for word in node.keywords if 2 <= counts[word.lower()] <= 10}
+        told = [word for word in keywords if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", summary, re.IGNORECASE)]
+        assert not told, (summary, told)
+
+
+def test_pictures_and_their_licence(demo: Path) -> None:
+    nodes = read_nodes(demo / "nodes.csv")
+    modes = Counter(Image.open(demo / path).mode for path in nodes["image_path"])
+    assert sum(modes.values()) == 1906 and {"P", "RGBA"} <= set(modes)
+    assert {Image.open(demo / path).size for path in nodes["image_path"][:50]} == {(72, 72)}
+    assert "CC-BY 4.0" in (demo / "README").read_text()
+
+
+def test_the_same_bytes_at_every_build(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path / "again")]) == 0
+    assert tree(tmp_path / "again") == tree(demo)
+    before = (demo / "nodes.csv").stat().st_mtime_ns
+    assert main(["demo", str(demo)]) == 0  # there already
+    assert (demo / "nodes.csv").stat().st_mtime_ns == before
+
+
+def test_towers_are_a_clip_like_any_other(demo: Path) -> None:
+    towers = load_towers(str(demo / "towers"))
+    tokenizer, processor = load_tokenizer_and_processor(str(demo / "towers"))
+    ids = tokenizer("Grinning CAT")["input_ids"]
+    assert tokenizer.decode(ids[1:-1]).strip() == "grinning cat" and tokenizer.model_max_length == 77
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    config = json.loads((demo / "towers/config.json").read_text())
+    assert config["text_config"]["eos_token_id"] == tokenizer.eos_token_id
+    padded = tokenizer(["grinning cat"], padding="max_length", max_length=77, return_tensors="pt")
+    hidden = towers.text_model(**padded)
+    assert torch.equal(hidden.pooler_output[0], hidden.last_hidden_state[0, len(ids) - 1])
+    assert processor.crop_size["height"] == 72 and len(ids) < 10
+
+
+def test_demo_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_main(["--demo", "--max_steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "untrained stand-ins" in out and "--model_name openai/clip-vit-base-patch32" in out
+    assert "building the demo graph in data/demo" in out and out.splitlines()[-1].startswith("done: runs/demo/")
+
+
+@pytest.mark.slow
+def test_demo_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole demo: the mean loss of the last epoch at least 20 % below the first's."""
+    monkeypatch.chdir(tmp_path)
+    assert train_main(["--demo"]) == 0
+    losses: dict[int, list[float]] = {}
+    for line in (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        losses.setdefault(row["epoch"], []).append(row["loss"])
+    means = [sum(values) / len(values) for _, values in sorted(losses.items())]
+    print("mean losses:", [round(mean, 3) for mean in means])
+    assert means[-1] < 0.8 * means[0]
