@@ -27,8 +27,9 @@ def graph_files(folder: Path, nodes: int = 40, edges: int = 200) -> Path:
     rows = []
     for i in range(nodes):
         words = [WORDS[int(k)] for k in torch.randint(len(WORDS), (1 + i % 9,), generator=generator)]
-        color = tuple(int(c) for c in torch.randint(256, (3,), generator=generator))
-        Image.new("RGB", (30 + i, 40), color).save(folder / f"images/{i}.png")
+        # Coarse noise: on plain pictures all patches are alike, and gradients of the attention vanish into rounding.
+        blocks = torch.randint(256, (5, 6, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(blocks.numpy()).resize((60 + i, 50)).save(folder / f"images/{i}.png")
         rows.append((f"{i:03d}", f"node {i}", " ".join(words), f"images\\{i}.png"))
     pd.DataFrame(rows, columns=["node_id", "short_name", "summary", "image_path"]).to_csv(
         folder / "nodes.csv", index=False
@@ -71,10 +72,11 @@ def settings(graph: Path, output: Path, *more: str) -> list[str]:
 
 
 def launch_command(config: str, *arguments: str) -> list[str]:
-    """``accelerate launch`` of launch.py under a config of accelerate_configs/."""
+    """``accelerate launch`` of launch.py under a config of accelerate_configs/ (and flags of the launcher's)."""
+    file, *flags = config.split()
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(REPOSITORY / "accelerate_configs" / config), str(REPOSITORY / "launch.py"), *arguments,
+        str(REPOSITORY / "accelerate_configs" / file), *flags, str(REPOSITORY / "launch.py"), *arguments,
     ]  # fmt: skip
 
 
