@@ -56,18 +56,29 @@ class WandbTracker:
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any], run_id: str | None):
         self._run: Any = None
+        os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb  # costs seconds: only for those who asked
 
-            os.environ.setdefault("WANDB_SILENT", "true")
-            mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-            self._run = wandb.init(
-                project="mmgraph", name=name, dir=folder, config=settings, id=run_id, resume="allow", mode=mode,
-                settings=wandb.Settings(init_timeout=30),
-            )  # fmt: skip
-            log(f"wandb: {mode} run {self._run.id} in {folder / 'wandb'}")
+            wanted: Any = os.environ.get("WANDB_MODE") or (
+                "online" if _has_key(wandb.Settings().base_url) else "offline"
+            )
+            try:
+                self._run = self._start(wandb, wanted, folder, name, settings, run_id)
+            except Exception:
+                if wanted != "online":
+                    raise
+                self._run = self._start(wandb, "offline", folder, name, settings, run_id)  # no network
+            log(f"wandb: run {self._run.id}, {'offline' if self._run.offline else 'online'}, in {folder / 'wandb'}")
         except Exception as error:
             log(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    @staticmethod
+    def _start(wandb: Any, mode: str, folder: Path, name: str, settings: dict[str, Any], run_id: str | None) -> Any:
+        return wandb.init(
+            project="mmgraph", name=name, dir=folder, config=settings, id=run_id, resume="allow" if run_id else None,
+            mode=mode, settings=wandb.Settings(init_timeout=30),
+        )  # fmt: skip
 
     @property
     def run_id(self) -> str | None:
@@ -89,11 +100,10 @@ class WandbTracker:
             log(f"wandb is off from here: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _has_key() -> bool:
+def _has_key(base_url: str) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc().authenticators(base_url.split("//")[-1].split("/")[0]) is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -92,12 +92,14 @@ class Recorder:
         sync(self.log_path)
         return self.metrics.sync()
 
-    def image_causes(self, causes: np.ndarray) -> None:
-        """Log how many nodes were seen without their whole picture, by cause. Called on every rank.
+    def finish(self, causes: np.ndarray) -> None:
+        """Close the bar, and log how many nodes were seen without their whole picture, by cause. Called on every rank.
 
         Args:
             causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen.
         """
+        if self.accelerator.is_main_process:
+            self.bar.close()  # before the last lines, or it would stand below them
         found: dict[int, int] = {}
         for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
             found |= of_rank

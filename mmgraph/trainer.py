@@ -264,7 +264,7 @@ class Trainer:
         )
 
     def _say_goodbye(self) -> None:
-        self.recorder.image_causes(self.image_causes)
+        self.recorder.finish(self.image_causes)
         if self.stopping:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
             return
