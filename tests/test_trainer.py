@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import graph_files, read_metrics, settings
 
 from mmgraph import recorder, trainer
@@ -308,3 +309,24 @@ def test_encode_writes_the_four_feature_files(graph: Path, run40: Path, tmp_path
         assert features.shape == (40, width) and features.dtype == torch.float32
         assert torch.allclose(features, expected[name], atol=1e-5)
     assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains_and_resumes(
+    precision: str, graph: Path, run40: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    output = tmp_path / "run"
+    for steps in (7, 12):
+        assert train_main(settings(graph, output, f"--max_steps={steps}")) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows, expected = read_metrics(output), read_metrics(run40)[:12]
+    updates = [not row.get("skipped", False) for row in rows]  # the scaler of fp16 starts too high and skips
+    state = json.loads((output / "state/step-00000012/state.json").read_text())
+    assert state["adam_step"] == sum(updates) and (state["loss_scale"] is None) == (precision == "bf16")
+    assert all(
+        abs(row["loss"] - other["loss"]) < 0.1 * other["loss"] for row, other in zip(rows, expected, strict=True)
+    )
+    final = torch.load(output / "checkpoints/multimodal_encoder_final.pt")
+    assert {tensor.dtype for tensor in final.values()} == {torch.float32}
