@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.order import GlobalBatchSampler
+from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
 
 
@@ -90,7 +91,6 @@ def build_loader(
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole terminal: the rank decides when its workers end, and its own handlers aren't theirs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    """A stop reaches the whole process group: the rank finishes its step, and needs its workers for that."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,6 @@ from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs, random_towers
 
 DEFAULT_MODEL = Config.model_name
-TOWER_PREFIXES = ("text_model.", "vision_model.")
 
 
 class TrainedState(NamedTuple):

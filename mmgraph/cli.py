@@ -80,7 +80,7 @@ def _build_parser() -> _Parser:
         encode.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
     encode.add_argument("--output_dir", "--output-dir", type=Path, help="default: features in the run's folder")
     encode.add_argument("--batch_size", "--batch-size", type=_positive, default=64, help="nodes at a time (64)")
-    encode.add_argument("--num_workers", "--num-workers", type=int, default=0, help="DataLoader workers (0)")
+    encode.add_argument("--num_workers", "--num-workers", type=_not_negative, default=0, help="DataLoader workers (0)")
     encode.set_defaults(run=_encode)
 
     convert = verbs.add_parser("convert", help="checkpoint between .pt and .safetensors, nothing lost")
@@ -93,7 +93,14 @@ def _build_parser() -> _Parser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
     return number
 
 
@@ -128,5 +135,8 @@ def _run(action: Callable[[], int]) -> int:
         if is_main_process():
             print(f"mmgraph: error: {error}", file=sys.stderr)
         return WRONG_USAGE
+    except OSError as error:  # a full disk, a folder without permission: the user's to mend
+        print(f"mmgraph: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130

@@ -109,6 +109,8 @@ class Config:
         for name in not_negative:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed}: must be below 2^63")
         if self.max_steps is not None and self.max_steps <= 0:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0")
         if self.fused_dim % 8:

@@ -32,7 +32,10 @@ def convert(source: Path, target: Path) -> None:
     if source.suffix == ".pt":
         checkpoint = read_checkpoint(source)
         tensors, metadata = _to_safetensors(checkpoint)
-        write_durably(target, lambda path: save_file(tensors, path, metadata))
+        try:
+            write_durably(target, lambda path: save_file(tensors, path, metadata))
+        except SafetensorError as error:
+            raise UserError(f"{target}: cannot be written: {error}") from None
     else:
         write_checkpoint(target, _read_safetensors(source))
 

@@ -12,6 +12,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 4096
 
 
+STAND_IN = "UNTRAINED.txt"
+
+
+def is_stand_in(model_name: str) -> bool:
+    """Whether these are a demo graph's towers."""
+    return (Path(model_name) / STAND_IN).is_file()
+
+
 def build_towers(folder: Path, texts: list[str]) -> None:
     """Write model, tokenizer and image processor, so that ``--model_name folder`` works as any CLIP does.
 
@@ -39,6 +47,7 @@ def build_towers(folder: Path, texts: list[str]) -> None:
     # Not model.save_pretrained: it imports DeepSpeed where that is installed, which costs seconds and prints.
     save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
+    (folder / STAND_IN).write_text("Random weights: these towers stand in for real ones in mmgraph's demo.\n")
     CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}).save_pretrained(
         folder
     )

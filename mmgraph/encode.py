@@ -1,9 +1,11 @@
 """The original's four feature files, from any checkpoint."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
@@ -12,7 +14,8 @@ from tqdm import tqdm
 from mmgraph import checkpoints
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
-from mmgraph.loader.inference_collator import InferenceCollator
+from mmgraph.images import describe_causes
+from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 from mmgraph.tables import ImagePaths, read_nodes
@@ -51,20 +54,20 @@ def encode(
     if nodes_path is None:
         raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
     output = output or (checkpoint.parent.parent / "features" if settings else Path("features"))
-    accelerator = build_accelerator()
-    nodes = together(accelerator, lambda: read_nodes(nodes_path))
-    paths = ImagePaths(nodes_path, image_root)
-    nodes["image_path"] = [paths.resolve(path) for path in nodes["image_path"]]
-    encoder = together(
-        accelerator,
-        lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=model_name),
-    )
+    truncated = settings.get("truncated_images", "partial")
     name = model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL
-    collator = together(accelerator, lambda: InferenceCollator(*load_tokenizer_and_processor(name)))
+
+    accelerator = build_accelerator()
+    nodes = together(accelerator, lambda: _load_nodes(nodes_path, image_root))
+    together(accelerator, lambda: _make_folder(output))
+    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(name))
+    encoder = together(
+        accelerator, lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=name)
+    )
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    loader = DataLoader(Subset(NodesDataset(nodes), rows), batch_size, collate_fn=collator, num_workers=num_workers)
-    together(accelerator, lambda: output.mkdir(parents=True, exist_ok=True))
+    collate = partial(_collate, NodeInputs(tokenizer, processor, 0, truncated))
+    loader = DataLoader(Subset(NodesDataset(nodes), rows), batch_size, collate_fn=collate, num_workers=num_workers)
     part = output / f".part-{rank}.tmp"
     together(accelerator, lambda: torch.save(_encode_rows(encoder, loader, accelerator), part))
     on_main_process(accelerator, lambda: _join_parts(output, world_size))
@@ -72,12 +75,33 @@ def encode(
     accelerator.end_training()
 
 
+def _load_nodes(path: str, image_root: str | None) -> pd.DataFrame:
+    nodes = read_nodes(path)
+    paths = ImagePaths(path, image_root)
+    paths.check(nodes["image_path"].tolist(), seed=0)
+    nodes["image_path"] = [paths.resolve(image_path) for image_path in nodes["image_path"]]
+    return nodes
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from None
+
+
+def _collate(inputs: NodeInputs, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {**inputs(nodes), "image_causes": torch.tensor(inputs.image_causes)}
+
+
 @torch.no_grad()
 def _encode_rows(
     encoder: MultimodalGraphEncoder, loader: DataLoader[Any], accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in FEATURES}
+    """Features and image causes of this rank's rows; empty tensors where it has none."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "image_causes")}
     for batch in tqdm(loader, unit="batch", disable=None if accelerator.is_main_process else True):
+        found["image_causes"].append(batch.pop("image_causes"))
         features = encoder.encode(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
         for name in FEATURES:
             found[name].append(features[name].float().cpu())
@@ -91,5 +115,8 @@ def _join_parts(output: Path, world_size: int) -> None:
     for name in FEATURES:
         joined = torch.cat([part[name] for part in parts if part[name].numel()])
         write_durably(output / f"features_{name}.pt", partial(torch.save, joined))
+    told = describe_causes([int(code) for part in parts for code in part["image_causes"]])
+    if told:
+        log(f"images that are black or in part: {told}")
     for file in files:
         file.unlink()

@@ -3,6 +3,7 @@
 import io
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +32,13 @@ def read_image(path: str | None, truncated: Literal["partial", "black"] = "parti
         (3, H, W) uint8 and an index into ``CAUSES``. A picture that cannot be read is black, 224x224.
     """
     if path is None:
-        return _black(), CAUSES.index("no image path")
+        return black_image(), CAUSES.index("no image path")
     try:
         data = Path(path).read_bytes() if Path(path).is_file() else None
     except OSError:
-        return _black(), CAUSES.index("unreadable")
+        return black_image(), CAUSES.index("unreadable")
     if data is None:
-        return _black(), CAUSES.index("file not found")
+        return black_image(), CAUSES.index("file not found")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large pictures and of palettes: the original decoded them too
         return _decode_safely(data, truncated)
@@ -47,9 +48,9 @@ def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
     try:
         header = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
-        return _black(), CAUSES.index("too many pixels")
+        return black_image(), CAUSES.index("too many pixels")
     except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
-        return _black(), CAUSES.index("unreadable")
+        return black_image(), CAUSES.index("unreadable")
     return _decode(data, header, truncated)
 
 
@@ -65,9 +66,9 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
         return _to_tensor(picture), 0
     except Exception as error:
         if not (isinstance(error, OSError) and "truncated" in str(error)):
-            return _black(), CAUSES.index("unreadable")
+            return black_image(), CAUSES.index("unreadable")
     if truncated == "black":
-        return _black(), CAUSES.index("truncated")
+        return black_image(), CAUSES.index("truncated")
     try:
         with _truncated_lock:  # Pillow's switch is global: never leave it on, or half images pass without a word
             ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -76,14 +77,20 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
     except Exception:
-        return _black(), CAUSES.index("unreadable")
+        return black_image(), CAUSES.index("unreadable")
 
 
 def _to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def _black() -> torch.Tensor:
+def describe_causes(codes: Sequence[int]) -> str:
+    """How many of some nodes lack their whole picture, by cause, such as ``3 file not found, 1 truncated``."""
+    return ", ".join(f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if cause and i in codes)
+
+
+def black_image() -> torch.Tensor:
+    """What a node without a readable picture has: (3, 224, 224) uint8."""
     return torch.zeros(3, 224, 224, dtype=torch.uint8)
 
 
@@ -113,6 +120,12 @@ class Preprocessing:
             )
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
+
+    def fits(self, picture: torch.Tensor) -> bool:
+        """Whether a picture's resize stays below Pillow's limit of pixels; of one that is 1 x 20,000 it would not."""
+        height, width = picture.shape[1:]
+        resized = self.short_side**2 * max(height, width) / min(height, width)
+        return Image.MAX_IMAGE_PIXELS is None or resized <= Image.MAX_IMAGE_PIXELS
 
     def resize(self, picture: torch.Tensor) -> torch.Tensor:
         """(3, H, W) uint8 -> (3, S, S) uint8."""

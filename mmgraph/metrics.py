@@ -22,7 +22,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep: int = 0):
         self._file = path.open("ab")
-        self._file.truncate(keep)
+        self._file.truncate(min(keep, path.stat().st_size))  # a file that lost rows must not be filled up with zeros
         self._path, self._waiting, self._written = path, 0, time.monotonic()
 
     def write(self, row: Mapping[str, Any]) -> None:

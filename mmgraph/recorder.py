@@ -1,6 +1,7 @@
 """What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
 
 import dataclasses
+import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import sync
-from mmgraph.images import CAUSES
+from mmgraph.files import sync, write_durably
+from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, WandbTracker
 from mmgraph.state import Progress
 from mmgraph.text_log import flush_log, log, log_file
@@ -33,6 +34,7 @@ class Recorder:
     def __init__(self, config: Config, accelerator: Accelerator, progress: Progress, total_steps: int):
         self.config, self.accelerator, self.progress, self.total_steps = config, accelerator, progress, total_steps
         self.output = config.output_folder
+        self.failure: OSError | None = None  # of writing a row, on the main process
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -45,7 +47,8 @@ class Recorder:
         self.log_path, config = self.output / "training_log.txt", self.config
         try:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            config.save(self.output / "config.yaml")
+            self._lock(stack)
+            write_durably(self.output / "config.yaml", config.save)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
         except OSError as error:
@@ -62,10 +65,24 @@ class Recorder:
             tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
         )
 
+    def _lock(self, stack: ExitStack) -> None:
+        """Two runs that write to one folder would damage each other. The lock ends with the process, killed or not."""
+        file = stack.enter_context((self.output / ".lock").open("w"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.output}: another process is training in this folder") from None
+
     def row(self, row: Mapping[str, Any]) -> None:
         """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""
         if not self.accelerator.is_main_process:
             return
+        try:
+            self._write_row(row)
+        except OSError as error:  # raised by sync(), where the other ranks learn of it
+            self.failure = error
+
+    def _write_row(self, row: Mapping[str, Any]) -> None:
         self.metrics.write(row)
         if self.tracker is not None:
             self.tracker.write(row)
@@ -88,6 +105,8 @@ class Recorder:
 
     def sync(self) -> int:
         """Put log and metrics on the disk, for a state that is to follow. Returns the bytes of the metrics."""
+        if self.failure is not None:
+            raise self.failure
         flush_log()
         sync(self.log_path)
         return self.metrics.sync()
@@ -103,7 +122,6 @@ class Recorder:
         found: dict[int, int] = {}
         for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
             found |= of_rank
-        codes = list(found.values())
-        told = [f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if i in codes]
+        told = describe_causes(list(found.values()))
         if told:
-            log(f"images that are black or in part: {', '.join(told)} (of {len(causes):,} nodes)")
+            log(f"images that are black or in part: {told} (among the nodes seen since the start)")

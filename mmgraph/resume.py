@@ -20,10 +20,12 @@ def find_state(config: Config, identity: Mapping[str, Any]) -> Path | None:
             named is not valid.
     """
     output = config.output_folder
+    if config.init_from is not None and not Path(config.init_from).is_file():
+        raise UserError(f"--init_from {config.init_from}: no such file")
     if config.resume not in ("auto", "never"):
         return _named_state(Path(config.resume), output, identity)
     if config.resume == "never":
-        if _used(output):
+        if _used(output) or (output / "metrics.jsonl").exists():
             raise UserError(f"--resume never: {output} holds a run; {ELSEWHERE}")
         return None
     state = newest_state(output / "state", tell=log)
@@ -31,7 +33,7 @@ def find_state(config: Config, identity: Mapping[str, Any]) -> Path | None:
         if _used(output):
             raise UserError(f"{output} holds checkpoints but no valid state to go on from; {ELSEWHERE}")
         return None
-    _compare(state, identity, f"{output} holds another run")
+    check_identity(state, identity, f"{output} holds another run")
     return state
 
 
@@ -39,10 +41,12 @@ def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path
     read_record(state)
     newest = newest_state(output / "state", tell=log)
     if newest is not None and newest.resolve() != state.resolve():
-        raise UserError(f"--resume {state}: {output} has gone on to {newest.name}; {ELSEWHERE}")
+        raise UserError(
+            f"--resume {state}: {output} has gone on to {newest.name}; --resume auto goes on from there, or {ELSEWHERE}"
+        )
     if newest is None and _used(output):
         raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {ELSEWHERE}")
-    _compare(state, identity, f"--resume {state} is of another run")
+    check_identity(state, identity, f"--resume {state} is of another run")
     return state
 
 
@@ -50,7 +54,8 @@ def _used(output: Path) -> bool:
     return any((output / "checkpoints").glob("*.pt")) or any((output / "state").glob("step-*"))
 
 
-def _compare(state: Path, identity: Mapping[str, Any], what: str) -> None:
+def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`UserError` with the differences where a state is not of the run that ``identity`` describes."""
     before = read_record(state)["identity"]
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"

@@ -27,6 +27,10 @@ FORMAT = 1
 WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
 
+class NewerFormatError(UserError):
+    """A state that a newer mmgraph wrote: not damaged, so never to be passed over."""
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands. ``epoch`` is the one in progress, from 1; ``step`` counts finished optimizer steps."""
@@ -41,14 +45,14 @@ class Progress:
     components: dict[str, Any] = dataclasses.field(default_factory=dict)  # small JSON of other parts
 
 
-def identity(config: Config, nodes: str, edges: str, towers: str) -> dict[str, Any]:
-    """What may not change when a run goes on: data, towers and all that enters the numbers."""
+def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
+    """What may not change when a run goes on: data and all that enters the numbers. (Towers are added when loaded.)"""
     fixed = ("seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
              "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "truncated_images")  # fmt: skip
     known: dict[str, Any] = {name: getattr(config, name) for name in fixed}
     if config.lr_schedule != "constant":  # the rate of a step depends on the last one
         known |= {"epochs": config.epochs, "max_steps": config.max_steps}
-    return known | {"nodes table": nodes, "edges table": edges, "towers": towers}
+    return known | {"nodes table": nodes, "edges table": edges}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -136,9 +140,27 @@ def write_state(
         shutil.rmtree(target)  # an invalid one, or the same step under raised limits
     temporary.rename(target)
     sync(folder)
-    for old in state_folders(folder)[keep_last:]:
-        shutil.rmtree(old)
+    _prune(folder, target, keep_last)
     return target
+
+
+def _prune(folder: Path, newest: Path, keep_last: int) -> None:
+    """Keep ``newest`` and the valid states before it, ``keep_last`` in all. What is numbered above it was not valid:
+    the run would have gone on from there."""
+    kept = 0
+    for path in state_folders(folder):
+        if path == newest or (kept and kept < keep_last and _is_valid(path)):
+            kept += 1
+        else:
+            shutil.rmtree(path)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        read_record(path)
+    except UserError:
+        return False
+    return True
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -153,6 +175,8 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
         try:
             read_record(path)
             return path
+        except NewerFormatError:
+            raise
         except UserError as error:
             tell(f"ignored: {error}")
     return None
@@ -166,22 +190,24 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        found, hashes = record["format"], record["sha256"]
+        if record["format"] > FORMAT:
+            raise NewerFormatError(
+                f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
+            )
+        hashes = record["sha256"]
         Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
     except FileNotFoundError:
         raise UserError(f"{path}: not a state, it has no {RECORD}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
-    if found != FORMAT:
-        raise UserError(f"{path}: format {found}, written by a newer mmgraph; this one reads format {FORMAT}")
     for name in (WEIGHTS, MOMENTS):
         if not (path / name).is_file() or _sha256(path / name) != hashes.get(name):
             raise UserError(f"{path / name}: damaged, its SHA-256 is not the one in {RECORD}")
     return record
 
 
-def read_state(path: Path) -> tuple[Progress, TrainedState, dict[str, Any]]:
-    """A state's progress, tensors and whole record. Raises :class:`UserError` where it is not valid."""
+def read_state(path: Path) -> tuple[Progress, TrainedState]:
+    """A state's progress and tensors. Raises :class:`UserError` where it is not valid."""
     record = read_record(path)
     progress = Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
     try:
@@ -192,7 +218,7 @@ def read_state(path: Path) -> tuple[Progress, TrainedState, dict[str, Any]]:
         {key.removeprefix(f"{kind}."): tensor for key, tensor in moments.items() if key.startswith(f"{kind}.")}
         for kind in ("exp_avg", "exp_avg_sq")
     )
-    return progress, TrainedState(weights, first, second, progress.adam_step), record
+    return progress, TrainedState(weights, first, second, progress.adam_step)
 
 
 def _sha256(path: Path) -> str:

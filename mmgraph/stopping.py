@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 143
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -16,12 +17,11 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Answer the signals while the block runs."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = [signal.signal(number, self._answer) for number in numbers]
+        before = [signal.signal(number, self._answer) for number in STOP_SIGNALS]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in zip(STOP_SIGNALS, before, strict=True):
                 signal.signal(number, handler)
 
     def _answer(self, number: int, _: object) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def _read(path: str | Path, columns: Sequence[str], id_columns: Sequence[str]) -
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a table' if path.is_dir() else 'no such file'}")
-    table = _read_parquet(path, id_columns) if path.suffix in (".parquet", ".pq") else _read_csv(path)
+    table = _read_parquet(path, columns, id_columns) if path.suffix in (".parquet", ".pq") else _read_csv(path)
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise UserError(f"{path}: no column '{missing[0]}'; it has {', '.join(map(str, table.columns))}")
@@ -70,17 +71,19 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
 
 
-def _read_parquet(path: Path, id_columns: Sequence[str]) -> pd.DataFrame:
+def _read_parquet(path: Path, columns: Sequence[str], id_columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet table: {str(error).strip()}") from None
-    for name in id_columns:
-        if name in table.column_names:
-            kind = table.schema.field(name).type
-            if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(f"{path}: column '{name}' holds {kind}; ids must be integers or text")
-            table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+    for name in set(columns) & set(table.column_names):
+        kind = table.schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # a pandas categorical
+        if name in id_columns and not (
+            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        ):
+            raise UserError(f"{path}: column '{name}' holds {kind}; ids must be integers or text")
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind).cast(pa.string()))
     return table.to_pandas()
 
 
@@ -88,6 +91,7 @@ def _place(path: str | Path, row: int, short: bool = False) -> str:
     """Where row ``row`` (from 0) stands: the file's line in a CSV, whose quoted fields may span lines."""
     if Path(path).suffix in (".parquet", ".pq"):
         return f"row {row}" if short else f"{path}, row {row}"
+    csv.field_size_limit(1 << 30)  # of 128 KiB
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         filled = -1
@@ -140,9 +144,9 @@ class ImagePaths:
             return None
         candidates = [root / image_path.replace("\\", "/") for root in self.roots]
         for candidate in candidates[:-1]:
-            if candidate.exists():
+            if os.path.exists(candidate):  # noqa: PTH110 - False, not an error, where a name is too long
                 return str(candidate)
-        if len(candidates) > 1 and not candidates[-1].exists():
+        if len(candidates) > 1 and not os.path.exists(candidates[-1]):  # noqa: PTH110
             return str(candidates[0])
         return str(candidates[-1])
 
@@ -152,13 +156,13 @@ class ImagePaths:
         Raises:
             UserError: none of the files exists. More than 10 % missing is one line in the log.
         """
-        filled = [path for path in image_paths if self.resolve_is_filled(path)]
+        filled = [path for path in image_paths if self.is_filled(path)]
         if not filled:
             log("no node has an image path: every image is black")
             return
         drawn = np.random.default_rng(seed).permutation(len(filled))[:sample]
         resolved = [self.resolve(filled[i]) for i in drawn]
-        missing = [path for path in resolved if not Path(str(path)).is_file()]
+        missing = [path for path in resolved if not os.path.isfile(str(path))]  # noqa: PTH113
         if len(missing) == len(resolved):
             raise UserError(
                 f"none of {len(resolved):,} image files looked up exists; the first tried is {resolved[0]}. "
@@ -169,7 +173,7 @@ class ImagePaths:
             log(f"warning: {share:.0%} of {len(resolved):,} image files looked up do not exist, such as {missing[0]}")
 
     @staticmethod
-    def resolve_is_filled(image_path: object) -> bool:
+    def is_filled(image_path: object) -> bool:
         return isinstance(image_path, str) and bool(image_path.strip())
 
 

@@ -55,8 +55,10 @@ def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
     try:
         yield
     finally:
-        flush_log()
-        _path, _waiting = None, deque(maxlen=1000)
+        try:
+            flush_log()
+        finally:
+            _path, _waiting = None, deque(maxlen=1000)
 
 
 def is_main_process() -> bool:

@@ -49,7 +49,7 @@ def load_towers(model_name: str) -> Towers:
             kind.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
             for kind in (CLIPTextModel, CLIPVisionModel)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
         raise _no_model(model_name, error) from None
     finally:
         transformers_logging.set_verbosity(shown)
@@ -68,7 +68,7 @@ def load_tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfi
     """The shapes of both towers, without their weights. Raises :class:`UserError` where there is no such model."""
     try:
         config = CLIPConfig.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
         raise _no_model(model_name, error) from None
     return config.text_config, config.vision_config  # type: ignore[return-value]
 
@@ -77,7 +77,7 @@ def load_tokenizer_and_processor(model_name: str) -> tuple[Any, Any]:
     """The tokenizer and the image processor of a hub name or folder. Raises :class:`UserError` where there is none."""
     try:
         return AutoTokenizer.from_pretrained(model_name), CLIPImageProcessor.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
         raise _no_model(model_name, error) from None
 
 

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmgraph import checkpoints, state
 from mmgraph.batches import build_loader
-from mmgraph.config import DEMO_SETTINGS, Config
+from mmgraph.config import Config
+from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.loader.node_inputs import NodeInputs
@@ -20,7 +21,7 @@ from mmgraph.losses import contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
-from mmgraph.resume import find_state
+from mmgraph.resume import check_identity, find_state
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import log
@@ -50,14 +51,17 @@ class Trainer:
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph):
         self.config, self.accelerator, self.graph = config, accelerator, graph
         self.output = config.output_folder
+        self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
+        self.start_state = together(accelerator, lambda: find_state(config, self.identity))
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         towers = together(accelerator, lambda: load_towers(config.model_name))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint, fingerprint(towers))
+        self.identity["towers"] = fingerprint(towers)
+        if self.start_state is not None:
+            check_identity(self.start_state, self.identity, f"{self.start_state} was made with other towers")
         self.source = LiveTowers(towers, accelerator.device, dtype)
         self._build(*widths(towers), inputs)
-        self.start_state = together(accelerator, lambda: find_state(config, self.identity))
         self._restore()
         self.total_steps = self._count_steps()
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
@@ -84,12 +88,12 @@ class Trainer:
         self.progress = state.Progress()
         if self.start_state is not None:
             path = self.start_state
-            self.progress, trained, _ = together(self.accelerator, lambda: state.read_state(path))
+            self.progress, trained = together(self.accelerator, lambda: state.read_state(path))
             state.restore(self.trained, self.optimizer.optimizer, trained)
             if self.accelerator.scaler is not None and self.progress.loss_scale is not None:
                 self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
             if path.resolve().parent != (self.output / "state").resolve():
-                self.progress.metrics_bytes = 0  # a new folder, and a metrics file of its own
+                self.progress.metrics_bytes, self.progress.components = 0, {}  # a new folder, metrics and tracker
         elif self.config.init_from is not None:
             path = Path(self.config.init_from)
             trained, epoch = together(self.accelerator, lambda: self._read_original(path))
@@ -137,7 +141,7 @@ class Trainer:
                         self.save()
                 self.save()
             self._say_goodbye()
-        return EXIT_CODE if self.stopping else 0
+        return EXIT_CODE if self.stopping and not self.done else 0
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """This rank's batches of the epoch in progress, from where it stands; ``data_wait`` is the last one's."""
@@ -180,7 +184,7 @@ class Trainer:
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
         self.recorded = now
-        stop = losses.new_tensor([float(self.stop.requested)])
+        stop = losses.new_tensor([float(self.stop.requested or self.recorder.failure is not None)])
         pending = _Pending(row, self.accelerator.reduce(torch.cat([losses, stop]), "mean"))
         self.settle()
         self.pending = pending
@@ -249,7 +253,7 @@ class Trainer:
             log(f"resumed at step {self.progress.step:,} from {self.start_state}")
         elif self.config.init_from is not None:
             log(f"weights from {self.config.init_from}; begins at epoch {self.progress.epoch}")
-        if self.config.model_name == DEMO_SETTINGS["model_name"]:
+        if is_stand_in(self.config.model_name):
             log(
                 "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
                 f"{checkpoints.DEFAULT_MODEL} uses the real ones"
@@ -265,7 +269,7 @@ class Trainer:
 
     def _say_goodbye(self) -> None:
         self.recorder.finish(self.image_causes)
-        if self.stopping:
+        if not self.done:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
             return
         log(

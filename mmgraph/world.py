@@ -59,7 +59,8 @@ def _refuse_lone_process() -> None:
     ):
         raise UserError(
             "the launcher was asked for several CPU processes and started one; use --config_file "
-            "accelerate_configs/cpu_2proc.yaml (with --num_processes N for another number)"
+            "accelerate_configs/cpu_2proc.yaml (with --num_processes N for another number), or unset MASTER_ADDR if "
+            "one process was meant"
         )
 
 
@@ -106,7 +107,9 @@ def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> Non
 def describe(accelerator: Accelerator, batch_size: int) -> str:
     """One line: processes, devices, precision, edges a step and a process."""
     count = accelerator.num_processes
-    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    device = (
+        torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+    )
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "

@@ -39,6 +39,7 @@ def test_two_processes_train_as_one(graph: Path, one_process: Path, tmp_path: Pa
     one, two = read_metrics(one_process), read_metrics(output)
     assert [row["step"] for row in two] == list(range(1, 31))
     worst = max(abs(a[name] - b[name]) for a, b in zip(one, two, strict=True) for name in LOSSES)
+    print(f"losses within {worst:.1e}")
     assert worst < 1e-5
     first, second = (load_file(newest(path) / "trainable.safetensors") for path in (one_process, output))
     for name, tensor in first.items():

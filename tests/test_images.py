@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mmgraph.errors import UserError
 from mmgraph.images import CAUSES, Preprocessing, read_image
+from mmgraph.loader.node_inputs import NodeInputs
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 83, 4), dtype=np.uint8)
 
@@ -108,3 +109,11 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "a.png").write_bytes(pictures()["rgb.png"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 83 // 2 - 1)  # Pillow refuses above twice this
     assert CAUSES[read_image(str(tmp_path / "a.png"))[1]] == "too many pixels"
+
+
+def test_a_picture_too_thin_to_resize_is_black(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
+    inputs = NodeInputs(lambda *_, **__: {"input_ids": None, "attention_mask": None}, CLIPImageProcessor(), 1)
+    batch = inputs([{"image_path": str(tmp_path / "thin.png")}])
+    assert batch["pixel_values"].shape == (1, 3, 224, 224)
+    assert [CAUSES[cause] for cause in inputs.image_causes] == ["too many pixels"]

@@ -114,3 +114,10 @@ def test_a_wrong_image_root_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
         ImagePaths(tmp_path / "n.csv", tmp_path / "empty").check(names, seed=0)
     with pytest.raises(UserError, match="no such folder"):
         ImagePaths(tmp_path / "n.csv", tmp_path / "nowhere")
+
+
+def test_parquet_categoricals_and_numbers_are_text(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"node_id": ["a", "b"], "short_name": [1, 2], "summary": ["x", None], "image_path": ["", ""]})
+    frame.astype({"node_id": "category"}).to_parquet(tmp_path / "n.parquet")
+    nodes = read_nodes(tmp_path / "n.parquet")
+    assert nodes["node_id"].tolist() == ["a", "b"] and nodes["short_name"].tolist() == ["1", "2"]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmgraph.images import Preprocessing, read_image
+from mmgraph.images import CAUSES, Preprocessing, black_image, read_image
 from mmgraph.loader.image_cache import ShardedLRU
 
 TEXT_LENGTH = 77  # tokens, CLIP's
@@ -69,4 +69,6 @@ class NodeInputs:
 
     def _read(self, path: str | None) -> tuple[torch.Tensor, int]:
         picture, cause = read_image(path, self.truncated_images)
+        if not self.preprocessing.fits(picture):
+            picture, cause = black_image(), CAUSES.index("too many pixels")
         return self.preprocessing.resize(picture), cause
