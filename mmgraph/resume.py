@@ -19,9 +19,14 @@ def find_state(config: Config, identity: Mapping[str, Any]) -> Path | None:
         UserError: the output folder holds another run, or one that ``--resume`` says not to touch; the state that was
             named is not valid.
     """
-    output = config.output_folder
-    if config.init_from is not None and not Path(config.init_from).is_file():
+    state = _find(config, identity)
+    if state is None and config.init_from is not None and not Path(config.init_from).is_file():
         raise UserError(f"--init_from {config.init_from}: no such file")
+    return state
+
+
+def _find(config: Config, identity: Mapping[str, Any]) -> Path | None:
+    output = config.output_folder
     if config.resume not in ("auto", "never"):
         return _named_state(Path(config.resume), output, identity)
     if config.resume == "never":
@@ -51,7 +56,7 @@ def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path
 
 
 def _used(output: Path) -> bool:
-    return any((output / "checkpoints").glob("*.pt")) or any((output / "state").glob("step-*"))
+    return any((output / "checkpoints").glob("*.pt")) or any((output / "state").glob("step-*/state.json"))
 
 
 def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:

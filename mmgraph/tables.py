@@ -111,9 +111,11 @@ def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "ed
         (E, 2) int64: rows of ``nodes`` for source and destination.
 
     Raises:
-        UserError: no edge has both ends in the node table.
+        UserError: no edge has both ends in the node table, or two nodes have one id.
     """
     index = pd.Index(nodes["node_id"])
+    if not index.is_unique:
+        raise UserError(f"node_id '{index[index.duplicated()][0]}' is used twice; every node needs an id of its own")
     ends = np.stack([index.get_indexer(edges[name]) for name in EDGE_COLUMNS], axis=1).astype(np.int64)
     known = np.all(ends >= 0, axis=1)
     if not known.all():

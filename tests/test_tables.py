@@ -41,6 +41,8 @@ def test_ids_of_user_frames_are_compared_as_they_are() -> None:
     anchor, positive = dataset[0]
     assert list(anchor) == ["short_name", "extra"] and anchor == {"short_name": "a", "extra": 1.5}
     assert positive["short_name"] == "b"
+    with pytest.raises(UserError, match="node_id '7' is used twice"):
+        GraphEdgeDataset(pd.concat([nodes, nodes[:1]]), edges)
     with pytest.raises(UserError, match="no edge has both ends"):
         GraphEdgeDataset(nodes, edges.astype(str))
 

@@ -17,9 +17,13 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, graph_files, read_metrics, settings
 
-from mmgraph import recorder, trainer
+from mmgraph import recorder, trainer, world
 from mmgraph.cli import main, train_main
+from mmgraph.config import parse_config
+from mmgraph.errors import UserError
+from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
+from mmgraph.world import build_accelerator
 
 LOSSES = ("loss", "loss_mm", "loss_graph")
 
@@ -252,12 +256,9 @@ def test_the_loop_is_non_blocking_and_sets_gradients_to_none(
 def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: Path) -> None:
     """Gradients of a step against an encoder that is given all 2B rows by the public collator."""
     from mmgraph import GraphEdgeDataset, MultimodalCollator, MultimodalGraphEncoder, info_nce_loss
-    from mmgraph.config import parse_config
-    from mmgraph.graph import load_graph
     from mmgraph.order import permuted
     from mmgraph.tables import read_edges, read_nodes
     from mmgraph.towers import load_tokenizer_and_processor
-    from mmgraph.world import build_accelerator
 
     config = parse_config(settings(graph, tmp_path / "run"))
     run = trainer.Trainer(config, build_accelerator(), load_graph(config))
@@ -427,3 +428,31 @@ def test_encode_checks_and_counts_images(
     nodes.to_csv(tmp_path / "nodes.csv", index=False)
     assert main([*arguments, f"--nodes={tmp_path / 'nodes.csv'}"]) == 0
     assert f"images that are black or in part: 1 {CAUSES[3]}\n" in capsys.readouterr().out
+
+
+def test_gradients_are_clipped_when_asked(graph: Path, tmp_path: Path) -> None:
+    config = parse_config(settings(graph, tmp_path / "run", "--max_grad_norm=0.001"))
+    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
+    run.step(next(run.batches()))
+    norm = torch.cat([parameter.grad.flatten() for parameter in run.trained.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_a_warmup_and_a_cosine_reach_the_optimizer(graph: Path, tmp_path: Path) -> None:
+    flags = settings(graph, tmp_path / "run", "--max_steps=10", "--lr_schedule=cosine", "--warmup_steps=4")
+    assert train_main(flags) == 0
+    rates = [row["lr"] for row in read_metrics(tmp_path / "run")]
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and rates[6] == pytest.approx(5e-4)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert train_main([*flags, "--max_steps=12"]) == 2  # the schedule depends on the total
+
+
+def test_a_world_that_is_not_the_launchers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = build_accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes were launched, but Accelerate sees 1"):
+        world._check_world(accelerator)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP is not supported"):
+        world._check_world(accelerator)
