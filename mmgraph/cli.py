@@ -42,10 +42,9 @@ def _train(arguments: list[str]) -> int:
     if config.check:
         log(f"checked: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
         return 0
-    try:
-        return Trainer(config, accelerator, graph).run()
-    finally:
-        accelerator.end_training()
+    code = Trainer(config, accelerator, graph).run()
+    accelerator.end_training()  # not after an error: leaving the group may wait for a rank that is gone
+    return code
 
 
 def _verb(arguments: list[str]) -> int:

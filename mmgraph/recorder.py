@@ -70,8 +70,10 @@ class Recorder:
         file = stack.enter_context((self.output / ".lock").open("w"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"{self.output}: another process is training in this folder") from None
+        except OSError:
+            log(f"{self.output} is on a file system without locks: start no second run in it")
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""
