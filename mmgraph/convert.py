@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mmgraph.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from mmgraph.errors import UserError
@@ -32,10 +32,8 @@ def convert(source: Path, target: Path) -> None:
     if source.suffix == ".pt":
         checkpoint = read_checkpoint(source)
         tensors, metadata = _to_safetensors(checkpoint)
-        try:
-            write_durably(target, lambda path: save_file(tensors, path, metadata))
-        except SafetensorError as error:
-            raise UserError(f"{target}: cannot be written: {error}") from None
+        # Not save_file: its files can be read by nobody else.
+        write_durably(target, lambda path: path.write_bytes(save(tensors, metadata)))
     else:
         write_checkpoint(target, _read_safetensors(source))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -45,7 +45,7 @@ def build_towers(folder: Path, texts: list[str]) -> None:
     folder.mkdir()
     config.save_pretrained(folder)
     # Not model.save_pretrained: it imports DeepSpeed where that is installed, which costs seconds and prints.
-    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
     tokenizer.save_pretrained(folder)
     (folder / STAND_IN).write_text("Random weights: these towers stand in for real ones in mmgraph's demo.\n")
     CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}).save_pretrained(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -121,8 +121,8 @@ def write_state(
     temporary.mkdir()
     moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
-    save_file(trained.weights, temporary / WEIGHTS)
-    save_file(moments, temporary / MOMENTS)
+    for name, tensors in ((WEIGHTS, trained.weights), (MOMENTS, moments)):
+        (temporary / name).write_bytes(save(tensors))  # safetensors' own save_file lets nobody else read the file
     record = {
         "format": FORMAT,
         **dataclasses.asdict(progress),
