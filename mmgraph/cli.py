@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     from mmgraph.config import parse_config
+    from mmgraph.stopping import follow_launcher
 
+    follow_launcher()
     config = parse_config(arguments)
 
     from mmgraph.demo import build_demo
@@ -33,7 +35,7 @@ def _train(arguments: list[str]) -> int:
     from mmgraph.trainer import Trainer
     from mmgraph.world import build_accelerator, check_batch_size, describe, on_main_process, together
 
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(config.collective_timeout)
     if config.demo:
         on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
     graph = together(accelerator, lambda: load_graph(config))

@@ -58,6 +58,11 @@ class Config:
     global_batch_size: int = _flag(
         64, "edges in one optimizer step, over all processes", aliases=("--batch_size", "--batch-size")
     )
+    micro_batch_size: int | None = _flag(
+        None,
+        "edges of a process's part of the batch that are in memory at once; the loss stays over the global batch "
+        "(default: all of them)",
+    )
     learning_rate: float = _flag(5e-5, "AdamW's rate")
     weight_decay: float = _flag(1e-4, "AdamW's decoupled weight decay")
     lr_schedule: Literal["constant", "cosine"] = _flag("constant", "rate over the steps; cosine ends at 0")
@@ -78,7 +83,14 @@ class Config:
     keep_last: int = _flag(2, "resume states kept; epoch files are never removed")
     log_every: int = _flag(50, "steps between lines of the text log")
     log_buffer_size: int = _flag(10, "lines of the text log written at a time")
-    report_to: Literal["none", "wandb"] = _flag("none", "tracker that follows the run")
+    report_to: Literal["auto", "wandb", "tensorboard", "all", "none"] = _flag(
+        "auto", "tracker that follows the run; auto: wandb where there is a key or a login"
+    )
+    project: str = _flag("mmgraph", "wandb: the project")
+    tags: str | None = _flag(None, "wandb: tags, with commas between them")
+    notes: str | None = _flag(None, "wandb: a text about the run")
+    collective_timeout: float = _flag(600.0, "seconds that a rank waits for the others before it gives up")
+    stop_grace: float = _flag(15.0, "seconds that a rank that is asked to stop waits for the others to stop with it")
     check: bool = _flag(False, "check arguments, data and launch, and train nothing")
 
     def __post_init__(self) -> None:
@@ -92,6 +104,8 @@ class Config:
             "keep_last",
             "log_every",
             "log_buffer_size",
+            "collective_timeout",
+            "stop_grace",
         )
         not_negative = (
             "weight_decay",
@@ -111,8 +125,9 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: must be below 2^63")
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise UserError(f"--max_steps {self.max_steps}: must be above 0")
+        for name in ("max_steps", "micro_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.fused_dim % 8:
             raise UserError(f"--fused_dim {self.fused_dim}: must be a multiple of 8, the number of attention heads")
 
@@ -130,15 +145,16 @@ class Config:
 GROUPS = {  # how --help_all sets the flags out
     "data": ("nodes", "edges", "image_root", "demo", "truncated_images"),
     "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
-    "training": ("epochs", "max_steps", "global_batch_size", "learning_rate", "weight_decay", "lr_schedule",
-                 "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
+    "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
+                 "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
     "loading": ("num_workers", "cache_size"),
-    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size",
-               "report_to", "check"),
+    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size"),
+    "tracking": ("report_to", "project", "tags", "notes"),
+    "processes": ("check", "collective_timeout", "stop_grace"),
 }  # fmt: skip
 COMMON = {  # what --help shows
     "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "num_workers", "output_dir", "resume", "report_to",
+    "micro_batch_size", "seed", "num_workers", "output_dir", "resume", "report_to", "check",
 }  # fmt: skip
 
 

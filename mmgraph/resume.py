@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mmgraph.checkpoints import TrainedState, read_checkpoint, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
 from mmgraph.state import newest_state, read_record
 from mmgraph.text_log import log
+from mmgraph.towers import Towers, widths
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
 
@@ -53,6 +58,23 @@ def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path
         raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {ELSEWHERE}")
     check_identity(state, identity, f"--resume {state} is of another run")
     return state
+
+
+def read_original(config: Config, towers: Towers) -> tuple[TrainedState, int]:
+    """The trained part and the finished epochs of ``--init_from``, whose towers must be this run's."""
+    path = Path(str(config.init_from))
+    checkpoint = read_checkpoint(path)
+    frozen = tower_state(towers)
+    for key, tensor in frozen.items():
+        theirs = checkpoint.model_state_dict.get(key)
+        if theirs is None or theirs.shape != tensor.shape or not torch.equal(theirs.float(), tensor.cpu()):
+            raise UserError(f"--init_from {path}: its towers are not --model_name {config.model_name}'s ({key})")
+    epoch = checkpoint.epoch or 0
+    if epoch >= config.epochs:
+        raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
+    with torch.device("meta"):
+        module = TrainedModule(*widths(towers), config.fused_dim, config.proj_dim)
+    return trained_state(checkpoint, [name for name, _ in module.named_parameters()], path), epoch
 
 
 def _used(output: Path) -> bool:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from mmgraph import zero
 from mmgraph.checkpoints import TrainedState
 from mmgraph.config import Config
 from mmgraph.errors import UserError
@@ -40,7 +41,7 @@ class Progress:
     samples_in_epoch: int = 0
     epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
     adam_step: int = 0
-    loss_scale: dict[str, Any] | None = None  # the fp16 scaler's state
+    loss_scale: dict[str, float] | None = None  # fp16: ``scale`` and ``_growth_tracker``, as GradScaler names them
     metrics_bytes: int = 0
     components: dict[str, Any] = dataclasses.field(default_factory=dict)  # small JSON of other parts
 
@@ -56,12 +57,14 @@ def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DDP's wrapper. (``accelerator.unwrap_model`` imports DeepSpeed where that is installed.)"""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    """The module inside DDP's or DeepSpeed's wrapper. (``accelerator.unwrap_model`` imports DeepSpeed if it can.)"""
+    return getattr(module, "module", module)
 
 
 def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
     """Copy the trained module and Adam's moments to the CPU. Called by all ranks; every rank gets the whole."""
+    if zero.is_engine(module):
+        return zero.consolidate(module)
     weights, first, second, adam_step = {}, {}, {}, 0
     for name, parameter in unwrapped(module).named_parameters():
         weights[name] = _copy(parameter)
@@ -76,30 +79,56 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
-    """Put a consolidated state into the trained module and its optimizer, on every rank.
+def load_weights(module: nn.Module, trained: TrainedState) -> None:
+    """Put a consolidated state's weights into the trained module, before it is prepared.
 
     Raises:
         UserError: names or shapes differ.
     """
-    module = unwrapped(module)
     for name, parameter in module.named_parameters():
         if name not in trained.weights or trained.weights[name].shape != parameter.shape:
             found = tuple(trained.weights[name].shape) if name in trained.weights else "missing"
             raise UserError(f"weights do not fit: {name} is {found}, expected {tuple(parameter.shape)}")
     module.load_state_dict(trained.weights)
-    if not trained.exp_avg:
-        return
-    current = optimizer.state_dict()
-    current["state"] = {
-        i: {
-            "step": torch.tensor(float(trained.adam_step)),
-            "exp_avg": trained.exp_avg[name],
-            "exp_avg_sq": trained.exp_avg_sq[name],
+
+
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
+    """Put a consolidated state's moments into the optimizer of a prepared module that has its weights. On every rank.
+
+    Under ZeRO the float32 weights too: the module may hold them in 16 bits.
+    """
+    if zero.is_engine(module):
+        zero.restore(module, trained)
+    elif trained.exp_avg:
+        current = optimizer.state_dict()
+        current["state"] = {
+            i: {
+                "step": torch.tensor(float(trained.adam_step)),
+                "exp_avg": trained.exp_avg[name],
+                "exp_avg_sq": trained.exp_avg_sq[name],
+            }
+            for i, (name, _) in enumerate(unwrapped(module).named_parameters())
         }
-        for i, (name, _) in enumerate(module.named_parameters())
-    }
-    optimizer.load_state_dict(current)
+        optimizer.load_state_dict(current)
+
+
+def loss_scale(accelerator: Accelerator, module: nn.Module) -> dict[str, float] | None:
+    """What fp16 scales the loss with; None in other precisions."""
+    if zero.is_engine(module):
+        return zero.loss_scale(module)
+    if accelerator.scaler is None or not accelerator.scaler.is_enabled():
+        return None
+    return {name: accelerator.scaler.state_dict()[name] for name in ("scale", "_growth_tracker")}
+
+
+def set_loss_scale(accelerator: Accelerator, module: nn.Module, saved: dict[str, float]) -> None:
+    """Go on with what :func:`loss_scale` gave, where this launch scales at all."""
+    if loss_scale(accelerator, module) is None:
+        return
+    if zero.is_engine(module):
+        zero.set_loss_scale(module, saved)
+    else:
+        accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), **saved})
 
 
 def write_state(

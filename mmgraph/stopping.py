@@ -1,30 +1,77 @@
-"""Being asked to stop: Ctrl-C, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
+"""Being asked to stop: SIGINT, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
 
+import ctypes
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mmgraph.text_log import flush_log
+
 EXIT_CODE = 143
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class StopRequest:
-    """``requested`` turns true when this process is asked to stop; a second Ctrl-C stops at once."""
+    """``requested`` turns true when this process is asked to stop; being asked again changes nothing.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A rank whose others are gone never finishes its step. So where the ranks have not begun to stop together (see
+    :meth:`begin`) in time, the process says why and ends.
+
+    Args:
+        grace: seconds for that. A launcher kills what is left 30 s after it has forwarded a signal.
+    """
+
+    def __init__(self, grace: float):
+        self.requested, self._grace, self._begun = False, grace, threading.Event()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Answer the signals while the block runs."""
-        before = [signal.signal(number, self._answer) for number in STOP_SIGNALS]
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        # Python calls a handler between two bytecodes, so not while this rank waits for others in a collective: a
+        # thread that reads the numbers of the signals as they come is never late.
+        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        before = [signal.signal(number, lambda *_: None) for number in STOP_SIGNALS]
+        watcher = threading.Thread(target=self._watch, args=(read,), daemon=True)
+        watcher.start()
         try:
             yield
         finally:
             for number, handler in zip(STOP_SIGNALS, before, strict=True):
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._begun.set()
+            os.close(write)
+            watcher.join()
+            os.close(read)
 
-    def _answer(self, number: int, _: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+    def begin(self) -> None:
+        """All ranks have learnt of the request, and stop together: take as long as it takes."""
+        self._begun.set()
+
+    def _watch(self, read: int) -> None:
+        while number := os.read(read, 1):
+            if self.requested or number[0] not in STOP_SIGNALS:
+                continue
+            self.requested = True
+            if not self._begun.wait(self._grace):
+                rank = os.environ.get("RANK", "0")
+                print(
+                    f"mmgraph: rank {rank} was asked to stop, and in {self._grace:g} s (--stop_grace) finished no step "
+                    "with the other ranks: it ends without a new state; the last one stands",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                flush_log()
+                os._exit(EXIT_CODE)
+
+
+def follow_launcher() -> None:
+    """Be asked to stop when ``accelerate launch`` dies, of a signal that it does not forward: leave no orphans."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # which the launcher always sets
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

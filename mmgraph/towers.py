@@ -118,10 +118,17 @@ class LiveTowers:
         self.device, self.autocast_dtype = device, autocast_dtype
 
     @torch.no_grad()
-    def tokens(self, batch: Mapping[str, torch.Tensor]) -> Tokens:
-        """Tokens of the batch's U distinct nodes: reads ``input_ids``, ``attention_mask`` and ``pixel_values``."""
+    def tokens(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> Tokens:
+        """Tokens of the batch's U distinct nodes: reads ``input_ids``, ``attention_mask`` and ``pixel_values``.
+
+        Args:
+            micro_batches: parts that the towers see one after the other.
+        """
+        inputs = [batch[name].tensor_split(micro_batches) for name in ("input_ids", "attention_mask", "pixel_values")]
+        parts = [part for part in zip(*inputs, strict=True) if len(part[0])]
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return run_towers(self.towers, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])[0]
+            tokens = [run_towers(self.towers, *part)[0] for part in parts]
+        return tokens[0] if len(tokens) == 1 else Tokens(*map(torch.cat, zip(*tokens, strict=True)))
 
 
 def run_towers(

@@ -1,16 +1,15 @@
 """The training run: restore -> for batch -> step -> record -> save -> stop."""
 
+import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.nn.parallel import DistributedDataParallel
 
-from mmgraph import checkpoints, state
+from mmgraph import checkpoints, state, zero
 from mmgraph.batches import build_loader
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
@@ -21,19 +20,19 @@ from mmgraph.losses import contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
-from mmgraph.resume import check_identity, find_state
+from mmgraph.resume import check_identity, find_state, read_original
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import log
-from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
-from mmgraph.world import on_main_process, together
+from mmgraph.towers import LiveTowers, Towers, fingerprint, load_tokenizer_and_processor, load_towers, widths
+from mmgraph.world import from_main_process, on_main_process, peak_memory_gb, together
 
 
 class _Pending(NamedTuple):
     """A step whose losses the device may still be working on."""
 
     row: dict[str, Any]
-    values: torch.Tensor  # (4,): total, mm and graph loss, and whether a rank was asked to stop; means over ranks
+    values: torch.Tensor  # (5,): step()'s, and whether a rank was asked to stop; means over ranks
 
 
 class Trainer:
@@ -52,68 +51,59 @@ class Trainer:
         self.config, self.accelerator, self.graph = config, accelerator, graph
         self.output = config.output_folder
         self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
-        self.start_state = together(accelerator, lambda: find_state(config, self.identity))
+        self.start_state = from_main_process(accelerator, lambda: find_state(config, self.identity))
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         towers = together(accelerator, lambda: load_towers(config.model_name))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.identity["towers"] = fingerprint(towers)
-        if self.start_state is not None:
-            check_identity(self.start_state, self.identity, f"{self.start_state} was made with other towers")
+        self.progress, trained = from_main_process(accelerator, lambda: self._read_start(towers))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.source = LiveTowers(towers, accelerator.device, dtype)
-        self._build(*widths(towers), inputs)
-        self._restore()
+        self._build(*widths(towers), inputs, trained)
         self.total_steps = self._count_steps()
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
-        self.stop, self.stopping = StopRequest(), False
+        self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
         self.data_wait, self.recorded = 0.0, time.perf_counter()
 
-    def _build(self, d_text: int, d_vis: int, inputs: NodeInputs) -> None:
-        config = self.config
+    def _read_start(self, towers: Towers) -> tuple[state.Progress, checkpoints.TrainedState | None]:
+        """Where the run begins, and with what, if not with random weights."""
+        config, path = self.config, self.start_state
+        if path is not None:
+            check_identity(path, self.identity, f"{path} was made with other towers")
+            progress, trained = state.read_state(path)
+            if path.resolve().parent != (self.output / "state").resolve():
+                progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
+            return progress, trained
+        if config.init_from is not None:
+            trained, epoch = read_original(config, towers)
+            return state.Progress(epoch=epoch + 1), trained
+        return state.Progress(), None
+
+    def _build(self, d_text: int, d_vis: int, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
+        config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)
         module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
+        self.trained_parameters = sum(parameter.numel() for parameter in module.parameters())
+        if trained is not None:
+            state.load_weights(module, trained)
         optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.sampler = GlobalBatchSampler(len(self.graph.rows), config.global_batch_size, config.seed)
         self.samples_per_epoch = len(self.sampler) * config.global_batch_size
         loader = build_loader(
             self.graph.nodes, self.graph.rows, self.graph.paths, inputs, self.sampler, config.num_workers
         )
-        self.trained, self.optimizer, self.loader = self.accelerator.prepare(module, optimizer, loader)
-        if self.accelerator.num_processes > 1 and not isinstance(self.trained, DistributedDataParallel):
+        edges = config.global_batch_size // accelerator.num_processes  # of a step, on this rank
+        self.micro_batches = math.ceil(edges / (config.micro_batch_size or edges))
+        zero.set_run(accelerator, edges, config.max_grad_norm)
+        self.trained, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
+        if accelerator.num_processes > 1 and self.trained is module:
             raise UserError("the trained module is not wrapped for data parallel training: ranks would train alone")
+        if trained is not None:
+            state.restore(self.trained, self.optimizer.optimizer, trained)
+        if self.progress.loss_scale is not None:
+            state.set_loss_scale(accelerator, self.trained, self.progress.loss_scale)
         self.image_causes = np.zeros(len(self.graph.nodes), dtype=np.int8)
-
-    def _restore(self) -> None:
-        self.progress = state.Progress()
-        if self.start_state is not None:
-            path = self.start_state
-            self.progress, trained = together(self.accelerator, lambda: state.read_state(path))
-            state.restore(self.trained, self.optimizer.optimizer, trained)
-            if self.accelerator.scaler is not None and self.progress.loss_scale is not None:
-                self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
-            if path.resolve().parent != (self.output / "state").resolve():
-                self.progress.metrics_bytes, self.progress.components = 0, {}  # a new folder, metrics and tracker
-        elif self.config.init_from is not None:
-            path = Path(self.config.init_from)
-            trained, epoch = together(self.accelerator, lambda: self._read_original(path))
-            state.restore(self.trained, self.optimizer.optimizer, trained)
-            self.progress.epoch = epoch + 1
-
-    def _read_original(self, path: Path) -> tuple[checkpoints.TrainedState, int]:
-        """The trained part and the finished epochs of ``--init_from``, whose towers must be this run's."""
-        checkpoint = checkpoints.read_checkpoint(path)
-        for key, tensor in tower_state(self.source.towers).items():
-            theirs = checkpoint.model_state_dict.get(key)
-            if theirs is None or theirs.shape != tensor.shape or not torch.equal(theirs.float(), tensor.cpu()):
-                raise UserError(
-                    f"--init_from {path}: its towers are not --model_name {self.config.model_name}'s ({key})"
-                )
-        names = [name for name, _ in state.unwrapped(self.trained).named_parameters()]
-        epoch = checkpoint.epoch or 0
-        if epoch >= self.config.epochs:
-            raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {self.config.epochs}")
-        return checkpoints.trained_state(checkpoint, names, path), epoch
 
     def _count_steps(self) -> int:
         """The step that the run ends with."""
@@ -153,10 +143,14 @@ class Trainer:
             asked = time.perf_counter()
 
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """One optimizer step. Returns (3,) this rank's total, mm and graph loss, detached, on the device."""
+        """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.
+
+        The norm (L2, over all parameters and ranks, before clipping) is NaN where the backend does not tell it.
+        """
         config = self.config
         self.image_causes[batch["distinct"]] = batch["image_causes"]
-        distinct = self.trained(self.source.tokens(batch))  # (U, proj_dim) three times
+        tokens = self.source.tokens(batch, self.micro_batches)
+        distinct = self.trained(tokens, self.micro_batches)  # (U, proj_dim) three times
         z_graph, z_text, z_vis = (z.index_select(0, batch["inverse"]) for z in distinct)  # (2b, proj_dim) each
         losses = contrastive_losses(z_graph, z_text, z_vis, config.temperature, config.graph_loss_weight)
 
@@ -165,27 +159,37 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.progress.step, config, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(losses.total)
-        if config.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.trained.parameters(), config.max_grad_norm)
+        self.accelerator.backward(losses.total)  # under DeepSpeed with clipping and the step
+        norm = self._clip_gradients()
         self.optimizer.step()
-        return torch.stack(losses).detach()
+        return torch.stack([*losses, norm]).detach()
 
-    def record(self, losses: torch.Tensor) -> None:
-        """Note a step's losses, and write those of the step before it: the device is never waited for."""
-        now = time.perf_counter()
+    def _clip_gradients(self) -> torch.Tensor:
+        if hasattr(self.trained, "get_global_grad_norm"):  # DeepSpeed (Accelerate's own call would wait for the device)
+            norm = self.trained.get_global_grad_norm()
+            return torch.as_tensor(math.nan if norm is None else norm, device=self.accelerator.device).float()
+        # An infinite limit leaves the gradients as they are, and tells their norm.
+        return self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.max_grad_norm or math.inf)
+
+    def record(self, values: torch.Tensor) -> None:
+        """Note a step's values, and write those of the step before it: the device is never waited for."""
+        now, config = time.perf_counter(), self.config
+        seconds = now - self.recorded
         row = {
             "step": self.progress.step,
             "epoch": self.progress.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "edges_per_s": self.config.global_batch_size / (now - self.recorded),
+            "edges_per_s": config.global_batch_size / seconds,
+            "edges_per_s_per_process": config.global_batch_size / seconds / self.accelerator.num_processes,
             "data_wait_s": self.data_wait,
+            "data_wait_share": self.data_wait / seconds,
+            "peak_memory_gb": peak_memory_gb(self.accelerator.device),
         }
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
         self.recorded = now
-        stop = losses.new_tensor([float(self.stop.requested or self.recorder.failure is not None)])
-        pending = _Pending(row, self.accelerator.reduce(torch.cat([losses, stop]), "mean"))
+        stop = values.new_tensor([float(self.stop.requested or self.recorder.failure is not None)])
+        pending = _Pending(row, self.accelerator.reduce(torch.cat([values, stop]), "mean"))
         self.settle()
         self.pending = pending
 
@@ -195,17 +199,20 @@ class Trainer:
             return
         row, values = self.pending
         self.pending = None
-        loss, loss_mm, loss_graph, stop = values.tolist()
+        loss, loss_mm, loss_graph, norm, stop = values.tolist()
         if not np.isfinite(loss):
             raise UserError(
                 f"step {row['step']}: the loss is {loss}; the last state stays as it is. Try a lower --learning_rate, "
                 "--max_grad_norm 1, or bf16 instead of fp16"
             )
-        self.stopping = self.stopping or stop > 0
+        if stop > 0:
+            self.stopping = True
+            self.stop.begin()
         losses = {"loss": loss, "loss_mm": loss_mm, "loss_graph": loss_graph}
         sums = self.progress.epoch_sums
         for name, value in {**losses, "steps": 1}.items():
             sums[name] = sums.get(name, 0) + value
+        row["grad_norm"] = norm if math.isfinite(norm) else None
         self.recorder.row({"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row})
 
     @property
@@ -217,11 +224,12 @@ class Trainer:
     def save(self) -> None:
         """Write the state, before it the epoch file at an epoch's end and the final file at the run's."""
         self.settle()
+        if self.done:
+            self.stop.begin()  # a stop that comes now is what happens anyway
         progress = self.progress
         trained = state.consolidate(self.trained, self.optimizer.optimizer)
         progress.adam_step = trained.adam_step
-        if self.accelerator.scaler is not None:
-            progress.loss_scale = self.accelerator.scaler.state_dict()
+        progress.loss_scale = state.loss_scale(self.accelerator, self.trained)
         if progress.samples_in_epoch == self.samples_per_epoch:
             on_main_process(self.accelerator, lambda: self._end_epoch(trained))
             progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
@@ -259,7 +267,7 @@ class Trainer:
                 f"{checkpoints.DEFAULT_MODEL} uses the real ones"
             )
         towers = sum(t.numel() for t in tower_state(self.source.towers).values())
-        trained = sum(p.numel() for p in self.trained.parameters())
+        trained = self.trained_parameters
         size = (self.config.epochs - self.progress.epoch + 1) * 4 * (towers + 3 * trained) / 1e9
         log(
             f"{len(self.graph.nodes):,} nodes, {len(self.graph.rows):,} edges, {trained:,} trained and {towers:,} "

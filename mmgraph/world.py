@@ -1,7 +1,9 @@
 """The processes of a run: the Accelerator, the checks that it is what was launched, and agreement between ranks."""
 
 import os
+import resource
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -10,27 +12,40 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
 )
 
+from mmgraph import zero
 from mmgraph.errors import UserError
 
 Result = TypeVar("Result")
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 
 
-def build_accelerator() -> Accelerator:
+def build_accelerator(collective_timeout: float = 600) -> Accelerator:
     """The Accelerator of this launch.
+
+    Args:
+        collective_timeout: seconds that a rank waits for the others before it gives up.
 
     Raises:
         UserError: the launch would train wrongly without a word, such as ranks that each train alone.
     """
     cpu = not torch.accelerator.is_available()
+    deepspeed = _asked_for("DEEPSPEED")
     _refuse_lone_process()
+    if not cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count())
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))
+    if cpu and deepspeed:
+        process_group.backend = "gloo"
     try:
         accelerator = Accelerator(
-            cpu=cpu,
+            cpu=cpu and not deepspeed,  # Accelerate knows DeepSpeed on GPUs only, and does right without this
+            deepspeed_plugin=zero.build_plugin(cpu) if deepspeed else None,
             step_scheduler_with_optimizer=False,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True,  # the sampler's batches are global: each rank takes its slice
@@ -41,7 +56,10 @@ def build_accelerator() -> Accelerator:
             # gloo sums in the order of DDP's buckets, and DDP reorders them after its first step unless it looks for
             # unused parameters: without this a resumed run of 3 or more ranks differs in the last bits. (Two ranks
             # sum the same in any order, and are spared DDP's warning.)
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cpu and _launched_processes() > 2)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=cpu and _launched_processes() > 2),
+                process_group,
+            ],
         )
     except ValueError as error:
         raise UserError(f"the accelerate config does not fit this machine: {error}") from None
@@ -68,6 +86,19 @@ def _launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _asked_for(backend: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{backend}", "false").lower() == "true"
+
+
+def check_gpus(local_ranks: int, visible: int) -> None:
+    """Raise :class:`UserError` where a host has fewer GPUs than the ranks that were started on it."""
+    if local_ranks > visible:
+        raise UserError(
+            f"{local_ranks} processes were started on host {os.uname().nodename}, where {visible} GPUs are visible: "
+            "--num_processes is the total over all machines, so give GPUs x machines (and look at CUDA_VISIBLE_DEVICES)"
+        )
+
+
 def _check_world(accelerator: Accelerator) -> None:
     launched = _launched_processes()
     if launched != accelerator.num_processes:
@@ -75,14 +106,12 @@ def _check_world(accelerator: Accelerator) -> None:
             f"{launched} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train "
             "alone. Use a config of accelerate_configs/"
         )
-    asked = [
-        name
-        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TPU")
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-    ]
+    asked = [name for name in ("FSDP", "MEGATRON_LM", "TPU") if _asked_for(name)]
     if asked or accelerator.distributed_type not in SUPPORTED:
         kind = asked[0] if asked else accelerator.distributed_type.value
-        raise UserError(f"{kind} is not supported; use a config of accelerate_configs/ (plain data parallel)")
+        raise UserError(f"{kind} is not supported; use a config of accelerate_configs/ (data parallel or DeepSpeed)")
+    if _asked_for("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed was asked for and is not in use: start with accelerate launch, without --cpu")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             "gradient_accumulation_steps must be 1: contrastive losses need the whole batch; set --global_batch_size"
@@ -117,6 +146,13 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     )
 
 
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory in use on this rank so far, in GB (10^9 bytes): of the GPU, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     """Call ``function`` on every rank; where it fails on one, fail on all, so that none waits for ever.
 
@@ -136,6 +172,14 @@ def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result
         if failure is not None:
             raise UserError(f"rank {rank}: {failure}")
     return result
+
+
+def from_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """What ``function`` returns on the main process, on every rank; its failure is every rank's."""
+    result = [together(accelerator, function if accelerator.is_main_process else lambda: None)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
 from mmgraph.towers import Tokens, Towers, load_towers, run_towers, widths
@@ -34,18 +35,32 @@ class TrainedModule(nn.Module):
         self.text_proj = nn.Linear(fused_dim, proj_dim)
         self.vis_proj = nn.Linear(fused_dim, proj_dim)
 
-    def forward(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed U nodes: ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), rows of unit length."""
-        return self.project(*self.fusion(*tokens))
+    def forward(self, tokens: Tokens, micro_batches: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embed U nodes: ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.
 
-    def project(
-        self, fused: torch.Tensor, text_pool: torch.Tensor, vis_pool: torch.Tensor
+        Args:
+            tokens: of the U nodes.
+            micro_batches: parts that the nodes are embedded in. With several, the activations of a part are dropped
+                and computed again in the backward pass (Chen et al., 2016), so that memory is one part's while the
+                loss is over all: what GradCache (Gao et al., 2021) gets, with one backward pass and one reduction of
+                gradients. A number and not a size: under ZeRO-3 each part is a collective, and ranks differ in U.
+        """
+        dtype = self.graph_proj.weight.dtype  # bf16 or fp16 under DeepSpeed
+        inputs = (tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
+        if micro_batches == 1:
+            return self._embed(*inputs)
+        parts = zip(*(tensor.tensor_split(micro_batches) for tensor in inputs), strict=True)
+        embedded = [checkpoint(self._embed, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return tuple(torch.cat(z) for z in zip(*embedded, strict=True))  # type: ignore[return-value]
+
+    def _embed(
+        self, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(U, fused_dim) three times -> (U, proj_dim) three times, L2-normalised."""
+        fused, text_pool, vis_pool = self.fusion(text, mask, patches)  # (U, fused_dim) each
         return (
-            F.normalize(self.graph_proj(fused), dim=-1),
-            F.normalize(self.text_proj(text_pool), dim=-1),
-            F.normalize(self.vis_proj(vis_pool), dim=-1),
+            F.normalize(self.graph_proj(fused).float(), dim=-1),  # (U, proj_dim)
+            F.normalize(self.text_proj(text_pool).float(), dim=-1),
+            F.normalize(self.vis_proj(vis_pool).float(), dim=-1),
         )
 
 

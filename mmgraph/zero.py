@@ -1,0 +1,162 @@
+"""DeepSpeed's ZeRO: how it is set up here, and its partitions as one state that any other launch can read.
+
+DeepSpeed is imported by these functions alone: it costs seconds and prints, and most runs do without it.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_available
+from torch import nn
+
+from mmgraph.checkpoints import TrainedState
+from mmgraph.errors import UserError
+
+CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # where `accelerate launch` puts the config's deepspeed_config_file
+
+
+def build_plugin(cpu: bool) -> DeepSpeedPlugin:
+    """The plugin for Accelerate, from the JSON that the accelerate config names.
+
+    Args:
+        cpu: there is no GPU: DeepSpeed is to run on gloo.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or the JSON cannot be used.
+    """
+    if not is_deepspeed_available():
+        raise UserError("this accelerate config wants DeepSpeed, which is not installed: pip install deepspeed")
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate would take each rank for a world of its own
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # On the CPU it would compile a shared-memory all-reduce at the first start; a start killed meanwhile leaves a lock
+    # that all later ones wait for. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    path = os.environ.get(CONFIG_FILE, "none")
+    if path != "none":
+        beside = Path(__file__).parent.parent / path  # the config's relative path, launched from another folder
+        os.environ[CONFIG_FILE] = path if Path(path).exists() or not beside.exists() else str(beside)
+    try:
+        # Without this the frozen towers, which are not DeepSpeed's, would be partitioned as they are loaded.
+        plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed config {path}: {' '.join(str(error).split())[:300]}") from None
+    for key in ("optimizer", "scheduler"):
+        if key in plugin.deepspeed_config:
+            raise UserError(f"DeepSpeed config {path}: leave out '{key}'; mmgraph has its own (see --help_all)")
+    return plugin
+
+
+def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
+    """Write the run's own values into DeepSpeed's config, before ``prepare``; nothing where it is not in use.
+
+    DeepSpeed clips gradients at 1.0 where its config says nothing, and Accelerate turns "auto" into 1.0.
+
+    Args:
+        micro_batch: edges of a step on this rank.
+        max_grad_norm: L2 norm that gradients are clipped to; 0 does not clip.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    settings["gradient_clipping"] = max_grad_norm
+    settings["train_micro_batch_size_per_gpu"] = micro_batch
+    settings["train_batch_size"] = micro_batch * accelerator.num_processes
+    if settings["zero_optimization"].get("stage", 0) == 0 and accelerator.mixed_precision != "no":
+        raise UserError("ZeRO stage 0 is plain data parallel training: use accelerate_configs/multi_gpu.yaml")
+
+
+def is_engine(module: Any) -> bool:
+    """Whether a prepared module is DeepSpeed's with partitions. (Stage 0 has none: its parameters are plain ones.)"""
+    return hasattr(module, "zero_optimization_stage") and module.zero_optimization_stage() > 0
+
+
+def consolidate(engine: Any) -> TrainedState:
+    """The whole of what the ranks hold in parts, on the CPU, float32. Called by all ranks; every rank gets it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    states = [state for state in engine.basic_optimizer.state.values() if "exp_avg" in state]
+    weights, first, second = {}, {}, {}
+    for name, parameter in engine.module.named_parameters():
+        weights[name] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
+        if states:
+            first[name], second[name] = (
+                safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True) for key in ("exp_avg", "exp_avg_sq")
+            )
+    return TrainedState(weights, first, second, int(states[0]["step"]) if states else 0)
+
+
+def restore(engine: Any, trained: TrainedState) -> None:
+    """Put a whole state into this rank's partitions.
+
+    The module was prepared with these weights, so its low-precision copies hold them already.
+    """
+    for name, parameter in engine.module.named_parameters():
+        _set(parameter, trained.weights[name])
+    if not trained.exp_avg:
+        return
+    _create_moments(engine, trained.adam_step)
+    for name, parameter in engine.module.named_parameters():
+        _set(parameter, trained.exp_avg[name], "exp_avg")
+        _set(parameter, trained.exp_avg_sq[name], "exp_avg_sq")
+
+
+def _create_moments(engine: Any, adam_step: int) -> None:
+    """What AdamW would create in its first step. DeepSpeed has no public way to do so before that."""
+    zero, base = engine.optimizer, engine.basic_optimizer
+    stage3 = engine.zero_optimization_stage() == 3
+    for partition in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+        base.state[partition] = {
+            "step": torch.tensor(float(adam_step)),
+            "exp_avg": torch.zeros_like(partition),
+            "exp_avg_sq": torch.zeros_like(partition),
+        }
+    if not stage3:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+    """This rank's part of a weight, or of its ``moment``."""
+    from deepspeed import comm
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if hasattr(parameter, "ds_tensor"):  # stage 3: the setters of whole values fail where they do not divide evenly
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * comm.get_world_size() - value.numel()))
+        value = padded.narrow(0, size * comm.get_rank(), size)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, moment)
+    elif moment is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def loss_scale(engine: Any) -> dict[str, float] | None:
+    """The fp16 loss scale and the steps since it last changed, under GradScaler's names; None without fp16."""
+    if not engine.fp16_enabled():
+        return None
+    scaler = engine.optimizer.loss_scaler
+    return {"scale": scaler.cur_scale, "_growth_tracker": scaler.cur_iter - scaler.last_overflow_iter - 1}
+
+
+def set_loss_scale(engine: Any, saved: dict[str, float]) -> None:
+    """Go on with a saved loss scale, of DeepSpeed or of GradScaler."""
+    scaler = engine.optimizer.loss_scaler
+    scaler.cur_scale = saved["scale"]
+    scaler.last_overflow_iter = scaler.cur_iter - 1 - int(saved["_growth_tracker"])
