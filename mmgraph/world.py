@@ -63,6 +63,8 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"the accelerate config does not fit this machine: {error}") from None
+    if deepspeed:
+        zero.leave_towers_alone()
     _check_world(accelerator)
     return accelerator
 

@@ -45,7 +45,6 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         beside = Path(__file__).parent.parent / path  # the config's relative path, launched from another folder
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not beside.exists() else str(beside)
     try:
-        # Without this the frozen towers, which are not DeepSpeed's, would be partitioned as they are loaded.
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (OSError, ValueError) as error:
         raise UserError(f"DeepSpeed config {path}: {' '.join(str(error).split())[:300]}") from None
@@ -53,6 +52,13 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         if key in plugin.deepspeed_config:
             raise UserError(f"DeepSpeed config {path}: leave out '{key}'; mmgraph has its own (see --help_all)")
     return plugin
+
+
+def leave_towers_alone() -> None:
+    """Under ZeRO-3, have transformers not partition the frozen towers as it loads them: they are not DeepSpeed's."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
