@@ -155,7 +155,7 @@ def load_pretrained_encoder(
     state = read_checkpoint(checkpoint_path).model_state_dict
     name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
     encoder = MultimodalGraphEncoder.from_towers(
-        random_towers(*_tower_configs(name)),
+        random_towers(*tower_configs(name)),
         fused_dim=state["fusion.text_proj.weight"].shape[0],
         proj_dim=state["graph_proj.weight"].shape[0],
     )
@@ -192,7 +192,8 @@ def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+def tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+    """The shapes of both towers. Raises :class:`UserError` where there is no such model."""
     if model_name == DEFAULT_MODEL:
         return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are this model's: no hub is needed
     return load_tower_configs(model_name)

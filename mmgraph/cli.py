@@ -1,7 +1,9 @@
 """The command lines: ``launch.py`` trains, ``mmgraph VERB`` does the rest. Errors become one line here."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -29,18 +31,18 @@ def _train(arguments: list[str]) -> int:
     follow_launcher()
     config = parse_config(arguments)
 
+    from mmgraph.checks import check_run
     from mmgraph.demo import build_demo
     from mmgraph.graph import load_graph
     from mmgraph.text_log import log
     from mmgraph.trainer import Trainer
-    from mmgraph.world import build_accelerator, check_batch_size, describe, on_main_process, together
+    from mmgraph.world import build_accelerator, on_main_process, together
 
     accelerator = build_accelerator(config.collective_timeout)
     if config.demo:
         on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
     graph = together(accelerator, lambda: load_graph(config))
-    check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
-    log(describe(accelerator, config.global_batch_size))
+    check_run(config, accelerator, graph)
     if config.check:
         log(f"checked: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
         return 0
@@ -135,6 +137,9 @@ def _run(action: Callable[[], int]) -> int:
     except UserError as error:
         if is_main_process():
             print(f"mmgraph: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(5)  # most errors are every rank's: the main one says it, and the launcher then ends this rank
+            print(f"mmgraph: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return WRONG_USAGE
     except OSError as error:  # a full disk, a folder without permission: the user's to mend
         print(f"mmgraph: error: {error}", file=sys.stderr)

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -18,6 +20,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mmgraph.errors import UserError
+
+MODEL_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+)  # fmt: skip
+NOT_DOWNLOADED = "not downloaded"
 
 
 class Tokens(NamedTuple):
@@ -97,6 +105,22 @@ def fingerprint(towers: Towers) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
     return digest.hexdigest()
+
+
+def files_fingerprint(model_name: str) -> str:
+    """SHA-256 over the files of a model, as they lie in its folder or in this machine's hub cache.
+
+    :data:`NOT_DOWNLOADED` where they are not there yet. In seconds, and without loading anything.
+    """
+    digest, found = hashlib.sha256(), False
+    for name in MODEL_FILES:
+        folder = Path(model_name)
+        path = folder / name if folder.is_dir() else try_to_load_from_cache(model_name, name)
+        if isinstance(path, str | Path) and Path(path).is_file():
+            with Path(path).open("rb") as file:
+                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            found = True
+    return digest.hexdigest() if found else NOT_DOWNLOADED
 
 
 def widths(towers: Towers) -> tuple[int, int]:

@@ -141,10 +141,13 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     device = (
         torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
     )
+    hint = ""
+    if device != "cpu" and batch_size // count < 64:
+        hint = f"; a GPU wants 64 or more: --global_batch_size {64 * count}"
     threads = f", {torch.get_num_threads()} thread(s) each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "
-        f"precision {accelerator.mixed_precision}, {batch_size} edges a step, {batch_size // count} a process"
+        f"precision {accelerator.mixed_precision}, {batch_size} edges a step, {batch_size // count} a process{hint}"
     )
 
 

@@ -44,6 +44,9 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
     if path != "none":
         beside = Path(__file__).parent.parent / path  # the config's relative path, launched from another folder
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not beside.exists() else str(beside)
+    # Accelerate refuses a precision in its own config beside a JSON, though it takes it where the JSON says "auto".
+    fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    os.environ["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(name for name in fields if name != "mixed_precision")
     try:
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (OSError, ValueError) as error:

@@ -1,0 +1,198 @@
+"""Start-up checks: what would fail or mislead later is told in seconds, before the towers are loaded."""
+
+import dataclasses
+import math
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mmgraph import estimate
+from mmgraph.checkpoints import tower_configs
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.graph import Graph
+from mmgraph.text_log import log
+from mmgraph.towers import NOT_DOWNLOADED, files_fingerprint
+from mmgraph.world import check_batch_size, describe, from_main_process, together
+
+SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
+    "settings": "give every machine the same command",
+    "precision": "give every machine the same accelerate config",
+    "node table": "give every machine the same files",
+    "edge table": "give every machine the same files",
+    "towers": "give every machine the same --model_name files",
+    "versions": "install the same versions on every machine",
+}
+
+
+class Rank(NamedTuple):
+    """What a rank tells the others about itself."""
+
+    host: str
+    device: str
+    free_gb: float
+    total_gb: float
+    local_ranks: int
+    visible_gpus: int
+    flops_per_s: float
+    agreed: dict[str, Any]  # under the keys of SAME_EVERYWHERE
+
+
+def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
+    """Check a launch on all ranks. Findings are lines of the log: all of them with ``--check``, else the warnings.
+
+    Raises:
+        UserError: ranks differ, the batch does not fit the world or the graph, or the output folder cannot be used.
+    """
+    own = together(accelerator, lambda: _look(config, accelerator, graph))
+    ranks: list[Rank] = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    _check_agreement(ranks)
+    check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
+    sizes = together(accelerator, lambda: estimate.shape(*tower_configs(config.model_name), config))
+    output = from_main_process(accelerator, lambda: _check_output(config, sizes))
+    log(describe(accelerator, config.global_batch_size))
+    findings = [
+        *_world(accelerator, ranks),
+        *(_device(number, rank) for number, rank in enumerate(ranks)),
+        *_towers(config, ranks),
+        f"every rank has the same {', '.join(SAME_EVERYWHERE)}",
+        _batch(config, accelerator, len(graph.rows)),
+        *output,
+        *_resources(config, accelerator, ranks, sizes),
+    ]
+    for finding in findings:
+        if config.check or finding.startswith("warning: "):
+            log(finding)
+
+
+def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
+    device = accelerator.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = f"{device} {torch.cuda.get_device_name(device)}"
+    else:
+        free, total, name = *_host_memory(), f"{device.type}, {torch.get_num_threads()} thread(s)"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    agreed = {
+        "settings": dataclasses.asdict(config),
+        "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
+        "node table": graph.nodes_fingerprint,
+        "edge table": graph.edges_fingerprint,
+        "towers": files_fingerprint(config.model_name),
+        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
+    }
+    speed = estimate.matmul_flops_per_s(device, dtype) if config.check else math.nan
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Rank(platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, agreed)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes available and in all, of this host or of its cgroup."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free, total = min(free, int(most) - int(used.read_text())), min(total, int(most))
+    return free, total
+
+
+def _check_agreement(ranks: list[Rank]) -> None:
+    for number, rank in enumerate(ranks):
+        for what, remedy in SAME_EVERYWHERE.items():
+            first, own = ranks[0].agreed[what], rank.agreed[what]
+            if first == own:
+                continue
+            if isinstance(own, dict):
+                names = sorted(name for name in first.keys() | own.keys() if first.get(name) != own.get(name))
+                first, own = (", ".join(f"{n} {values.get(n)}" for n in names) for values in (first, own))
+            raise UserError(
+                f"rank {number} ({rank.host}) has another {what} than rank 0 ({ranks[0].host}): "
+                f"{str(own)[:60]} instead of {str(first)[:60]}; {remedy}"
+            )
+
+
+def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
+    hosts = {rank.host: rank for rank in ranks}
+    place = ""
+    if len(ranks) > 1:
+        place = f", met at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    lines = [f"{len(ranks)} process(es) on {len(hosts)} host(s), as launched{place}"]
+    for host, rank in hosts.items():
+        if rank.visible_gpus > rank.local_ranks and accelerator.device.type == "cuda":
+            lines.append(
+                f"warning: {host} has {rank.visible_gpus} visible GPUs, of which {rank.local_ranks} are used: "
+                "--num_processes is the total over all machines"
+            )
+    return lines
+
+
+def _device(number: int, rank: Rank) -> str:
+    return f"rank {number}: {rank.host}, {rank.device}, {rank.free_gb:.1f} of {rank.total_gb:.1f} GB free"
+
+
+def _towers(config: Config, ranks: list[Rank]) -> list[str]:
+    if ranks[0].agreed["towers"] != NOT_DOWNLOADED:
+        return []
+    return [f"{config.model_name}: not on this machine yet; it will be downloaded from the hub at the start"]
+
+
+def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
+    steps, left = divmod(num_edges, config.global_batch_size)
+    edges = config.global_batch_size // accelerator.num_processes
+    micro = f", {min(config.micro_batch_size, edges)} at once" if config.micro_batch_size else ""
+    return (
+        f"{config.global_batch_size} edges a step, {edges} a process{micro}; {steps:,} steps an epoch, which leaves "
+        f"out {left} of {num_edges:,} edges"
+    )
+
+
+def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
+    """The output folder takes files, and there is room. Creates nothing that stays."""
+    folder = config.output_folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"--output_dir {config.output_folder}: cannot write to {folder}: {error.strerror}") from None
+    epoch, state = estimate.epoch_file_bytes(sizes), estimate.state_bytes(sizes)
+    one = epoch + 2 * state  # the next state is written before an old one goes
+    whole = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
+    if free < one:
+        raise UserError(
+            f"--output_dir {config.output_folder}: {free / 1e9:.2f} GB free, and an epoch file with its state takes "
+            f"{one / 1e9:.2f} GB; make room, or choose another place"
+        )
+    line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; a whole run takes up to {whole / 1e9:.1f} GB"
+    return [line if whole <= free else f"warning: {line}"]
+
+
+def _resources(config: Config, accelerator: Accelerator, ranks: list[Rank], sizes: estimate.Shape) -> list[str]:
+    edges = config.global_batch_size // len(ranks)
+    device, half = accelerator.device.type, accelerator.mixed_precision != "no"
+    needed = estimate.memory_gb(sizes, edges, config.micro_batch_size, "cuda" if device == "cuda" else "cpu", half)
+    lines = [f"about {needed:.1f} GB of memory a process, by estimate"]
+    for number, rank in enumerate(ranks):
+        room = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
+        if needed > room:
+            lines.append(
+                f"warning: rank {number} ({rank.host}) may run out of memory: about {needed:.1f} GB needed, "
+                f"{room:.1f} GB free; --micro_batch_size {max(1, edges // 4)} needs less"
+            )
+    if config.check:
+        slowest = min(rank.flops_per_s for rank in ranks)
+        seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest)
+        share = f"{estimate.MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
+        lines.append(
+            f"about {seconds:.2g} s a step at full text length, by estimate ({share}); reading images comes on top"
+        )
+    return lines

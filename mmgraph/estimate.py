@@ -1,0 +1,105 @@
+"""What a run will take, from its shapes alone: disk, memory, time of a step. Estimates, and said to be."""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+from mmgraph.config import Config
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+
+PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # Python with the libraries' code; a CUDA context
+MATMUL_SHARE = 0.6  # of a matrix product's speed; towers and fusion of ViT-B/32 reached 0.65 to 0.7 on a CPU
+
+
+class Shape(NamedTuple):
+    """Sizes of the towers and of what is trained."""
+
+    frozen: int  # parameters of both towers
+    trained: int  # parameters
+    text_length: int
+    patches: int
+    image_size: int  # pixels a side
+    d_text: int
+    d_vis: int
+    fused_dim: int
+    tower_flops: float  # of a node, forward
+    fusion_flops: float  # of a node, forward
+
+
+def shape(text: CLIPTextConfig, vision: CLIPVisionConfig, config: Config) -> Shape:
+    """The sizes, without loading or allocating anything."""
+    with torch.device("meta"):
+        towers = (CLIPTextModel(text), CLIPVisionModel(vision))
+        module = TrainedModule(text.hidden_size, vision.hidden_size, config.fused_dim, config.proj_dim)
+    frozen, trained = (sum(p.numel() for m in modules for p in m.parameters()) for modules in (towers, (module,)))
+    image_size, patch_size = int(vision.image_size), int(vision.patch_size)  # type: ignore[arg-type]
+    length, patches = text.max_position_embeddings, (image_size // patch_size) ** 2
+    tower_flops = _tower_flops(text, length) + _tower_flops(vision, patches + 1)
+    width = config.fused_dim
+    projections = length * text.hidden_size * width + patches * vision.hidden_size * width
+    attention_and_ffn = 8 * (length + patches) * width**2 + 4 * length * patches * width
+    return Shape(
+        frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, tower_flops,
+        2.0 * (projections + attention_and_ffn),
+    )  # fmt: skip
+
+
+def _tower_flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
+    width = config.hidden_size
+    layer = length * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * length**2 * width
+    return 2.0 * config.num_hidden_layers * layer
+
+
+def epoch_file_bytes(sizes: Shape) -> int:
+    return 4 * (sizes.frozen + 3 * sizes.trained)  # float32, and Adam's two moments
+
+
+def state_bytes(sizes: Shape) -> int:
+    return 12 * sizes.trained
+
+
+def final_file_bytes(sizes: Shape) -> int:
+    return 4 * (sizes.frozen + sizes.trained)
+
+
+def memory_gb(sizes: Shape, edges: int, micro_batch_size: int | None, device: str, half: bool) -> float:
+    """The most memory of a process, in GB (10^9 bytes).
+
+    Args:
+        edges: of a step, on this process.
+        half: the network runs in 16 bits.
+    """
+    nodes, at_once = 2 * edges, 2 * min(edges, micro_batch_size or edges)
+    width = 2 if half else 4
+    weights = 4 * sizes.frozen + 20 * sizes.trained  # trained: weight, gradient, its bucket, two moments
+    pixels = 3 * sizes.image_size**2 * 4
+    tokens = (sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis) * 4
+    # A fusion token keeps about 12 vectors for the backward pass; a tower's layer holds about as many for a moment.
+    fusion = 12 * (sizes.text_length + sizes.patches) * sizes.fused_dim * width
+    tower = 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
+    return PROCESS_GB[device] + (weights + nodes * (pixels + tokens) + at_once * max(fusion, tower)) / 1e9
+
+
+def step_seconds(sizes: Shape, edges: int, micro_batch_size: int | None, flops_per_s: float) -> float:
+    """The time of a step's arithmetic on a process with ``edges`` edges; reading images comes on top."""
+    passes = 4 if micro_batch_size and micro_batch_size < edges else 3  # backward costs two; recomputing one more
+    return 2 * edges * (sizes.tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second of a large matrix product, measured for about 0.2 s."""
+    size = 4096 if device.type == "cuda" else 768
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.2:
+        start = time.perf_counter()
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    del product
+    return 2 * size**3 / best
