@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_tensorboard_available
 
 from mmgraph import estimate
 from mmgraph.checkpoints import tower_configs
@@ -52,6 +52,8 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     Raises:
         UserError: ranks differ, the batch does not fit the world or the graph, or the output folder cannot be used.
     """
+    if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
+        raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed: pip install tensorboard")
     own = together(accelerator, lambda: _look(config, accelerator, graph))
     ranks: list[Rank] = gather_object([own]) if accelerator.num_processes > 1 else [own]
     _check_agreement(ranks)

@@ -1,13 +1,20 @@
-"""``metrics.jsonl`` (one object a step) and the tracker; both written by the main process alone."""
+"""``metrics.jsonl`` (one object a step) and the trackers; written by the main process alone."""
 
+import dataclasses
 import json
 import netrc
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from mmgraph.config import Config
 from mmgraph.files import sync
 from mmgraph.text_log import log
 
@@ -45,65 +52,119 @@ class MetricsFile:
         self._waiting, self._written = 0, time.monotonic()
 
 
-class WandbTracker:
-    """Weights & Biases, such that it can never stop or hang training: any error of it is one line in the log.
+class Trackers:
+    """The trackers that follow a run, through Accelerate's. None can stop or stall it: an error of one is a line.
 
-    Without a key in the environment or netrc the run is kept offline, below ``folder``.
+    Weights & Biases without a key or a network is kept offline, below ``folder``.
 
     Args:
-        run_id: of the run to go on with; None starts one.
+        config: the run's settings; ``report_to`` says which.
+        folder: the run's.
+        step: the run has finished this many; a tracker's rows beyond are of a start that was lost.
+        wandb_id: the wandb run to go on with; None starts one.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any], run_id: str | None):
-        self._run: Any = None
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            import wandb  # costs seconds: only for those who asked
-
-            wanted: Any = os.environ.get("WANDB_MODE") or (
-                "online" if _has_key(wandb.Settings().base_url) else "offline"
-            )
+    def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None):
+        self.wandb_id, self._trackers = wandb_id, list[GeneralTracker]()
+        for name in _chosen(config.report_to):
             try:
-                self._run = self._start(wandb, wanted, folder, name, settings, run_id)
-            except Exception:
-                if wanted != "online":
-                    raise
-                self._run = self._start(wandb, "offline", folder, name, settings, run_id)  # no network
-            log(f"wandb: run {self._run.id}, {'offline' if self._run.offline else 'online'}, in {folder / 'wandb'}")
-        except Exception as error:
-            log(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())}")
-
-    @staticmethod
-    def _start(wandb: Any, mode: str, folder: Path, name: str, settings: dict[str, Any], run_id: str | None) -> Any:
-        return wandb.init(
-            project="mmgraph", name=name, dir=folder, config=settings, id=run_id, resume="allow" if run_id else None,
-            mode=mode, settings=wandb.Settings(init_timeout=30),
-        )  # fmt: skip
-
-    @property
-    def run_id(self) -> str | None:
-        return self._run.id if self._run is not None else None
+                if name == "wandb":
+                    self._start_wandb(config, folder)
+                else:
+                    self._start_tensorboard(config, folder, step)
+            except Exception as error:
+                log(f"{name} is off: {_said(error)}")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._call(lambda: self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        self._call(lambda tracker: tracker.log(values, step=row["step"]))
 
     def close(self) -> None:
-        self._call(lambda: self._run.finish())
+        self._call(lambda tracker: tracker.finish())
 
-    def _call(self, action: Any) -> None:
-        if self._run is None:
-            return
+    def _call(self, action: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                log(f"{tracker.name} is off from here: {_said(error)}")
+
+    def _add(self, tracker: GeneralTracker, config: Config) -> None:
+        tracker.start()
+        tracker.store_init_configuration(dataclasses.asdict(config))
+        self._trackers.append(tracker)
+
+    def _start_tensorboard(self, config: Config, folder: Path, step: int) -> None:
+        self._add(TensorBoardTracker("tensorboard", folder, purge_step=step + 1), config)
+        log(f"tensorboard --logdir {folder / 'tensorboard'} shows the run")
+
+    def _start_wandb(self, config: Config, folder: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # costs seconds: only for those who asked
+
+        known: dict[str, Any] = {"init_timeout": 30, "finish_timeout": 60}  # s; the latter is not in every version
+        limits = {name: value for name, value in known.items() if name in wandb.Settings.model_fields}
+        offline = _why_offline(wandb.Settings().base_url)
+
+        def tracker(mode: str) -> GeneralTracker:
+            return WandBTracker(
+                config.project, name=folder.name, dir=folder, id=self.wandb_id, mode=mode,
+                resume="allow" if self.wandb_id else None, tags=config.tags.split(",") if config.tags else None,
+                notes=config.notes, settings=wandb.Settings(**limits),
+            )  # fmt: skip
+
         try:
-            action()
+            self._add(tracker("offline" if offline else os.environ.get("WANDB_MODE", "online")), config)
         except Exception as error:
-            self._run = None
-            log(f"wandb is off from here: {type(error).__name__}: {' '.join(str(error).split())}")
+            if offline:
+                raise
+            offline = _said(error)
+            self._add(tracker("offline"), config)
+        run = self._trackers[-1].tracker
+        self.wandb_id = run.id
+        if run.offline:
+            log(f"wandb: run {run.id}, offline ({offline or 'as asked'}); wandb sync {Path(run.dir).parent} uploads it")
+        else:
+            log(f"wandb: run {run.id}, {run.url}")
 
 
-def _has_key(base_url: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def _chosen(report_to: str) -> list[str]:
+    if report_to == "auto":
+        if _may_have_key() and os.environ.get("WANDB_MODE") != "disabled":
+            return ["wandb"]
+        log("no tracker follows the run: wandb login, or WANDB_API_KEY, changes that (--report_to)")
+        return []
+    return {"none": [], "all": ["wandb", "tensorboard"]}.get(report_to, [report_to])
+
+
+def _may_have_key() -> bool:
+    """Whether there is a key or a login to be found, without the seconds that wandb's import takes."""
+    return bool(os.environ.get("WANDB_API_KEY")) or any(_logins())
+
+
+def _logins() -> dict[str, Any]:
     try:
-        return netrc.netrc().authenticators(base_url.split("//")[-1].split("/")[0]) is not None
+        return netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
-        return False
+        return {}
+
+
+def _why_offline(base_url: str) -> str | None:
+    """Why wandb would not reach its server; None where it would, or where the user has chosen."""
+    if os.environ.get("WANDB_MODE"):
+        return None
+    url = urlsplit(base_url)
+    if not os.environ.get("WANDB_API_KEY") and url.hostname not in _logins():
+        return "no key"
+    if getproxies():
+        return None  # what a direct connection does says nothing
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+    except OSError as error:
+        return f"{url.hostname} cannot be reached: {error}"
+    return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,6 +1,5 @@
 """What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
 
-import dataclasses
 import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import sync, write_durably
 from mmgraph.images import describe_causes
-from mmgraph.metrics import MetricsFile, WandbTracker
+from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.state import Progress
 from mmgraph.text_log import flush_log, log, log_file
 from mmgraph.world import on_main_process
@@ -55,12 +54,9 @@ class Recorder:
             raise UserError(f"--output_dir {self.output}: {error.strerror or error}") from None
         stack.callback(self.metrics.close)
         stack.enter_context(log_file(self.log_path, config.log_buffer_size))
-        self.tracker: WandbTracker | None = None
-        if config.report_to == "wandb":
-            run_id = self.progress.components.get("wandb")
-            self.tracker = WandbTracker(self.output, self.output.name, dataclasses.asdict(config), run_id)
-            self.progress.components["wandb"] = self.tracker.run_id
-            stack.callback(self.tracker.close)
+        self.trackers = Trackers(config, self.output, self.progress.step, self.progress.components.get("wandb"))
+        stack.callback(self.trackers.close)
+        self.progress.components["wandb"] = self.trackers.wandb_id
         self.bar = stack.enter_context(
             tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
         )
@@ -86,8 +82,7 @@ class Recorder:
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
         self.metrics.write(row)
-        if self.tracker is not None:
-            self.tracker.write(row)
+        self.trackers.write(row)
         self.bar.update()
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
         if row["step"] % self.config.log_every == 0:

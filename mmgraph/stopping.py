@@ -12,6 +12,7 @@ from mmgraph.text_log import flush_log
 
 EXIT_CODE = 143
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NO_SIGNAL = 0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -46,17 +47,18 @@ class StopRequest:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             self._begun.set()
-            os.close(write)
+            os.write(write, bytes([NO_SIGNAL]))  # closing would not do: DataLoader workers inherited this end
             watcher.join()
             os.close(read)
+            os.close(write)
 
     def begin(self) -> None:
         """All ranks have learnt of the request, and stop together: take as long as it takes."""
         self._begun.set()
 
     def _watch(self, read: int) -> None:
-        while number := os.read(read, 1):
-            if self.requested or number[0] not in STOP_SIGNALS:
+        while (number := os.read(read, 1)[0]) != NO_SIGNAL:
+            if self.requested or number not in STOP_SIGNALS:
                 continue
             self.requested = True
             if not self._begun.wait(self._grace):

@@ -120,7 +120,7 @@ class Trainer:
         if self.done:
             log(f"finished: {self.output} is at step {self.progress.step:,}; raise --epochs or --max_steps to go on")
             return 0
-        with self.recorder.opened(), self.stop.listening():
+        with self.stop.listening(), self.recorder.opened():  # not to be cut off in writing its last lines
             self._say_hello()
             while not (self.done or self.stopping):
                 for batch in self.batches():
