@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -141,8 +142,27 @@ def _run(action: Callable[[], int]) -> int:
             time.sleep(5)  # most errors are every rank's: the main one says it, and the launcher then ends this rank
             print(f"mmgraph: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return WRONG_USAGE
+    except RuntimeError as error:
+        lost = _lost_contact(error)
+        if lost is None:
+            raise
+        print(f"mmgraph: error: rank {os.environ.get('RANK', '0')} {lost}; the last state stands", file=sys.stderr)
+        return 1
     except OSError as error:  # a full disk, a folder without permission: the user's to mend
         print(f"mmgraph: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _lost_contact(error: RuntimeError) -> str | None:
+    """What happened, where a collective failed because another rank is gone or hangs; the cause is that rank's."""
+    from torch.distributed import DistError
+
+    reason = " ".join(str(error).split())
+    if not isinstance(error, DistError) and "gloo" not in reason:  # gloo raises plain ones, with its files' names
+        return None
+    reason = re.sub(r"\[\S+:\d+\] ", "", reason).split(". ")[0][:200]
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        return f"waited --collective_timeout for another rank, which hangs or is gone ({reason})"
+    return f"lost another rank, whose own words or the launcher's summary say why ({reason})"
