@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.demo_towers import build_towers
@@ -95,3 +96,35 @@ def launch(config: str, *arguments: str, cwd: Path | None = None) -> subprocess.
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+LOSSES = ("loss", "loss_mm", "loss_graph")
+
+
+def loss_difference(output: Path, reference: Path, steps: int) -> float:
+    """The greatest difference of any loss in any of the first steps; each step must be there, once, in order."""
+    rows, expected = read_metrics(output), read_metrics(reference)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    return max(abs(row[name] - other[name]) for row, other in zip(rows, expected, strict=False) for name in LOSSES)
+
+
+def newest(output: Path) -> Path:
+    """The newest state of a run."""
+    return sorted((output / "state").glob("step-*"))[-1]
+
+
+def same_state(output: Path, reference: Path) -> bool:
+    """Whether weights and moments of two runs' newest states are equal to the bit."""
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        first, second = load_file(newest(output) / name), load_file(newest(reference) / name)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in second):
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def one_process(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 steps over two epochs (16 steps each), on one process, float32."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    launch("cpu.yaml", *settings(graph, output, "--max_steps=30", "--save_every=5", "--keep_last=9"))
+    return output

@@ -54,7 +54,8 @@ def test_what_a_run_leaves(run40: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert [row["epoch"] for row in rows] == [1] * 16 + [2] * 16 + [3] * 8
     assert list(rows[0]) == [
-        "step", "epoch", "loss", "loss_mm", "loss_graph", "lr", "edges_per_s", "data_wait_s",
+        "step", "epoch", "loss", "loss_mm", "loss_graph", "lr", "edges_per_s",
+        "edges_per_s_per_process", "data_wait_s", "data_wait_share", "peak_memory_gb", "grad_norm",
     ]  # fmt: skip
     assert all(row["loss"] == pytest.approx(row["loss_mm"] + row["loss_graph"], rel=1e-6) for row in rows)
     assert {path.name for path in (run40 / "checkpoints").iterdir()} == {
@@ -266,7 +267,7 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     encoder.load_state_dict(run.trained.state_dict(), strict=False)
     batch = next(run.batches())
     assert len(batch["distinct"]) < len(batch["rows"]) == 24
-    tensors = run.step(batch)
+    tensors, norm = run.step(batch).split([3, 1])
 
     nodes = read_nodes(config.nodes)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
@@ -279,6 +280,8 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     graph_loss = info_nce_loss(z_graph[:12] @ z_graph[12:].T / 0.07)
     (mm + graph_loss).backward()
     assert torch.allclose(tensors, torch.stack([mm + graph_loss, mm, graph_loss]).detach(), atol=1e-5)
+    exact = torch.cat([parameter.grad.flatten() for parameter in encoder.get_trainable_parameters()]).norm()
+    assert float(norm) == pytest.approx(float(exact), rel=1e-4)
     for (name, ours), theirs in zip(run.trained.named_parameters(), encoder.get_trainable_parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name
 
