@@ -2,11 +2,13 @@
 
 import os
 import resource
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -39,9 +41,12 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
     _refuse_lone_process()
     if not cpu:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count())
-    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout))
+    timeout = timedelta(seconds=collective_timeout)
+    process_group = InitProcessGroupKwargs(timeout=timeout)
     if cpu and deepspeed:
         process_group.backend = "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (cpu or torch.cuda.is_available()):
+        _join(timeout, "gloo" if cpu else "nccl")
     try:
         accelerator = Accelerator(
             cpu=cpu and not deepspeed,  # Accelerate knows DeepSpeed on GPUs only, and does right without this
@@ -67,6 +72,28 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         zero.leave_towers_alone()
     _check_world(accelerator)
     return accelerator
+
+
+def _join(timeout: timedelta, backend: str) -> None:
+    """Meet the other ranks in a part of torchrun's store that no earlier start has written to.
+
+    torchrun keeps one store over its restarts (``--max_restarts``), where ranks find the addresses of dead ones.
+    """
+    environment = os.environ
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+    if rank == 0:
+        start = store.add("mmgraph/starts", 1)
+        store.set("mmgraph/start", str(start))
+    else:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while store.add(f"mmgraph/{(start := int(store.get('mmgraph/start')))}/{rank}", 1) > 1:  # was here before
+            if time.monotonic() > deadline:
+                raise UserError(f"rank {rank} waited {timeout.total_seconds():g} s for rank 0 (--collective_timeout)")
+            time.sleep(0.1)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"mmgraph/{start}", store), rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 def _refuse_lone_process() -> None:

@@ -1,0 +1,206 @@
+"""Stops, deaths and hangs in real launches: the run ends together and soon, says why, and goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import LOSSES, REPOSITORY, launch_command, read_metrics, run, settings
+
+ZERO2 = "deepspeed_zero2.yaml --num_processes 2 --mixed_precision no"
+
+
+def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
+    """The processes that train, by rank. (A single one has no launcher's ``RANK``.)"""
+    return {
+        int(child.environ().get("RANK", "0")): child
+        for child in launcher.children(recursive=True)
+        if str(REPOSITORY / "launch.py") in child.cmdline() and child.ppid() == launcher.pid
+    }
+
+
+@contextmanager
+def training(
+    config: str, output: Path, *flags: str
+) -> Iterator[tuple[subprocess.Popen[str], dict[int, psutil.Process]]]:
+    """A launch that has made its first steps, as the leader of a process group; nothing of it is left behind."""
+    command = launch_command(config, *flags)
+    with (output.parent / f"{output.name}.out").open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline and process.poll() is None, said(output)
+        time.sleep(0.05)
+    ranks = ranks_of(psutil.Process(process.pid))
+    try:
+        yield process, ranks
+    finally:
+        for victim in [*ranks.values(), process]:
+            if victim.pid and psutil.pid_exists(victim.pid):
+                victim.kill()
+        process.wait()
+
+
+def said(output: Path) -> str:
+    return (output.parent / f"{output.name}.out").read_text()
+
+
+def ended(process: subprocess.Popen[str], ranks: dict[int, psutil.Process], within: float) -> int:
+    """Wait until launcher and ranks are gone. Returns the launcher's exit code."""
+    start = time.monotonic()
+    code = process.wait(timeout=within)
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=max(0, within - (time.monotonic() - start)))
+    assert not alive, "orphans"
+    return code
+
+
+@pytest.fixture
+def endless(graph: Path, tmp_path: Path) -> list[str]:
+    """Flags of a run that ends only when it is stopped; states at its stops alone."""
+    return settings(graph, tmp_path / "run", "--max_steps=100000", "--epochs=100000", "--save_every=0")
+
+
+CASES = [  # config, signal, to whom, the launcher's exit code
+    ("cpu.yaml", signal.SIGTERM, "launcher", -signal.SIGTERM),
+    ("cpu_2proc.yaml", signal.SIGUSR1, "launcher", -signal.SIGUSR1),
+    ("cpu_2proc.yaml", signal.SIGTERM, "group", 1),
+    (ZERO2, signal.SIGUSR1, "rank", 1),
+]
+MORE = [
+    (config, number, target, code)
+    for config in ("cpu_2proc.yaml", ZERO2)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for target, code in (
+        ("launcher", -number if number == signal.SIGUSR1 else 1),
+        ("group", -number if number == signal.SIGUSR1 else 1),
+        ("rank", 1),
+    )
+    if (config, number, target, code) not in CASES
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "target", "code"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
+def test_a_signal_stops_all_ranks_together(
+    endless: list[str], tmp_path: Path, config: str, number: signal.Signals, target: str, code: int
+) -> None:
+    output = tmp_path / "run"
+    with training(config, output, *endless) as (process, ranks):
+        for _ in range(2):  # being asked twice does no harm
+            if target == "group":
+                os.killpg(process.pid, number)
+            elif target == "launcher":
+                process.send_signal(number)
+            else:
+                ranks[max(ranks)].send_signal(number)
+            time.sleep(0.01)
+        assert ended(process, ranks, 20) == code, said(output)
+    steps = [row["step"] for row in read_metrics(output)]
+    assert steps == list(range(1, len(steps) + 1)) and (output / f"state/step-{len(steps):08d}/state.json").exists()
+    assert said(output).count(f"stopped at step {len(steps)}, state written") == 1
+    assert (output / "training_log.txt").read_text().count("stopped at step") == 1
+
+
+@pytest.mark.parametrize("config", ["cpu_2proc.yaml", pytest.param(ZERO2, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_all_and_is_named(endless: list[str], tmp_path: Path, config: str) -> None:
+    with training(config, tmp_path / "run", *endless) as (process, ranks):
+        ranks[1].kill()
+        assert ended(process, ranks, 20) == 1
+    text = said(tmp_path / "run")
+    assert "rank 0 lost another rank" in text and "exitcode  : -9" in text and "rank      : 1" in text
+    assert "mmgraph/" not in text  # no traceback of ours
+
+
+def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with training("cpu_2proc.yaml", output, *endless, "--collective_timeout=4") as (process, ranks):
+        ranks[1].suspend()
+        assert ended(process, ranks, 4 + 35) == 1
+    assert "rank 0 waited --collective_timeout for another rank" in said(output)
+
+
+def test_a_stop_that_cannot_be_shared_ends_the_rank(endless: list[str], tmp_path: Path) -> None:
+    """The other rank hangs, so no step is finished together: the watchdog of the one that was asked ends it."""
+    output = tmp_path / "run"
+    with training("cpu_2proc.yaml", output, *endless, "--stop_grace=2") as (process, ranks):
+        ranks[1].suspend()
+        ranks[0].terminate()
+        ranks[0].wait(timeout=8)
+        ranks[1].kill()
+        ended(process, ranks, 20)
+    assert "rank 0 was asked to stop, and in 2 s (--stop_grace) finished no step" in said(output)
+
+
+def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str], tmp_path: Path) -> None:
+    """In the collator, on rank 1 alone."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mmgraph import batches, cli\n"
+        "call = batches.BatchCollator.__call__\n"
+        "def broken(self, items):\n"
+        "    if os.environ['RANK'] == '1' and items[0][0] % 7 == 0:\n"
+        "        raise ValueError('a broken collator')\n"
+        "    return call(self, items)\n"
+        "batches.BatchCollator.__call__ = broken\n"
+        "sys.exit(cli.train_main())\n".replace("\\\n", "\n")
+    )
+    start = time.monotonic()
+    done = run([*launch_command("cpu_2proc.yaml")[:-1], str(script), *endless])
+    assert done.returncode == 1 and time.monotonic() - start < 60
+    assert "ValueError: a broken collator" in done.stderr and "rank 0 lost another rank" in done.stderr
+
+
+def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = settings(graph, output, "--max_steps=30", "--save_every=5")
+    command = launch_command("cpu_2proc.yaml --max_restarts 1", *flags)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (output / "state/step-00000010").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    ranks_of(psutil.Process(process.pid))[1].kill()
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-3000:]
+    assert "resumed at step" in text and "\ndone: " in text
+    for row, other in zip(read_metrics(output), read_metrics(one_process), strict=True):
+        assert max(abs(row[name] - other[name]) for name in LOSSES) < 1e-5
+
+
+def test_slurm_script(tmp_path: Path) -> None:
+    """It is bash; and with stand-ins for Slurm's commands it starts, is told of its end, stops and queues again."""
+    script = REPOSITORY / "accelerate_configs/slurm.sbatch"
+    assert run(["bash", "-n", str(script)]).returncode == 0
+    (tmp_path / "bin").mkdir()
+    stand_ins = {
+        "srun": 'shift; exec "$@"',
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >>requeued',
+        "scancel": "pkill -USR1 -f stand_in_rank",
+        "accelerate": f"{sys.executable} stand_in_rank.py >started 2>&1",
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "stand_in_rank.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))\n"
+        "open('ready', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    environment = {
+        **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "1", "GPUS": "2",
+        "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    process = subprocess.Popen(["bash", str(script), "--epochs", "1"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=20) == 1 and (tmp_path / "requeued").read_text() == "requeue 7\n"
