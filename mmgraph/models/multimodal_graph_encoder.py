@@ -49,9 +49,13 @@ class TrainedModule(nn.Module):
         inputs = (tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
         if micro_batches == 1:
             return self._embed(*inputs)
+        nodes = len(tokens.text)
+        if nodes < micro_batches:  # attention takes no empty part: repeat the last node
+            places = torch.arange(micro_batches, device=tokens.text.device).clamp(max=nodes - 1)
+            inputs = (inputs[0][places], inputs[1][places], inputs[2][places])
         parts = zip(*(tensor.tensor_split(micro_batches) for tensor in inputs), strict=True)
         embedded = [checkpoint(self._embed, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return tuple(torch.cat(z) for z in zip(*embedded, strict=True))  # type: ignore[return-value]
+        return tuple(torch.cat(z)[:nodes] for z in zip(*embedded, strict=True))  # type: ignore[return-value]
 
     def _embed(
         self, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor
