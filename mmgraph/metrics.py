@@ -90,13 +90,11 @@ class Trackers:
                 self._trackers.remove(tracker)
                 log(f"{tracker.name} is off from here: {_said(error)}")
 
-    def _add(self, tracker: GeneralTracker, config: Config) -> None:
+    def _start_tensorboard(self, config: Config, folder: Path, step: int) -> None:
+        tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
         tracker.start()
         tracker.store_init_configuration(dataclasses.asdict(config))
         self._trackers.append(tracker)
-
-    def _start_tensorboard(self, config: Config, folder: Path, step: int) -> None:
-        self._add(TensorBoardTracker("tensorboard", folder, purge_step=step + 1), config)
         log(f"tensorboard --logdir {folder / 'tensorboard'} shows the run")
 
     def _start_wandb(self, config: Config, folder: Path) -> None:
@@ -105,23 +103,26 @@ class Trackers:
 
         known: dict[str, Any] = {"init_timeout": 30, "finish_timeout": 60}  # s; the latter is not in every version
         limits = {name: value for name, value in known.items() if name in wandb.Settings.model_fields}
-        offline = _why_offline(wandb.Settings().base_url)
+        offline = _why_offline(wandb.setup().settings.base_url)
 
-        def tracker(mode: str) -> GeneralTracker:
-            return WandBTracker(
+        def started(mode: str) -> GeneralTracker:
+            tracker = WandBTracker(
                 config.project, name=folder.name, dir=folder, id=self.wandb_id, mode=mode,
                 resume="allow" if self.wandb_id else None, tags=config.tags.split(",") if config.tags else None,
-                notes=config.notes, settings=wandb.Settings(**limits),
+                notes=config.notes, config=dataclasses.asdict(config), settings=wandb.Settings(**limits),
             )  # fmt: skip
+            tracker.start()
+            return tracker
 
         try:
-            self._add(tracker("offline" if offline else os.environ.get("WANDB_MODE", "online")), config)
+            tracker = started("offline" if offline else os.environ.get("WANDB_MODE", "online"))
         except Exception as error:
             if offline:
                 raise
             offline = _said(error)
-            self._add(tracker("offline"), config)
-        run = self._trackers[-1].tracker
+            tracker = started("offline")
+        self._trackers.append(tracker)
+        run = tracker.tracker
         self.wandb_id = run.id
         if run.offline:
             log(f"wandb: run {run.id}, offline ({offline or 'as asked'}); wandb sync {Path(run.dir).parent} uploads it")

@@ -1,10 +1,13 @@
 """``metrics.jsonl`` and the tracker."""
 
 import json
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import read_metrics, settings
+from conftest import launch, read_metrics, settings
 
 from mmgraph.cli import train_main
 from mmgraph.metrics import MetricsFile
@@ -25,16 +28,100 @@ def test_rows_behind_the_kept_bytes_are_cut_off(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and "again" in rows[-1]
 
 
-def test_wandb_offline_keeps_its_run(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    ids = set()
-    for steps in (2, 4):
-        flags = settings(graph, tmp_path / "run", f"--max_steps={steps}", "--report_to=wandb")
-        assert train_main(flags) == 0
-        state = json.loads((tmp_path / f"run/state/step-{steps:08d}/state.json").read_text())
-        ids.add(state["components"]["wandb"])
-    files = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
-    assert len(ids) == 1 and len(files) == 2 and all(ids.pop() in file.name for file in files[:1])
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a ``.wandb`` file: LevelDB's log format after a header of 7 bytes."""
+    data, parts = path.read_bytes(), b""
+    position = 7
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # a block's end too small for a record's header
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if kind == 0:
+            break
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, last
+            yield parts
+            parts = b""
+
+
+def wandb_run(path: Path) -> tuple[str, dict[str, object], list[dict[str, object]]]:
+    """The id, the config and the rows of a run, from its own file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    run_id, config, rows = "", {}, []
+    for data in wandb_records(path):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            run_id = record.run.run_id
+        for message in (record.run.config, record.config):
+            config |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in message.update}
+        if record.WhichOneof("record_type") == "history":
+            rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+    return run_id, config, rows
+
+
+def test_wandb_offline_holds_what_metrics_hold(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks make one run; without a key it is offline; resumed on one process, it goes on as the same run."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    output = tmp_path / "run"
+    flags = ["--report_to=wandb", "--project=owls", "--tags=a,b", "--notes=a text"]
+    done = launch("cpu_2proc.yaml", *settings(graph, output, "--max_steps=8", *flags))
+    assert "offline (no key); wandb sync " in done.stdout
+    (first,) = output.glob("wandb/offline-run-*/*.wandb")
+    assert train_main(settings(graph, output, "--max_steps=12", *flags)) == 0
+    (second,) = set(output.glob("wandb/offline-run-*/*.wandb")) - {first}
+    metrics, found = read_metrics(output), []
+    for path in (first, second):
+        run_id, config, rows = wandb_run(path)
+        assert run_id == first.stem.removeprefix("run-") and config["fused_dim"] == 32
+        found += rows
+    assert [row["_step"] for row in found] == list(range(1, 13))
+    for row, expected in zip(found, metrics, strict=True):
+        assert {name: row[name] for name in expected if name != "step"} == {
+            name: value for name, value in expected.items() if name != "step"
+        }
+    state = json.loads((output / "state/step-00000012/state.json").read_text())
+    assert state["components"]["wandb"] == run_id
+
+
+def test_auto_follows_the_run_where_there_is_a_login(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one a line says how; with one and no network, wandb goes offline and the run goes on."""
+    import wandb
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert train_main(settings(graph, tmp_path / "none", "--max_steps=2")) == 0
+    assert "no tracker follows the run: wandb login" in capsys.readouterr().out
+    assert not (tmp_path / "none/wandb").exists()
+    (tmp_path / "netrc").write_text("machine localhost login user password " + "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # where nothing listens
+    wandb.teardown()  # it keeps a process's first settings
+    start = time.monotonic()
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2")) == 0
+    assert time.monotonic() - start < 40
+    assert "offline (localhost cannot be reached: " in capsys.readouterr().out
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_tensorboard_holds_what_metrics_hold(graph: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    for steps in (3, 5):
+        assert train_main(settings(graph, output, f"--max_steps={steps}", "--report_to=tensorboard")) == 0
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "grad_norm", "peak_memory_gb"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in read_metrics(output)]
 
 
 def test_wandb_cannot_stop_a_run(
@@ -43,10 +130,12 @@ def test_wandb_cannot_stop_a_run(
     import wandb
 
     class Broken:
-        id, offline = "abc", False
+        id, offline, url = "abc", False, ""
 
         def log(self, *args: object, **kwargs: object) -> None:
             raise ConnectionError("network is down")
+
+        def finish(self) -> None: ...
 
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
     assert train_main(settings(graph, tmp_path / "log", "--max_steps=3", "--report_to=wandb")) == 0
