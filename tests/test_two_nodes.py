@@ -1,0 +1,83 @@
+"""Two machines for real: two network namespaces joined by a cable (a veth pair), a launcher in each."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import launch_command, loss_difference, settings
+
+NODES = ("mmgraph0", "mmgraph1")  # namespaces; their ends of the cable have the same names
+MAIN_IP = "10.77.31.1"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def remove() -> None:
+    for node in NODES:
+        subprocess.run(["ip", "netns", "del", node], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def cable() -> Iterator[None]:
+    if shutil.which("ip") is None:
+        pytest.skip("two nodes need the ip command (Debian's iproute2)")
+    remove()
+    try:
+        for node in NODES:
+            ip("netns", "add", node)
+        ip("link", "add", NODES[0], "netns", NODES[0], "type", "veth", "peer", "name", NODES[1], "netns", NODES[1])
+        for i, node in enumerate(NODES):
+            ip("-n", node, "addr", "add", f"10.77.31.{i + 1}/24", "dev", node)
+            ip("-n", node, "link", "set", "lo", "up")
+            ip("-n", node, "link", "set", node, "up")
+    except subprocess.CalledProcessError as error:
+        remove()
+        pytest.skip(f"two nodes need the right to make network namespaces: {error.stderr.strip()}")
+    yield
+    remove()
+
+
+def start(config: str, machine_rank: int, *flags: str) -> subprocess.Popen[str]:
+    """``accelerate launch`` on one of the machines."""
+    node = NODES[machine_rank]
+    launcher = (
+        f"{config}.yaml --num_processes 2 --num_machines 2 --machine_rank {machine_rank} --main_process_ip {MAIN_IP} "
+        "--mixed_precision no"
+    )
+    command = ["ip", "netns", "exec", node, *launch_command(launcher, *flags)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": node}  # without it gloo offers 127.0.0.1, where nobody answers
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.usefixtures("cable")
+@pytest.mark.parametrize("config", ["multi_node", "multi_node_zero2"])
+def test_two_nodes_train_as_one_and_survive_the_loss_of_one(
+    config: str, graph: Path, one_process: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    flags = settings(graph, output, "--max_steps=30", "--save_every=5")
+    nodes = [start(config, i, *flags) for i in range(2)]
+    deadline = time.monotonic() + 120
+    while not (output / "state/step-00000010").exists():
+        assert time.monotonic() < deadline and nodes[0].poll() is None, nodes[0].communicate()[0]
+        time.sleep(0.005)
+    pids = subprocess.run(["ip", "netns", "pids", NODES[1]], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["kill", "-9", *pids], capture_output=True)
+    text, _ = nodes[0].communicate(timeout=20)  # the other ends by itself
+    nodes[1].communicate(timeout=20)
+    assert nodes[0].returncode != 0 and "mmgraph: error: rank 0 lost another rank" in text, text
+    assert "(10.77.31.2" in text or "[10.77.31.2]" in text
+    assert not (output / "state/step-00000030").exists()
+
+    texts = [node.communicate(timeout=120)[0] for node in [start(config, i, *flags) for i in range(2)]]
+    assert "resumed at step" in texts[0] and "\ndone: " in texts[0], texts[0]
+    assert "2 processes (" in texts[0] and "done: " not in texts[1]  # the main rank alone speaks and writes
+    assert loss_difference(output, one_process, 30) < 1e-5
