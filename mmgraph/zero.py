@@ -81,6 +81,10 @@ def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) ->
     settings["train_batch_size"] = micro_batch * accelerator.num_processes
     if settings["zero_optimization"].get("stage", 0) == 0 and accelerator.mixed_precision != "no":
         raise UserError("ZeRO stage 0 is plain data parallel training: use accelerate_configs/multi_gpu.yaml")
+    from deepspeed.accelerator import get_accelerator
+
+    if accelerator.mixed_precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("DeepSpeed has no fp16 on this device: --mixed_precision bf16 (or no)")
 
 
 def is_engine(module: Any) -> bool:
