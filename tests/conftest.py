@@ -128,3 +128,12 @@ def one_process(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "one"
     launch("cpu.yaml", *settings(graph, output, "--max_steps=30", "--save_every=5", "--keep_last=9"))
     return output
+
+
+@pytest.fixture(scope="session")
+def zero3(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 30 steps under ZeRO-3, on two processes."""
+    output = tmp_path_factory.mktemp("runs") / "zero3"
+    config = "deepspeed_zero3.yaml --num_processes 2 --mixed_precision no"
+    launch(config, *settings(graph, output, "--max_steps=30", "--save_every=5", "--keep_last=9"))
+    return output

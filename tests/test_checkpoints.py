@@ -1,11 +1,15 @@
 """Files of the original's format, at the real ViT-B/32 shape and at a tiny one."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from conftest import tiny_configs
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from conftest import launch, settings, tiny_configs
+from safetensors.torch import save
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.checkpoints import (
     Checkpoint,
@@ -48,15 +52,10 @@ def epoch_checkpoint(towers: Towers, fused_dim: int, proj_dim: int) -> tuple[Che
     return Checkpoint(state, optimizer_state(trained, optimizer.param_groups[0]), 3, 1.25), optimizer
 
 
-def test_a_file_at_the_real_shape(tmp_path: Path) -> None:
-    towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are ViT-B/32
-    checkpoint, optimizer = epoch_checkpoint(towers, 512, 256)
-    path = tmp_path / "checkpoints/multimodal_encoder_epoch_3.pt"
-    write_checkpoint(path, checkpoint)
+def check_the_real_shape(path: Path) -> dict[str, Any]:
+    """What every file at ViT-B/32's shape must hold, whoever wrote it. Returns the file."""
     file = torch.load(path, weights_only=True)
     assert list(file) == ["epoch", "model_state_dict", "optimizer_state_dict", "loss"]
-    assert (file["epoch"], file["loss"]) == (3, 1.25)
-
     state = file["model_state_dict"]
     keys = list(state)
     assert len(keys) == 427 and sum(tensor.numel() for tensor in state.values()) == 156_662_272
@@ -79,20 +78,49 @@ def test_a_file_at_the_real_shape(tmp_path: Path) -> None:
         assert set(adam["state"][i]) == {"step", "exp_avg", "exp_avg_sq"} and adam["state"][i]["step"] == 1
         assert adam["state"][i]["exp_avg"].shape == state[name].shape
     assert sum(adam["state"][i]["exp_avg"].numel() for i in range(32)) == 6_040_320
-    native = optimizer.state_dict()  # what torch itself writes, as the original did
-    assert native["param_groups"] == adam["param_groups"]
-    assert all(torch.equal(native["state"][i][k], adam["state"][i][k]) for i in range(32) for k in adam["state"][i])
-
     encoder = load_pretrained_encoder(path, device="cpu")  # no hub is needed for the default model's shape
     assert list(encoder.state_dict()) == keys and not encoder.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in encoder.state_dict().items())
+    return file
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, graph: Path) -> Path:
+def test_a_file_at_the_real_shape(tmp_path: Path) -> None:
+    towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are ViT-B/32
+    checkpoint, optimizer = epoch_checkpoint(towers, 512, 256)
+    path = tmp_path / "checkpoints/multimodal_encoder_epoch_3.pt"
+    write_checkpoint(path, checkpoint)
+    file = check_the_real_shape(path)
+    assert (file["epoch"], file["loss"]) == (3, 1.25)
+    adam, native = file["optimizer_state_dict"], optimizer.state_dict()  # what torch itself writes, as the original did
+    assert native["param_groups"] == adam["param_groups"]
+    assert all(torch.equal(native["state"][i][k], adam["state"][i][k]) for i in range(32) for k in adam["state"][i])
+
+
+@pytest.mark.slow
+def test_a_file_at_the_real_shape_written_under_zero3(tmp_path: Path, graph: Path) -> None:
+    """One step, the only one of its epoch, with random towers of ViT-B/32's shape."""
+    towers = shutil.copytree(graph / "towers", tmp_path / "towers")
+    model = CLIPModel(CLIPConfig())
+    (towers / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
+    CLIPConfig().save_pretrained(towers)
+    CLIPImageProcessor().save_pretrained(towers)
+    flags = [f"--model_name={towers}", "--fused_dim=512", "--proj_dim=256", "--batch_size=4", "--epochs=1"]
+    edges = pd.read_csv(graph / "edges.csv", dtype=str)[:4]
+    edges.to_csv(tmp_path / "edges.csv", index=False)
+    config = "deepspeed_zero3.yaml --num_processes 2 --mixed_precision no"
+    launch(config, *settings(graph, tmp_path / "run", *flags, f"--edges={tmp_path / 'edges.csv'}"))
+    file = check_the_real_shape(tmp_path / "run/checkpoints/multimodal_encoder_epoch_1.pt")
+    assert file["epoch"] == 1 and file["loss"] > 0
+
+
+@pytest.fixture(params=["built here", "written under ZeRO-3"])
+def tiny(tmp_path: Path, graph: Path, request: pytest.FixtureRequest) -> Path:
     """An epoch file of an encoder around the tiny graph's towers."""
     from mmgraph.towers import load_towers
 
+    if request.param == "written under ZeRO-3":
+        run = request.getfixturevalue("zero3")
+        return shutil.copy(run / "checkpoints/multimodal_encoder_epoch_1.pt", tmp_path / "epoch.pt")
     checkpoint, _ = epoch_checkpoint(load_towers(str(graph / "towers")), 16, 8)
     path = tmp_path / "epoch.pt"
     write_checkpoint(path, checkpoint)
@@ -103,6 +131,7 @@ def test_both_layouts_of_keys_load(tiny: Path, graph: Path, tmp_path: Path) -> N
     """transformers 4 wrote the tower's name twice (and old ones position_ids), transformers 5 writes it once."""
     file = torch.load(tiny)
     state = file["model_state_dict"]
+    widths = len(state["fusion.text_proj.weight"]), len(state["graph_proj.weight"])
     single = {
         key.replace("text_model.text_model.", "text_model.").replace("vision_model.vision_model.", "vision_model."): t
         for key, t in state.items()
@@ -113,7 +142,7 @@ def test_both_layouts_of_keys_load(tiny: Path, graph: Path, tmp_path: Path) -> N
         encoder = load_pretrained_encoder(tmp_path / f"{name}.pt", "cpu", model_name=str(graph / "towers"))
         assert list(encoder.state_dict()) == list(state)
         assert all(torch.equal(tensor, state[key]) for key, tensor in encoder.state_dict().items())
-        direct = MultimodalGraphEncoder(str(graph / "towers"), 16, 8)
+        direct = MultimodalGraphEncoder(str(graph / "towers"), *widths)
         assert direct.load_state_dict(layout, strict=True).missing_keys == []
         partial = direct.load_state_dict({key: layout[key] for key in list(layout)[:3]}, strict=False)
         assert partial.unexpected_keys == [] and len(partial.missing_keys) == len(state) - 3

@@ -38,14 +38,6 @@ def test_every_config_is_here() -> None:
     assert files - {"cpu", "single_gpu"} == CONFIGS.keys()
 
 
-@pytest.fixture(scope="module")
-def zero3(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 steps under ZeRO-3, on two processes."""
-    output = tmp_path_factory.mktemp("runs") / "zero3"
-    launch(TOPOLOGIES["ZeRO-3"], *settings(graph, output, "--max_steps=30"))
-    return output
-
-
 @pytest.mark.parametrize("name", ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3_offload", "multi_node_zero3"])
 def test_zero_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
     done = launch(f"{name}.yaml {CONFIGS[name]} {FLOAT32}", *settings(graph, tmp_path / "run", "--max_steps=30"))
