@@ -10,7 +10,7 @@ from mmgraph.checkpoints import TrainedState, read_checkpoint, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
-from mmgraph.state import newest_state, read_record
+from mmgraph.state import Progress, newest_state, read_record, read_state
 from mmgraph.text_log import log
 from mmgraph.towers import Towers, widths
 
@@ -60,7 +60,29 @@ def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path
     return state
 
 
-def read_original(config: Config, towers: Towers) -> tuple[TrainedState, int]:
+def read_start(
+    config: Config, state: Path | None, identity: Mapping[str, Any], towers: Towers
+) -> tuple[Progress, TrainedState | None]:
+    """Where a run begins, and with what, if not with random weights.
+
+    Args:
+        state: from :func:`find_state`.
+        identity: of the run, with its towers.
+        towers: to compare with those of ``--init_from``.
+    """
+    if state is not None:
+        check_identity(state, identity, f"{state} was made with other towers")
+        progress, trained = read_state(state)
+        if state.resolve().parent != (config.output_folder / "state").resolve():
+            progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
+        return progress, trained
+    if config.init_from is not None:
+        trained, epoch = _read_original(config, towers)
+        return Progress(epoch=epoch + 1), trained
+    return Progress(), None
+
+
+def _read_original(config: Config, towers: Towers) -> tuple[TrainedState, int]:
     """The trained part and the finished epochs of ``--init_from``, whose towers must be this run's."""
     path = Path(str(config.init_from))
     checkpoint = read_checkpoint(path)

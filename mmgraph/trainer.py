@@ -20,11 +20,11 @@ from mmgraph.losses import contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
-from mmgraph.resume import check_identity, find_state, read_original
+from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import log
-from mmgraph.towers import LiveTowers, Towers, fingerprint, load_tokenizer_and_processor, load_towers, widths
+from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
 from mmgraph.world import from_main_process, on_main_process, peak_memory_gb, together
 
 
@@ -56,7 +56,9 @@ class Trainer:
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         towers = together(accelerator, lambda: load_towers(config.model_name))
         self.identity["towers"] = fingerprint(towers)
-        self.progress, trained = from_main_process(accelerator, lambda: self._read_start(towers))
+        self.progress, trained = from_main_process(
+            accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
+        )
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.source = LiveTowers(towers, accelerator.device, dtype)
         self._build(*widths(towers), inputs, trained)
@@ -65,20 +67,6 @@ class Trainer:
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
         self.data_wait, self.recorded = 0.0, time.perf_counter()
-
-    def _read_start(self, towers: Towers) -> tuple[state.Progress, checkpoints.TrainedState | None]:
-        """Where the run begins, and with what, if not with random weights."""
-        config, path = self.config, self.start_state
-        if path is not None:
-            check_identity(path, self.identity, f"{path} was made with other towers")
-            progress, trained = state.read_state(path)
-            if path.resolve().parent != (self.output / "state").resolve():
-                progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
-            return progress, trained
-        if config.init_from is not None:
-            trained, epoch = read_original(config, towers)
-            return state.Progress(epoch=epoch + 1), trained
-        return state.Progress(), None
 
     def _build(self, d_text: int, d_vis: int, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
         config, accelerator = self.config, self.accelerator
