@@ -16,6 +16,12 @@ from torch import nn
 from mmgraph.checkpoints import TrainedState
 from mmgraph.errors import UserError
 
+OURS = {  # what DeepSpeed would do beside, or instead of, the run's settings
+    "optimizer": "AdamW, --learning_rate, --weight_decay",
+    "scheduler": "--lr_schedule",
+    "gradient_clipping": "--max_grad_norm",
+    "gradient_accumulation_steps": "--micro_batch_size, with the loss over the whole batch",
+}
 CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # where `accelerate launch` puts the config's deepspeed_config_file
 
 
@@ -51,9 +57,10 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (OSError, ValueError) as error:
         raise UserError(f"DeepSpeed config {path}: {' '.join(str(error).split())[:300]}") from None
-    for key in ("optimizer", "scheduler"):
-        if key in plugin.deepspeed_config:
-            raise UserError(f"DeepSpeed config {path}: leave out '{key}'; mmgraph has its own (see --help_all)")
+    for key, flag in OURS.items():
+        harmless = ("auto", 1) if key == "gradient_accumulation_steps" else ("auto",)
+        if plugin.deepspeed_config.get(key, "auto") not in harmless:
+            raise UserError(f"DeepSpeed config {path}: leave '{key}' out or \"auto\"; mmgraph has {flag}")
     return plugin
 
 

@@ -124,7 +124,34 @@ def test_a_tracker_that_is_not_installed(
     assert "TensorBoard is not installed: pip install tensorboard" in capsys.readouterr().err
 
 
-def test_deepspeed_that_is_not_installed_or_misconfigured(
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "DeepSpeed config nowhere.json: Expected a string path to an existing deepspeed config"),
+        ("{broken", "DeepSpeed config "),
+        ("{}", "Please specify the ZeRO optimization config"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}', "mmgraph has --max_grad_norm"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}', "mmgraph has --micro_batch_size"),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}', "mmgraph has AdamW"),
+    ],
+)
+def test_deepspeed_configs_that_would_train_otherwise_are_refused(
+    content: str | None, message: str, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = "nowhere.json"
+    if content is not None:
+        path = str(tmp_path / "zero.json")
+        Path(path).write_text(content)
+    for name, value in (("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert train_main(settings(graph, tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("mmgraph: error") == 1, err
+
+
+def test_deepspeed_that_is_not_installed(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mmgraph import zero
