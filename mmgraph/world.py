@@ -1,10 +1,10 @@
 """The processes of a run: the Accelerator, the checks that it is what was launched, and agreement between ranks."""
 
 import os
-import resource
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -182,7 +182,9 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory in use on this rank so far, in GB (10^9 bytes): of the GPU, or the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not getrusage's: a process inherits that from the one that started it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 / 1e9
 
 
 def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result:

@@ -171,10 +171,11 @@ def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
 
 
 MEASURE = """
-import resource, torch
+import torch
 from transformers import CLIPTextConfig, CLIPVisionConfig
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
+from mmgraph.world import peak_memory_gb
 towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())
 module = TrainedModule(512, 768, 512, 256)
 optimizer = torch.optim.AdamW(module.parameters())
@@ -183,7 +184,7 @@ batch = {"input_ids": torch.randint(400, (64, 77)), "attention_mask": torch.ones
 z = module(LiveTowers(towers, torch.device("cpu")).tokens(batch))
 sum(x.sum() for x in z).backward()
 optimizer.step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+print(peak_memory_gb(torch.device("cpu")))
 """
 
 

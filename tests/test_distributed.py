@@ -71,14 +71,6 @@ def test_a_killed_run_goes_on_to_the_bit(graph: Path, one_process: Path, tmp_pat
     assert log.count("resumed at step") == 1 and log.count("epoch 1/20 done") == 1
 
 
-def test_resume_on_another_number_of_processes(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    launch("cpu_2proc.yaml", *settings(graph, output, "--max_steps=20"))
-    launch("cpu.yaml", *settings(graph, output, "--max_steps=30"))
-    for row, other in zip(read_metrics(output), read_metrics(one_process), strict=True):
-        assert max(abs(row[name] - other[name]) for name in LOSSES) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [

@@ -63,17 +63,19 @@ def test_any_number_of_nodes_splits(nodes: int) -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import Tokens
+from mmgraph.world import peak_memory_gb
+cpu = torch.device("cpu")
 parts = int(sys.argv[1])
 module = TrainedModule(512, 768, 512, 256)
 def step(nodes):
     tokens = Tokens(torch.randn(nodes, 77, 512), torch.ones(nodes, 77), torch.randn(nodes, 49, 768))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_gb(cpu)
     z = module(tokens, parts)
     (z[0] @ z[1].T + z[2] @ z[1].T).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+    return peak_memory_gb(cpu) - before
 step(8)
 print(step(128))
 """

@@ -38,7 +38,7 @@ def test_every_config_is_here() -> None:
     assert files - {"cpu", "single_gpu"} == CONFIGS.keys()
 
 
-@pytest.mark.parametrize("name", ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3_offload", "multi_node_zero3"])
+@pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3_offload", "multi_node_zero3"])
 def test_zero_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
     done = launch(f"{name}.yaml {CONFIGS[name]} {FLOAT32}", *settings(graph, tmp_path / "run", "--max_steps=30"))
     assert "2 processes (DEEPSPEED), device cpu" in done.stdout and done.stdout.count("\ndone: ") == 1
@@ -59,7 +59,8 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
                 assert (ours[key] - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
 
 
-def test_zero3_resumes_to_the_bit(graph: Path, zero3: Path, tmp_path: Path) -> None:
+def test_zero3_resumes_to_the_bit(graph: Path, one_process: Path, zero3: Path, tmp_path: Path) -> None:
+    assert loss_difference(zero3, one_process, 30) < 1e-5
     for steps in (13, 30):
         launch(TOPOLOGIES["ZeRO-3"], *settings(graph, tmp_path / "run", f"--max_steps={steps}"))
     assert loss_difference(tmp_path / "run", zero3, 30) == 0.0
