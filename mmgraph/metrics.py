@@ -107,7 +107,7 @@ class Trackers:
 
         def started(mode: str) -> GeneralTracker:
             tracker = WandBTracker(
-                config.project, name=folder.name, dir=folder, id=self.wandb_id, mode=mode,
+                config.project, name=config.run_name or folder.name, dir=folder, id=self.wandb_id, mode=mode,
                 resume="allow" if self.wandb_id else None, tags=config.tags.split(",") if config.tags else None,
                 notes=config.notes, config=dataclasses.asdict(config), settings=wandb.Settings(**limits),
             )  # fmt: skip
