@@ -43,9 +43,10 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # On the CPU it would compile a shared-memory all-reduce at the first start; a start killed meanwhile leaves a lock
-    # that all later ones wait for. gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if cpu:
+        # It would compile a shared-memory all-reduce at the first start, and a start that is killed meanwhile leaves a
+        # lock that all later ones wait for. gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get(CONFIG_FILE, "none")
     if path != "none":
         beside = Path(__file__).parent.parent / path  # the config's relative path, launched from another folder
