@@ -38,7 +38,7 @@ def test_every_config_is_here() -> None:
     assert files - {"cpu", "single_gpu"} == CONFIGS.keys()
 
 
-@pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3_offload", "multi_node_zero3"])
+@pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3_offload"])
 def test_zero_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
     done = launch(f"{name}.yaml {CONFIGS[name]} {FLOAT32}", *settings(graph, tmp_path / "run", "--max_steps=30"))
     assert "2 processes (DEEPSPEED), device cpu" in done.stdout and done.stdout.count("\ndone: ") == 1
