@@ -21,7 +21,7 @@ from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.text_log import log
 from mmgraph.towers import NOT_DOWNLOADED, files_fingerprint
-from mmgraph.world import check_batch_size, describe, from_main_process, together
+from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, together
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "settings": "give every machine the same command",
@@ -82,7 +82,6 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         name = f"{device} {torch.cuda.get_device_name(device)}"
     else:
         free, total, name = *_host_memory(), f"{device.type}, {torch.get_num_threads()} thread(s)"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     agreed = {
         "settings": dataclasses.asdict(config),
         "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
@@ -91,7 +90,7 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         "towers": files_fingerprint(config.model_name),
         "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
     }
-    speed = estimate.matmul_flops_per_s(device, dtype) if config.check else math.nan
+    speed = estimate.matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Rank(platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, agreed)
 

@@ -134,12 +134,12 @@ class LiveTowers:
     Args:
         towers: moved to ``device``.
         device: where batches are.
-        autocast_dtype: what the towers compute in; None is float32.
+        dtype: what the towers compute in; 16-bit ones by autocast.
     """
 
-    def __init__(self, towers: Towers, device: torch.device, autocast_dtype: torch.dtype | None = None):
+    def __init__(self, towers: Towers, device: torch.device, dtype: torch.dtype = torch.float32):
         self.towers = Towers(*(tower.to(device) for tower in towers))
-        self.device, self.autocast_dtype = device, autocast_dtype
+        self.device, self.dtype = device, dtype
 
     @torch.no_grad()
     def tokens(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> Tokens:
@@ -150,7 +150,7 @@ class LiveTowers:
         """
         inputs = [batch[name].tensor_split(micro_batches) for name in ("input_ids", "attention_mask", "pixel_values")]
         parts = [part for part in zip(*inputs, strict=True) if len(part[0])]
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens = [run_towers(self.towers, *part)[0] for part in parts]
         return tokens[0] if len(tokens) == 1 else Tokens(*map(torch.cat, zip(*tokens, strict=True)))
 

@@ -25,7 +25,7 @@ from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import log
 from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
-from mmgraph.world import from_main_process, on_main_process, peak_memory_gb, together
+from mmgraph.world import compute_dtype, from_main_process, on_main_process, peak_memory_gb, together
 
 
 class _Pending(NamedTuple):
@@ -59,8 +59,7 @@ class Trainer:
         self.progress, trained = from_main_process(
             accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
         )
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        self.source = LiveTowers(towers, accelerator.device, dtype)
+        self.source = LiveTowers(towers, accelerator.device, compute_dtype(accelerator))
         self._build(*widths(towers), inputs, trained)
         self.total_steps = self._count_steps()
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)

@@ -178,6 +178,11 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     )
 
 
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What the launch's precision computes matrix products in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory in use on this rank so far, in GB (10^9 bytes): of the GPU, or the process's on a CPU."""
     if device.type == "cuda":
