@@ -20,8 +20,15 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.text_log import log
-from mmgraph.towers import NOT_DOWNLOADED, files_fingerprint
-from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, together
+from mmgraph.towers import file_fingerprints
+from mmgraph.world import (
+    check_batch_size,
+    compute_dtype,
+    describe,
+    from_main_process,
+    on_main_process,
+    together,
+)
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "settings": "give every machine the same command",
@@ -52,8 +59,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     Raises:
         UserError: ranks differ, the batch does not fit the world or the graph, or the output folder cannot be used.
     """
-    if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
-        raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed: pip install tensorboard")
+    on_main_process(accelerator, lambda: _check_trackers(config))
     own = together(accelerator, lambda: _look(config, accelerator, graph))
     ranks: list[Rank] = gather_object([own]) if accelerator.num_processes > 1 else [own]
     _check_agreement(ranks)
@@ -75,6 +81,11 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
             log(finding)
 
 
+def _check_trackers(config: Config) -> None:
+    if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
+        raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed: pip install tensorboard")
+
+
 def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
     device = accelerator.device
     if device.type == "cuda":
@@ -87,7 +98,7 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
         "node table": graph.nodes_fingerprint,
         "edge table": graph.edges_fingerprint,
-        "towers": files_fingerprint(config.model_name),
+        "towers": file_fingerprints(config.model_name),
         "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
     }
     speed = estimate.matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
@@ -109,15 +120,28 @@ def _check_agreement(ranks: list[Rank]) -> None:
     for number, rank in enumerate(ranks):
         for what, remedy in SAME_EVERYWHERE.items():
             first, own = ranks[0].agreed[what], rank.agreed[what]
+            if isinstance(own, dict):
+                # What only one has (of a model: not downloaded yet, or not needed) is not another thing.
+                names = sorted(name for name in first.keys() & own.keys() if first[name] != own[name])
+                first, own = (", ".join(f"{name} {values[name]}" for name in names) for values in (first, own))
             if first == own:
                 continue
-            if isinstance(own, dict):
-                names = sorted(name for name in first.keys() | own.keys() if first.get(name) != own.get(name))
-                first, own = (", ".join(f"{n} {values.get(n)}" for n in names) for values in (first, own))
             raise UserError(
                 f"rank {number} ({rank.host}) has another {what} than rank 0 ({ranks[0].host}): "
                 f"{str(own)[:60]} instead of {str(first)[:60]}; {remedy}"
             )
+
+
+def check_towers(accelerator: Accelerator, fingerprint: str) -> None:
+    """Raise :class:`UserError` where a rank has loaded other towers than rank 0, such as another revision's."""
+    if accelerator.num_processes == 1:
+        return
+    ranks = gather_object([(platform.node(), fingerprint)])
+    main_host, of_main = ranks[0]
+    for number, (host, own) in enumerate(ranks):
+        if own != of_main:
+            remedy = SAME_EVERYWHERE["towers"]
+            raise UserError(f"rank {number} ({host}) has loaded other towers than rank 0 ({main_host}); {remedy}")
 
 
 def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
@@ -140,9 +164,10 @@ def _device(number: int, rank: Rank) -> str:
 
 
 def _towers(config: Config, ranks: list[Rank]) -> list[str]:
-    if ranks[0].agreed["towers"] != NOT_DOWNLOADED:
+    hosts = sorted({rank.host for rank in ranks if not rank.agreed["towers"]})
+    if not hosts:
         return []
-    return [f"{config.model_name}: not on this machine yet; it will be downloaded from the hub at the start"]
+    return [f"{config.model_name}: not on {', '.join(hosts)} yet; it will be downloaded from the hub at the start"]
 
 
 def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:

@@ -1,10 +1,12 @@
 """Being asked to stop: SIGINT, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,15 +21,20 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class StopRequest:
     """``requested`` turns true when this process is asked to stop; being asked again changes nothing.
 
-    A rank whose others are gone never finishes its step. So where the ranks have not begun to stop together (see
-    :meth:`begin`) in time, the process says why and ends.
+    A rank whose others are gone never finishes its step. So where one that is asked to stop neither finishes a step in
+    time nor begins to stop with the others (see :meth:`begin`), the process says why and ends.
 
     Args:
-        grace: seconds for that. A launcher kills what is left 30 s after it has forwarded a signal.
+        grace: seconds for that, on top of what a step takes. A launcher kills what is left 30 s after it has
+            forwarded a signal.
     """
 
     def __init__(self, grace: float):
         self.requested, self._grace, self._begun = False, grace, threading.Event()
+        self._heard, self._step_seconds = (
+            -math.inf,
+            0.0,
+        )  # when the others were last heard of; of the longest step of late
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -52,6 +59,20 @@ class StopRequest:
             os.close(read)
             os.close(write)
 
+    def step_finished(self) -> None:
+        """The others were heard of: their losses are here."""
+        now = time.monotonic()
+        if math.isfinite(self._heard):
+            self._step_seconds = max(now - self._heard, 0.9 * self._step_seconds)
+        self._heard = now
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Let the block take as long as it takes: the main process writes, the others wait for it."""
+        self._heard = math.inf
+        yield
+        self._heard = time.monotonic()
+
     def begin(self) -> None:
         """All ranks have learnt of the request, and stop together: take as long as it takes."""
         self._begun.set()
@@ -61,11 +82,15 @@ class StopRequest:
             if self.requested or number not in STOP_SIGNALS:
                 continue
             self.requested = True
-            if not self._begun.wait(self._grace):
+            asked = time.monotonic()
+            while not (late := time.monotonic() - max(asked, self._heard) > self._step_seconds + self._grace):
+                if self._begun.wait(timeout=0.2):
+                    break
+            if late:
                 rank = os.environ.get("RANK", "0")
                 print(
-                    f"mmgraph: rank {rank} was asked to stop, and in {self._grace:g} s (--stop_grace) finished no step "
-                    "with the other ranks: it ends without a new state; the last one stands",
+                    f"mmgraph: rank {rank} was asked to stop, and has finished no step for {self._grace:g} s "
+                    "(--stop_grace) more than one takes: it ends without a new state; the last one stands",
                     file=sys.stderr,
                     flush=True,
                 )

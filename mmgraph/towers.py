@@ -25,7 +25,6 @@ MODEL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
 )  # fmt: skip
-NOT_DOWNLOADED = "not downloaded"
 
 
 class Tokens(NamedTuple):
@@ -107,20 +106,19 @@ def fingerprint(towers: Towers) -> str:
     return digest.hexdigest()
 
 
-def files_fingerprint(model_name: str) -> str:
-    """SHA-256 over the files of a model, as they lie in its folder or in this machine's hub cache.
+def file_fingerprints(model_name: str) -> dict[str, str]:
+    """SHA-256 of each file of a model, as they lie in its folder or in the hub cache here; empty if none do.
 
-    :data:`NOT_DOWNLOADED` where they are not there yet. In seconds, and without loading anything.
+    In seconds, and without loading anything.
     """
-    digest, found = hashlib.sha256(), False
+    found = {}
     for name in MODEL_FILES:
         folder = Path(model_name)
         path = folder / name if folder.is_dir() else try_to_load_from_cache(model_name, name)
         if isinstance(path, str | Path) and Path(path).is_file():
             with Path(path).open("rb") as file:
-                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-            found = True
-    return digest.hexdigest() if found else NOT_DOWNLOADED
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def widths(towers: Towers) -> tuple[int, int]:

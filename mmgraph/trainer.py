@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints, state, zero
 from mmgraph.batches import build_loader
+from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
@@ -23,7 +24,7 @@ from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
-from mmgraph.text_log import log
+from mmgraph.text_log import flush_log, log
 from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
 from mmgraph.world import compute_dtype, from_main_process, on_main_process, peak_memory_gb, together
 
@@ -56,6 +57,7 @@ class Trainer:
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         towers = together(accelerator, lambda: load_towers(config.model_name))
         self.identity["towers"] = fingerprint(towers)
+        check_towers(accelerator, self.identity["towers"])
         self.progress, trained = from_main_process(
             accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
         )
@@ -175,7 +177,7 @@ class Trainer:
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
         self.recorded = now
-        stop = values.new_tensor([float(self.stop.requested or self.recorder.failure is not None)])
+        stop = values.new_full((1,), self.stop.requested or self.recorder.failure is not None)  # no copy to wait for
         pending = _Pending(row, self.accelerator.reduce(torch.cat([values, stop]), "mean"))
         self.settle()
         self.pending = pending
@@ -187,6 +189,7 @@ class Trainer:
         row, values = self.pending
         self.pending = None
         loss, loss_mm, loss_graph, norm, stop = values.tolist()
+        self.stop.step_finished()
         if not np.isfinite(loss):
             raise UserError(
                 f"step {row['step']}: the loss is {loss}; the last state stays as it is. Try a lower --learning_rate, "
@@ -214,13 +217,14 @@ class Trainer:
         if self.done:
             self.stop.begin()  # a stop that comes now is what happens anyway
         progress = self.progress
-        trained = state.consolidate(self.trained, self.optimizer.optimizer)
-        progress.adam_step = trained.adam_step
-        progress.loss_scale = state.loss_scale(self.accelerator, self.trained)
-        if progress.samples_in_epoch == self.samples_per_epoch:
-            on_main_process(self.accelerator, lambda: self._end_epoch(trained))
-            progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
-        on_main_process(self.accelerator, lambda: self._write_state(trained))
+        with self.stop.unhurried():
+            trained = state.consolidate(self.trained, self.optimizer.optimizer)
+            progress.adam_step = trained.adam_step
+            progress.loss_scale = state.loss_scale(self.accelerator, self.trained)
+            if progress.samples_in_epoch == self.samples_per_epoch:
+                on_main_process(self.accelerator, lambda: self._end_epoch(trained))
+                progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
+            on_main_process(self.accelerator, lambda: self._write_state(trained))
 
     def _end_epoch(self, trained: checkpoints.TrainedState) -> None:
         sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums["steps"])
@@ -264,10 +268,11 @@ class Trainer:
 
     def _say_goodbye(self) -> None:
         self.recorder.finish(self.image_causes)
-        if not self.done:
+        if self.done:
+            log(
+                f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in "
+                f"{self.output}. Next: mmgraph encode {self.output} writes the embeddings"
+            )
+        else:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
-            return
-        log(
-            f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in {self.output}. "
-            f"Next: mmgraph encode {self.output} writes the embeddings"
-        )
+        flush_log()  # closing a tracker may take longer than the launcher leaves

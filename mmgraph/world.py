@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -77,23 +78,38 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
 def _join(timeout: timedelta, backend: str) -> None:
     """Meet the other ranks in a part of torchrun's store that no earlier start has written to.
 
-    torchrun keeps one store over its restarts (``--max_restarts``), where ranks find the addresses of dead ones.
+    torchrun keeps one store over its restarts (``--max_restarts``), where ranks find the addresses of dead ones. So
+    each rank asks rank 0 for the number of this start, under a name that no other start has used.
     """
     environment = os.environ
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     if rank == 0:
         start = store.add("mmgraph/starts", 1)
-        store.set("mmgraph/start", str(start))
+        _answer(store, start, world_size, time.monotonic() + timeout.total_seconds())
     else:
-        deadline = time.monotonic() + timeout.total_seconds()
-        while store.add(f"mmgraph/{(start := int(store.get('mmgraph/start')))}/{rank}", 1) > 1:  # was here before
-            if time.monotonic() > deadline:
-                raise UserError(f"rank {rank} waited {timeout.total_seconds():g} s for rank 0 (--collective_timeout)")
-            time.sleep(0.1)
+        name = uuid.uuid4().hex
+        store.set(f"mmgraph/asks/{rank}", name)
+        try:
+            start = int(store.get(f"mmgraph/answers/{name}"))
+        except dist.DistStoreError:
+            raise UserError(f"rank {rank} heard nothing of rank 0 within --collective_timeout") from None
+        store.set(f"mmgraph/{start}/{rank}", "is here")
     dist.init_process_group(
         backend, store=dist.PrefixStore(f"mmgraph/{start}", store), rank=rank, world_size=world_size, timeout=timeout
     )
+
+
+def _answer(store: dist.Store, start: int, world_size: int, deadline: float) -> None:
+    """Rank 0's part: answer whoever asks, the dead of an earlier start too, until each rank says that it is here."""
+    missing = list(range(1, world_size))
+    while missing := [rank for rank in missing if not store.check([f"mmgraph/{start}/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise UserError(f"rank 0 heard nothing of rank(s) {missing} within --collective_timeout")
+        for rank in missing:
+            if store.check([f"mmgraph/asks/{rank}"]):
+                store.set(f"mmgraph/answers/{store.get(f'mmgraph/asks/{rank}').decode()}", str(start))
+        time.sleep(0.02)
 
 
 def _refuse_lone_process() -> None:

@@ -75,15 +75,28 @@ def test_agreement(what: str) -> None:
 
 
 def test_towers_are_told_apart_by_their_files(graph: Path, tmp_path: Path) -> None:
-    from mmgraph.towers import NOT_DOWNLOADED, files_fingerprint
+    from mmgraph.towers import file_fingerprints
 
     copy = shutil.copytree(graph / "towers", tmp_path / "towers")
-    first = files_fingerprint(str(graph / "towers"))
-    assert files_fingerprint(str(copy)) == first != files_fingerprint("no/model") == NOT_DOWNLOADED
+    first = file_fingerprints(str(graph / "towers"))
+    assert "config.json" in first and file_fingerprints(str(copy)) == first and file_fingerprints("no/model") == {}
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
-    assert files_fingerprint(str(copy)) != first
+    second = file_fingerprints(str(copy))
+    with pytest.raises(
+        UserError, match=r"rank 1 .* another towers than rank 0 .*: model.safetensors [0-9a-f]+ instead"
+    ):
+        checks._check_agreement([a_rank(towers=first), a_rank(towers=second)])
+    # Not downloaded yet, or with files beside those that are loaded: no other towers.
+    checks._check_agreement([a_rank(towers=first), a_rank(towers={}), a_rank(towers=first | {"vocab.json": "x"})])
+
+
+def test_towers_that_a_rank_alone_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = namedtuple("Accelerator", "num_processes")(3)
+    monkeypatch.setattr(checks, "gather_object", lambda _: [("one", "a"), ("one", "a"), ("two", "b")])
+    with pytest.raises(UserError, match=r"rank 2 \(two\) has loaded other towers than rank 0 \(one\); give every"):
+        checks.check_towers(accelerator, "a")
 
 
 def test_gpus_of_a_host() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from conftest import LOSSES, REPOSITORY, launch_command, read_metrics, run, settings
 
 ZERO2 = "deepspeed_zero2.yaml --num_processes 2 --mixed_precision no"
@@ -135,7 +136,68 @@ def test_a_stop_that_cannot_be_shared_ends_the_rank(endless: list[str], tmp_path
         ranks[0].wait(timeout=8)
         ranks[1].kill()
         ended(process, ranks, 20)
-    assert "rank 0 was asked to stop, and in 2 s (--stop_grace) finished no step" in said(output)
+    assert "rank 0 was asked to stop, and has finished no step for 2 s (--stop_grace)" in said(output)
+
+
+SLOW_STEPS = """
+import os, signal, time
+from mmgraph.stopping import StopRequest
+stop = StopRequest(0.4)
+with stop.listening():
+    for _ in range(2):
+        time.sleep(1)
+        stop.step_finished()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    stop.step_finished()
+    with stop.unhurried():
+        time.sleep(2)
+    print("saved", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_neither_slow_steps_nor_a_save_are_cut_off() -> None:
+    """Steps of 1 s, and a save of 2 s, with a grace of 0.4 s; what comes after takes longer than that."""
+    start = time.monotonic()
+    done = run([sys.executable, "-c", SLOW_STEPS])
+    assert done.stdout == "saved\n" and done.returncode == 143 and time.monotonic() - start < 15
+    assert "has finished no step for 0.4 s (--stop_grace)" in done.stderr
+
+
+MEET = """
+import os, sys, time
+from datetime import timedelta
+import torch
+from mmgraph.world import _join
+if sys.argv[1] == "dies":
+    import mmgraph.world
+    mmgraph.world._answer = lambda *_: os._exit(9)
+_join(timedelta(seconds=30), "gloo")
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+print(total.item())
+"""
+
+
+def test_ranks_meet_in_their_own_start() -> None:
+    """Rank 0 dies before rank 1 is there; rank 1 of the next start is there before rank 0 is."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("mmgraph/asks/1", "of a rank that died asking")
+
+    def start(rank: int, how: str = "lives") -> subprocess.Popen[str]:
+        environment = {
+            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank),
+            "WORLD_SIZE": "2",
+        }  # fmt: skip
+        return subprocess.Popen([sys.executable, "-c", MEET, how], env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start(0, "dies").wait(timeout=60) == 9
+    second = start(1)
+    while store.get("mmgraph/asks/1") == b"of a rank that died asking":
+        time.sleep(0.1)
+    first = start(0)
+    assert [process.communicate(timeout=60)[0] for process in (first, second)] == ["2.0\n", "2.0\n"]
 
 
 def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str], tmp_path: Path) -> None:
