@@ -41,7 +41,7 @@ class Progress:
     samples_in_epoch: int = 0
     epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
     adam_step: int = 0
-    loss_scale: dict[str, float] | None = None  # fp16: ``scale`` and ``_growth_tracker``, as GradScaler names them
+    loss_scale: dict[str, float] | None = None  # fp16: as GradScaler names it
     metrics_bytes: int = 0
     components: dict[str, Any] = dataclasses.field(default_factory=dict)  # small JSON of other parts
 

@@ -169,15 +169,21 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
 
 
 def loss_scale(engine: Any) -> dict[str, float] | None:
-    """The fp16 loss scale and the steps since it last changed, under GradScaler's names; None without fp16."""
-    if not engine.fp16_enabled():
+    """What fp16 scales the loss with, in GradScaler's terms, and DeepSpeed's patience. None: the scale is fixed."""
+    if not engine.fp16_enabled() or not engine.optimizer.loss_scaler.dynamic:
         return None
     scaler = engine.optimizer.loss_scaler
-    return {"scale": scaler.cur_scale, "_growth_tracker": scaler.cur_iter - scaler.last_overflow_iter - 1}
+    steps = scaler.cur_iter - scaler.last_overflow_iter - 1  # without an overflow; goes on where the scale grows
+    return {
+        "scale": scaler.cur_scale,
+        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,  # DeepSpeed grows a step later
+        "cur_hysteresis": scaler.cur_hysteresis,
+    }
 
 
 def set_loss_scale(engine: Any, saved: dict[str, float]) -> None:
     """Go on with a saved loss scale, of DeepSpeed or of GradScaler."""
     scaler = engine.optimizer.loss_scaler
     scaler.cur_scale = saved["scale"]
-    scaler.last_overflow_iter = scaler.cur_iter - 1 - int(saved["_growth_tracker"])
+    scaler.last_overflow_iter = scaler.cur_iter - 2 - int(saved["_growth_tracker"])
+    scaler.cur_hysteresis = int(saved.get("cur_hysteresis", scaler.cur_hysteresis))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, launch, launch_command, loss_difference, run, settings, tiny_configs
+from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
 
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
@@ -31,7 +31,7 @@ def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "config", [ZERO.format(3), *(pytest.param(c, marks=pytest.mark.slow) for c in ("cpu.yaml", "cpu_2proc.yaml",
+    "config", [ZERO3, *(pytest.param(c, marks=pytest.mark.slow) for c in ("cpu.yaml", "cpu_2proc.yaml",
                                                                                   ZERO.format(1), ZERO.format(2)))]
 )  # fmt: skip
 def test_a_run_in_micro_batches(graph: Path, one_process: Path, tmp_path: Path, config: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, launch, loss_difference, newest, same_state, settings
+from conftest import REPOSITORY, ZERO3, launch, loss_difference, newest, same_state, settings
 from safetensors.torch import load_file
 
 FLOAT32 = "--mixed_precision no"
@@ -29,7 +29,7 @@ TOPOLOGIES = {
     "DDP-3": "cpu_2proc.yaml --num_processes 3",
     "ZeRO-1": f"deepspeed_zero1.yaml --num_processes 2 {FLOAT32}",
     "ZeRO-2": f"deepspeed_zero2.yaml --num_processes 2 {FLOAT32}",
-    "ZeRO-3": f"deepspeed_zero3.yaml --num_processes 2 {FLOAT32}",
+    "ZeRO-3": ZERO3,
 }
 
 
