@@ -21,14 +21,7 @@ from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.text_log import log
 from mmgraph.towers import file_fingerprints
-from mmgraph.world import (
-    check_batch_size,
-    compute_dtype,
-    describe,
-    from_main_process,
-    on_main_process,
-    together,
-)
+from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, on_main_process, together
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "settings": "give every machine the same command",

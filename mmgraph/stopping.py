@@ -31,10 +31,8 @@ class StopRequest:
 
     def __init__(self, grace: float):
         self.requested, self._grace, self._begun = False, grace, threading.Event()
-        self._heard, self._step_seconds = (
-            -math.inf,
-            0.0,
-        )  # when the others were last heard of; of the longest step of late
+        self._heard = -math.inf  # when a step was last finished with the others
+        self._step_seconds = 0.0  # of the longest step of late
 
     @contextmanager
     def listening(self) -> Iterator[None]:
