@@ -54,7 +54,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     """
     on_main_process(accelerator, lambda: _check_trackers(config))
     own = together(accelerator, lambda: _look(config, accelerator, graph))
-    ranks: list[Rank] = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    ranks: list[Rank] = gather_object([own])
     _check_agreement(ranks)
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
     sizes = together(accelerator, lambda: estimate.shape(*tower_configs(config.model_name), config))
@@ -125,10 +125,8 @@ def _check_agreement(ranks: list[Rank]) -> None:
             )
 
 
-def check_towers(accelerator: Accelerator, fingerprint: str) -> None:
+def check_towers(fingerprint: str) -> None:
     """Raise :class:`UserError` where a rank has loaded other towers than rank 0, such as another revision's."""
-    if accelerator.num_processes == 1:
-        return
     ranks = gather_object([(platform.node(), fingerprint)])
     main_host, of_main = ranks[0]
     for number, (host, own) in enumerate(ranks):

@@ -58,7 +58,7 @@ class StopRequest:
             os.close(write)
 
     def step_finished(self) -> None:
-        """The others were heard of: their losses are here."""
+        """A step is done, and the others were heard of: the losses of the step before it are here."""
         now = time.monotonic()
         if math.isfinite(self._heard):
             self._step_seconds = max(now - self._heard, 0.9 * self._step_seconds)

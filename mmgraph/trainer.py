@@ -57,7 +57,7 @@ class Trainer:
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         towers = together(accelerator, lambda: load_towers(config.model_name))
         self.identity["towers"] = fingerprint(towers)
-        check_towers(accelerator, self.identity["towers"])
+        check_towers(self.identity["towers"])
         self.progress, trained = from_main_process(
             accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
         )
@@ -181,6 +181,7 @@ class Trainer:
         pending = _Pending(row, self.accelerator.reduce(torch.cat([values, stop]), "mean"))
         self.settle()
         self.pending = pending
+        self.stop.step_finished()
 
     def settle(self) -> None:
         """Write the row of the last recorded step. The same on every rank, but for the writing."""
@@ -189,7 +190,6 @@ class Trainer:
         row, values = self.pending
         self.pending = None
         loss, loss_mm, loss_graph, norm, stop = values.tolist()
-        self.stop.step_finished()
         if not np.isfinite(loss):
             raise UserError(
                 f"step {row['step']}: the loss is {loss}; the last state stays as it is. Try a lower --learning_rate, "

@@ -93,10 +93,9 @@ def test_towers_are_told_apart_by_their_files(graph: Path, tmp_path: Path) -> No
 
 
 def test_towers_that_a_rank_alone_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = namedtuple("Accelerator", "num_processes")(3)
     monkeypatch.setattr(checks, "gather_object", lambda _: [("one", "a"), ("one", "a"), ("two", "b")])
     with pytest.raises(UserError, match=r"rank 2 \(two\) has loaded other towers than rank 0 \(one\); give every"):
-        checks.check_towers(accelerator, "a")
+        checks.check_towers("a")
 
 
 def test_gpus_of_a_host() -> None:

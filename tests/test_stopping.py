@@ -165,6 +165,34 @@ def test_neither_slow_steps_nor_a_save_are_cut_off() -> None:
     assert "has finished no step for 0.4 s (--stop_grace)" in done.stderr
 
 
+SLOW_RUN = """
+import os, signal, sys, time
+from mmgraph import cli, state
+from mmgraph.trainer import Trainer
+step, write_state = Trainer.step, state.write_state
+def slow_step(self, batch):
+    time.sleep(1.5)
+    return step(self, batch)
+def slow_write_state(folder, progress, *more):
+    if progress.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4)
+    return write_state(folder, progress, *more)
+Trainer.step, state.write_state = slow_step, slow_write_state
+sys.exit(cli.train_main())
+"""
+
+
+def test_a_run_of_slow_steps_and_saves_stops_with_its_state(graph: Path, tmp_path: Path) -> None:
+    """Asked in a save of 4 s, with steps of 1.5 s, and a grace that is shorter than either."""
+    (tmp_path / "launch.py").write_text(SLOW_RUN)
+    flags = settings(graph, tmp_path / "run", "--save_every=3", "--stop_grace=1", "--report_to=none")
+    done = run([*launch_command("cpu.yaml")[:-1], str(tmp_path / "launch.py"), *flags])
+    assert "stopped at step" in done.stdout and "was asked to stop" not in done.stderr, done.stderr
+    steps = len(read_metrics(tmp_path / "run"))
+    assert steps < 8 and (tmp_path / f"run/state/step-{steps:08d}").exists()
+
+
 MEET = """
 import os, sys, time
 from datetime import timedelta
