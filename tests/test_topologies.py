@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, ZERO3, launch, loss_difference, newest, same_state, settings
+from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, newest, run, same_state, settings
 from safetensors.torch import load_file
 
 FLOAT32 = "--mixed_precision no"
@@ -57,6 +57,28 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
         for key in theirs:
             if "in_proj_bias" not in key:  # of the keys' bias, which has no true gradient, Adam amplifies rounding
                 assert (ours[key] - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
+
+
+PERSISTENT = """
+import sys
+from mmgraph.config import parse_config
+from mmgraph.graph import load_graph
+from mmgraph.trainer import Trainer
+from mmgraph.world import build_accelerator
+config = parse_config(sys.argv[1:])
+accelerator = build_accelerator()
+parameters = list(Trainer(config, accelerator, load_graph(config)).trained.module.parameters())
+if accelerator.is_main_process:
+    print(sum(p.ds_persist for p in parameters), "of", len(parameters), "whole")
+"""
+
+
+def test_zero3_is_tested_with_partitions(graph: Path, tmp_path: Path) -> None:
+    """The tests' ZeRO-3 keeps no parameter whole on a rank."""
+    (tmp_path / "launch.py").write_text(PERSISTENT)
+    command = [*launch_command(ZERO3)[:-1], str(tmp_path / "launch.py"), *settings(graph, tmp_path / "run")]
+    done = run(command)
+    assert "0 of 32 whole" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
 def test_zero3_resumes_to_the_bit(graph: Path, one_process: Path, zero3: Path, tmp_path: Path) -> None:
