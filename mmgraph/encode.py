@@ -15,7 +15,7 @@ from mmgraph import checkpoints
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
 from mmgraph.images import describe_causes
-from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 from mmgraph.tables import ImagePaths, read_nodes
@@ -91,7 +91,14 @@ def _make_folder(folder: Path) -> None:
 
 
 def _collate(inputs: NodeInputs, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {**inputs(nodes), "image_causes": torch.tensor(inputs.image_causes)}
+    input_ids, attention_mask = inputs.texts([node_text(node) for node in nodes])
+    pictures, causes = inputs.pictures([node["image_path"] for node in nodes])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": inputs.preprocessing.normalize(pictures),
+        "image_causes": torch.tensor(causes),
+    }
 
 
 @torch.no_grad()

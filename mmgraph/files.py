@@ -1,8 +1,11 @@
-"""Writing so that nothing half-written is ever found under its final name."""
+"""Writing so that nothing half-written is ever found under its final name, and where caches lie."""
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,6 +18,57 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[BinaryIO | None]:
+    """An empty file to fill, which is synced and renamed to ``path`` when the block ends without an error.
+
+    None where ``path`` is there already, or another process is making it: a claim is a lock on the temporary file, so
+    it ends with its process, killed or not, and the next claim begins the same file anew. On a file system without
+    locks both make it; the last to rename wins.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    file = _locked(temporary)
+    if file is None or path.exists():
+        if file is not None:
+            temporary.unlink(missing_ok=True)
+            file.close()
+        yield None
+        return
+    with file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """Open ``path`` empty, for this process alone; None where another has it."""
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:
+            pass  # no locks here
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate(0)
+                return file
+        file.close()  # its maker renamed or removed it before the lock was this process's
+
+
+def cache_folder(table: str | Path) -> Path:
+    """Where what is derived from a node or edge table is kept: ``$MMGRAPH_CACHE``, else beside the table."""
+    return Path(os.environ.get("MMGRAPH_CACHE") or Path(table).parent / "mmgraph_cache")
 
 
 def sync(path: Path) -> None:

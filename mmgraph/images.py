@@ -135,4 +135,5 @@ class Preprocessing:
 
     def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 -> float32, mean 0 and deviation 1 over CLIP's training images."""
-        return (pictures.float() / 255 - self.mean) / self.std
+        device = pictures.device
+        return (pictures.float() / 255 - self.mean.to(device)) / self.std.to(device)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mmgraph.errors import UserError
+from mmgraph.images import Preprocessing
 
 MODEL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -131,25 +132,35 @@ class LiveTowers:
 
     Args:
         towers: moved to ``device``.
+        preprocessing: of the towers' pictures.
         device: where batches are.
         dtype: what the towers compute in; 16-bit ones by autocast.
     """
 
-    def __init__(self, towers: Towers, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        towers: Towers,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.towers = Towers(*(tower.to(device) for tower in towers))
-        self.device, self.dtype = device, dtype
+        self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
 
     @torch.no_grad()
     def tokens(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> Tokens:
-        """Tokens of the batch's U distinct nodes: reads ``input_ids``, ``attention_mask`` and ``pixel_values``.
+        """Tokens of the batch's U distinct nodes: reads ``input_ids``, ``attention_mask`` and ``pictures``.
 
         Args:
             micro_batches: parts that the towers see one after the other.
         """
-        inputs = [batch[name].tensor_split(micro_batches) for name in ("input_ids", "attention_mask", "pixel_values")]
+        inputs = [batch[name].tensor_split(micro_batches) for name in ("input_ids", "attention_mask", "pictures")]
         parts = [part for part in zip(*inputs, strict=True) if len(part[0])]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = [run_towers(self.towers, *part)[0] for part in parts]
+            tokens = [
+                run_towers(self.towers, input_ids, mask, self.preprocessing.normalize(pictures))[0]
+                for input_ids, mask, pictures in parts
+            ]
         return tokens[0] if len(tokens) == 1 else Tokens(*map(torch.cat, zip(*tokens, strict=True)))
 
 

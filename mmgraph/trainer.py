@@ -61,7 +61,7 @@ class Trainer:
         self.progress, trained = from_main_process(
             accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
         )
-        self.source = LiveTowers(towers, accelerator.device, compute_dtype(accelerator))
+        self.source = LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
         self._build(*widths(towers), inputs, trained)
         self.total_steps = self._count_steps()
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)

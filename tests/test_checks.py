@@ -184,7 +184,8 @@ def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
 
 MEASURE = """
 import torch
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
+from mmgraph.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
 from mmgraph.world import peak_memory_gb
@@ -192,8 +193,8 @@ towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())
 module = TrainedModule(512, 768, 512, 256)
 optimizer = torch.optim.AdamW(module.parameters())
 batch = {"input_ids": torch.randint(400, (64, 77)), "attention_mask": torch.ones(64, 77, dtype=torch.long),
-         "pixel_values": torch.randn(64, 3, 224, 224)}
-z = module(LiveTowers(towers, torch.device("cpu")).tokens(batch))
+         "pictures": torch.randint(256, (64, 3, 224, 224), dtype=torch.uint8)}
+z = module(LiveTowers(towers, Preprocessing(CLIPImageProcessor()), torch.device("cpu")).tokens(batch))
 sum(x.sum() for x in z).backward()
 optimizer.step()
 print(peak_memory_gb(torch.device("cpu")))

@@ -113,7 +113,6 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_picture_too_thin_to_resize_is_black(tmp_path: Path) -> None:
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
-    inputs = NodeInputs(lambda *_, **__: {"input_ids": None, "attention_mask": None}, CLIPImageProcessor(), 1)
-    batch = inputs([{"image_path": str(tmp_path / "thin.png")}])
-    assert batch["pixel_values"].shape == (1, 3, 224, 224)
-    assert [CAUSES[cause] for cause in inputs.image_causes] == ["too many pixels"]
+    inputs = NodeInputs(None, CLIPImageProcessor(), 1)
+    pictures, causes = inputs.pictures([str(tmp_path / "thin.png")])
+    assert pictures.shape == (1, 3, 224, 224) and [CAUSES[cause] for cause in causes] == ["too many pixels"]

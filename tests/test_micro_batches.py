@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
+from transformers import CLIPImageProcessor
 
+from mmgraph.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
 
@@ -48,9 +50,9 @@ def test_any_number_of_nodes_splits(nodes: int) -> None:
     batch = {
         "input_ids": torch.randint(60, (nodes, 7), generator=generator),
         "attention_mask": torch.ones(nodes, 7, dtype=torch.int64),
-        "pixel_values": torch.randn(nodes, 3, 32, 32, generator=generator),
+        "pictures": torch.randint(256, (nodes, 3, 32, 32), dtype=torch.uint8, generator=generator),
     }
-    source = LiveTowers(towers, torch.device("cpu"))
+    source = LiveTowers(towers, Preprocessing(CLIPImageProcessor()), torch.device("cpu"))
     module = TrainedModule(32, 48, 24, 16)
     results = []
     for parts in (1, 4):

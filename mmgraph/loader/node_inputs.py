@@ -24,7 +24,7 @@ class NodeInputs:
     """Turns N node dicts into what CLIP's towers take.
 
     Calling it gives a dict of ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64, ``pixel_values``
-    (N, 3, S, S) float32. ``image_causes`` is then a list of N indices into :data:`mmgraph.images.CAUSES`.
+    (N, 3, S, S) float32.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -44,23 +44,29 @@ class NodeInputs:
         self.preprocessing = Preprocessing(processor)
         self.cache: ShardedLRU[tuple[torch.Tensor, int]] = ShardedLRU(cache_size)
         self.truncated_images = truncated_images
-        self.image_causes: list[int] = []
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        text = self.tokenizer(
-            [node_text(node) for node in nodes],
-            padding="max_length",
-            truncation=True,
-            max_length=TEXT_LENGTH,
-            return_tensors="pt",
-        )
-        pictures, causes = zip(*(self._picture(node.get("image_path")) for node in nodes), strict=True)
-        self.image_causes = list(causes)
+        input_ids, attention_mask = self.texts([node_text(node) for node in nodes], "max_length")
+        pictures, _ = self.pictures([node.get("image_path") for node in nodes])
         return {
-            "input_ids": text["input_ids"],  # (N, 77)
-            "attention_mask": text["attention_mask"],  # (N, 77)
-            "pixel_values": self.preprocessing.normalize(torch.stack(pictures)),  # (N, 3, S, S)
+            "input_ids": input_ids,  # (N, 77)
+            "attention_mask": attention_mask,  # (N, 77)
+            "pixel_values": self.preprocessing.normalize(pictures),  # (N, 3, S, S)
         }
+
+    def texts(
+        self, texts: Sequence[str], padding: Literal["longest", "max_length"] = "longest"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask of N texts, (N, L) int64 each: L is 77, or that of the longest text of these."""
+        tokens = self.tokenizer(
+            list(texts), padding=padding, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def pictures(self, image_paths: Sequence[Any]) -> tuple[torch.Tensor, list[int]]:
+        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``CAUSES`` for each."""
+        pictures, causes = zip(*(self._picture(path) for path in image_paths), strict=True)
+        return torch.stack(pictures), list(causes)
 
     def _picture(self, image_path: Any) -> tuple[torch.Tensor, int]:
         given = isinstance(image_path, str) and bool(image_path.strip())
