@@ -1,7 +1,38 @@
 """Bidirectional cross-attention between a node's text tokens and image patches."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class CrossAttention(nn.MultiheadAttention):
+    """Multi-head attention of one sequence over another, without dropout, with torch's parameters and their names.
+
+    The three projections are separate products: the slices of a joint one would cost copies in the backward pass.
+    """
+
+    def __init__(self, d_model: int, n_heads: int):
+        super().__init__(d_model, n_heads, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend from (B, Q, d_model) over (B, K, d_model).
+
+        Args:
+            mask: (B, K) bool, true at the places of ``context`` that may be attended to.
+
+        Returns:
+            (B, Q, d_model).
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, Q or K, width)
+            for x, weight, bias in zip((query, context, context), weights, biases, strict=True)
+        )
+        mask = mask[:, None, None, :] if mask is not None else None  # (B, 1, 1, K)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, heads, Q, width) -> (B, Q, d_model)
 
 
 class CrossAttentionFusion(nn.Module):
@@ -21,8 +52,8 @@ class CrossAttentionFusion(nn.Module):
         super().__init__()
         self.text_proj = nn.Linear(d_text, d_model)
         self.vis_proj = nn.Linear(d_vis, d_model)
-        self.text2vis_attn = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
-        self.vis2text_attn = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
+        self.text2vis_attn = CrossAttention(d_model, n_heads)
+        self.vis2text_attn = CrossAttention(d_model, n_heads)
         self.text_ffn = _feed_forward(d_model)
         self.vis_ffn = _feed_forward(d_model)
         self.fusion_mlp = nn.Sequential(
@@ -48,19 +79,27 @@ class CrossAttentionFusion(nn.Module):
         text = self.text_proj(text_tokens)  # (B, L, d_model)
         vis = self.vis_proj(img_patches)  # (B, P, d_model)
 
-        attended, _ = self.text2vis_attn(text, vis, vis, need_weights=False)
-        text_fused = self.text_ffn(attended + text)  # (B, L, d_model)
-
         # A softmax over no key at all is NaN in some kernels: open the keys where there is none, drop what comes out.
-        padding = ~valid & has_text[:, None]
-        attended, _ = self.vis2text_attn(vis, text, text, key_padding_mask=padding, need_weights=False)
+        attended = self.vis2text_attn(vis, text, valid | ~has_text[:, None])
         attended = torch.where(has_text[:, None, None], attended, self.vis2text_attn.out_proj.bias)
-        vis_fused = self.vis_ffn(attended + vis)  # (B, P, d_model)
+        vis_pool = _pool(self.vis_ffn, attended + vis)  # (B, d_model)
 
-        weights = valid.to(text_fused.dtype)[:, :, None]  # (B, L, 1)
-        text_pool = (text_fused * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)  # (B, d_model)
-        vis_pool = vis_fused.mean(dim=1)  # (B, d_model)
+        text_pool = _pool(self.text_ffn, self.text2vis_attn(text, vis) + text, valid)  # (B, d_model)
+        text_pool = torch.where(has_text[:, None], text_pool, 0.0)
         return self.fusion_mlp(torch.cat([text_pool, vis_pool], dim=-1)), text_pool, vis_pool
+
+
+def _pool(feed_forward: nn.Sequential, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean of ``feed_forward(tokens)`` over the valid ones of (B, L, d) tokens, (B, d).
+
+    The last layer is linear: it is applied to the mean instead of to each token, which spares a fifth of the fusion.
+    """
+    first, activation, last = feed_forward
+    hidden = activation(first(tokens))  # (B, L, 2d)
+    if valid is None:
+        return last(hidden.mean(dim=1))
+    weights = valid.to(hidden.dtype)[:, None, :]  # (B, 1, L)
+    return last((weights @ hidden).squeeze(1) / weights.sum(dim=2).clamp(min=1.0))
 
 
 def _feed_forward(d_model: int) -> nn.Sequential:
