@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+LOGITS_AT_ONCE = 1 << 24  # 64 MB; a larger square is worked through in parts
+
 
 class Losses(NamedTuple):
     """Scalars, float32: the whole, and its two parts before weighting."""
@@ -42,31 +44,98 @@ def contrastive_losses(
         temperature: divides the cosine similarities.
         graph_loss_weight: weight of the graph loss.
     """
-    own = torch.stack([z_graph, z_text, z_vis]).float().unflatten(1, (2, -1))  # (3, 2, b, proj_dim)
-    graph, text, vis = gather_with_gradients(own, dim=2)  # (2, B, proj_dim) each: all anchors, all positives
-    own_graph, own_text, own_vis = own
-    edges = own.shape[2]  # b
-    first = edges * (dist.get_rank() if dist.is_initialized() else 0)
-    labels = torch.arange(first, first + edges, device=own.device)  # (b,) where this rank's edges stand among all
-    graph_loss = _info_nce(own_graph[0], own_graph[1], graph[0], graph[1], labels, temperature)
-    labels = torch.cat([labels, labels + graph.shape[1]])  # (2b,) the same for nodes: the positives come after all B
-    own_text, own_vis, text, vis = (z.flatten(0, 1) for z in (own_text, own_vis, text, vis))  # (2b or 2B, proj_dim)
-    mm_loss = _info_nce(own_text, own_vis, text, vis, labels, temperature)
+    own = [z.float().unflatten(0, (2, -1)) for z in (z_graph, z_text, z_vis)]  # (2, b, proj_dim) each
+    everyone, first, edges = own, 0, own[0].shape[1]  # b
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = list(gather_with_gradients(torch.stack(own), dim=2))  # (2, B, proj_dim): all anchors, all positives
+        first = edges * dist.get_rank()
+    labels = torch.arange(first, first + edges, device=own[0].device)  # (b,) where this rank's edges stand among all
+    graph_loss = _info_nce(tuple(own[0]), tuple(everyone[0]), labels, temperature)
+    labels = torch.cat([labels, labels + everyone[0].shape[1]])  # (2b,) the same for nodes: the positives come last
+    text, vis, all_text, all_vis = (z.flatten(0, 1) for z in (*own[1:], *everyone[1:]))  # (2b or 2B, proj_dim)
+    mm_loss = _info_nce((text, vis), (all_text, all_vis), labels, temperature)
     return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss)
 
 
 def _info_nce(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    all_left: torch.Tensor,
-    all_right: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
+    own: tuple[torch.Tensor, ...], everyone: tuple[torch.Tensor, ...], labels: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """:func:`info_nce_loss` of some rows and columns: (n, d) own ones against (N, d), their places in ``labels``."""
+    """:func:`info_nce_loss` of some rows and columns of a square that is never whole where it is large.
+
+    Args:
+        own: left and right, (n, d) each, on this rank.
+        everyone: the same of all ranks, (N, d) each.
+        labels: (n,) where the own ones stand among all.
+    """
+    if len(own[0]) * len(everyone[0]) > LOGITS_AT_ONCE:
+        alone = own[0].data_ptr() == everyone[0].data_ptr()
+        return _InfoNCEInParts.apply(*own, *((None, None) if alone else everyone), labels, temperature)
+    (left, right), (all_left, all_right) = own, everyone
     rows = F.cross_entropy(left @ all_right.T / temperature, labels)
     columns = F.cross_entropy(right @ all_left.T / temperature, labels)
     return (rows + columns) / 2
+
+
+class _InfoNCEInParts(torch.autograd.Function):
+    """:func:`_info_nce` in O((n + N) d) memory; without ``all_left`` and ``all_right`` they are the own ones.
+
+    A part of the logits has whole rows, so its softmax, and with it the gradient, is known while the part is there:
+    nothing is computed again in the backward pass (as in Liger's fused linear cross-entropy, Hsu et al., 2024).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        all_left: torch.Tensor | None,
+        all_right: torch.Tensor | None,
+        labels: torch.Tensor,
+        temperature: float,
+    ) -> torch.Tensor:
+        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
+        of_all_left, of_all_right = of_left, of_right
+        if all_left is None or all_right is None:
+            all_left, all_right = left, right
+        else:
+            of_all_left, of_all_right = torch.zeros_like(all_left), torch.zeros_like(all_right)
+        loss = _cross_entropy_in_parts(left, of_left, all_right, of_all_right, labels, temperature)
+        loss += _cross_entropy_in_parts(right, of_right, all_left, of_all_left, labels, temperature)
+        alone = all_left is left
+        ctx.save_for_backward(of_left, of_right, *((None, None) if alone else (of_all_left, of_all_right)))
+        ctx.scale = 1 / (2 * len(left) * temperature)
+        return loss / (2 * len(left))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = gradient * ctx.scale
+        return *(None if part is None else part * scale for part in ctx.saved_tensors), None, None
+
+
+def _cross_entropy_in_parts(
+    own: torch.Tensor,
+    own_gradient: torch.Tensor,
+    every: torch.Tensor,
+    every_gradient: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The sum over rows of the cross-entropy of ``own @ every.T / temperature``, (n, N); a scalar.
+
+    Adds its gradients, times the temperature, to those of ``own`` (n, d) and ``every`` (N, d).
+    """
+    loss = own.new_zeros(())
+    size = max(1, LOGITS_AT_ONCE // len(every))
+    for start in range(0, len(own), size):
+        part, places = own[start : start + size], labels[start : start + size]  # (s, d), (s,)
+        logits = part / temperature @ every.T  # (s, N)
+        normalizer = logits.logsumexp(dim=1, keepdim=True)  # (s, 1)
+        loss += (normalizer - logits.gather(1, places[:, None])).sum()
+        difference = logits.sub_(normalizer).exp_()  # the softmax, and then what it is off the labels by
+        difference[torch.arange(len(part), device=own.device), places] -= 1
+        own_gradient[start : start + size].addmm_(difference, every)
+        every_gradient.addmm_(difference.T, part)
+    return loss
 
 
 def gather_with_gradients(own: torch.Tensor, dim: int) -> torch.Tensor:
