@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmgraph.graph import Graph
 from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.order import GlobalBatchSampler
@@ -34,57 +34,62 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
         return edge, int(self.rows[edge, 0]), int(self.rows[edge, 1])
 
 
-class BatchCollator:
+class EdgeCollator:
     """Collates b edges into a batch that knows its nodes.
 
-    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations; the
-    inputs of the U distinct rows among them, ``input_ids`` and ``attention_mask`` (U, L) int64 with L of the longest
-    text, ``pictures`` (U, 3, S, S) uint8; ``inverse`` (2b,) int64, the place of each row among these; and, as NumPy
-    arrays that stay on the host, ``distinct`` (U,) and ``image_causes`` (U,).
+    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations;
+    ``inverse`` (2b,) int64, the place of each row among the U distinct ones; and, as a NumPy array that stays on the
+    host, ``distinct`` (U,) int64.
+    """
+
+    def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        edges, sources, destinations = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
+        rows = np.concatenate([sources, destinations])  # (2b,)
+        distinct, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
+        return {
+            "edges": torch.from_numpy(edges),
+            "rows": torch.from_numpy(rows),
+            "inverse": torch.from_numpy(inverse),
+            "distinct": distinct,
+        }
+
+
+class BatchCollator(EdgeCollator):
+    """An :class:`EdgeCollator` whose batches also have what live towers take.
+
+    Of the U distinct nodes: ``input_ids`` and ``attention_mask`` (U, L) int64 with L of the longest text, ``pictures``
+    (U, 3, S, S) uint8, and, as a NumPy array that stays on the host, ``image_causes`` (U,).
     """
 
     def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):
         self.nodes, self.paths, self.inputs = nodes, paths, inputs
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-        edges, sources, destinations = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
-        rows = np.concatenate([sources, destinations])  # (2b,)
-        distinct, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
-        nodes = [self.node(int(row)) for row in distinct]
+        batch = super().__call__(items)
+        nodes = [self.nodes[int(row)] for row in batch["distinct"]]
         input_ids, attention_mask = self.inputs.texts([node_text(node) for node in nodes])
-        pictures, causes = self.inputs.pictures([node["image_path"] for node in nodes])
+        pictures, causes = self.inputs.pictures([self.paths.resolve(node["image_path"]) for node in nodes])
         return {
-            "edges": torch.from_numpy(edges),
-            "rows": torch.from_numpy(rows),
-            "inverse": torch.from_numpy(inverse),
+            **batch,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "pictures": pictures,  # as bytes: a quarter of what workers and devices are sent
-            "distinct": distinct,
             "image_causes": np.array(causes),
         }
 
-    def node(self, row: int) -> dict[str, Any]:
-        """A row's dict with its image path resolved."""
-        node = self.nodes[row]
-        node["image_path"] = self.paths.resolve(node["image_path"])
-        return node
 
+def build_loader(graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int) -> DataLoader[Any]:
+    """The loader that Accelerate shards: global batches in the sampler's order.
 
-def build_loader(
-    nodes: pd.DataFrame,
-    rows: np.ndarray,
-    paths: ImagePaths,
-    inputs: NodeInputs,
-    sampler: GlobalBatchSampler,
-    workers: int,
-) -> DataLoader[Any]:
-    """The loader that Accelerate shards: global batches in the sampler's order, made by ``workers`` processes."""
+    Args:
+        inputs: with these, ``workers`` processes make what live towers take; without, batches are edges alone.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
+    workers = workers if inputs is not None else 0
     return DataLoader(
-        EdgeRows(rows),
+        EdgeRows(graph.rows),
         batch_sampler=sampler,
-        collate_fn=BatchCollator(NodesDataset(nodes), paths, inputs),
+        collate_fn=EdgeCollator() if inputs is None else BatchCollator(graph.nodes, graph.paths, inputs),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

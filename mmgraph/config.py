@@ -73,6 +73,21 @@ class Config:
     seed: int = _flag(42, "everything random comes from it")
     num_workers: int = _flag(4, "DataLoader workers in each process")
     cache_size: int = _flag(128, "images kept decoded in each worker, least recently used go first")
+    tower_cache: str = _flag(
+        "auto",
+        "each node goes through the towers once: auto keeps their tokens below the node table (or in $MMGRAPH_CACHE) "
+        "where the planned steps see more nodes than the graph has; the path of a folder keeps them there; off runs "
+        "the towers at every step",
+    )
+    tower_cache_dtype: Literal["auto", "float32", "float16"] = _flag(
+        "auto", "of the tokens kept; auto: float32 where the run's precision is, else float16"
+    )
+    tower_cache_local: str | None = _flag(
+        None, "folder of each host's own disk that the tokens are copied to first, from a shared file system"
+    )
+    tower_cache_device: Literal["auto", "cpu", "cuda"] = _flag(
+        "auto", "where the tokens are kept in a run; auto: on the GPU where they take up to half of its free memory"
+    )
     output_dir: str | None = _flag(None, "where everything the run makes lies (default: runs/RUN_NAME)")
     run_name: str | None = _flag(None, "the run's name (default: demo, or the folder of the node table)")
     resume: str = _flag(
@@ -147,6 +162,7 @@ GROUPS = {  # how --help_all sets the flags out
     "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
     "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
                  "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
+    "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
     "loading": ("num_workers", "cache_size"),
     "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size"),
     "tracking": ("report_to", "project", "tags", "notes"),
@@ -154,7 +170,7 @@ GROUPS = {  # how --help_all sets the flags out
 }  # fmt: skip
 COMMON = {  # what --help shows
     "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "num_workers", "output_dir", "resume", "report_to", "check",
+    "seed", "num_workers", "tower_cache", "output_dir", "resume", "report_to", "check",
 }  # fmt: skip
 
 

@@ -37,17 +37,18 @@ def shape(text: CLIPTextConfig, vision: CLIPVisionConfig, config: Config) -> Sha
     frozen, trained = (sum(p.numel() for m in modules for p in m.parameters()) for modules in (towers, (module,)))
     image_size, patch_size = int(vision.image_size), int(vision.patch_size)  # type: ignore[arg-type]
     length, patches = text.max_position_embeddings, (image_size // patch_size) ** 2
-    tower_flops = _tower_flops(text, length) + _tower_flops(vision, patches + 1)
+    both_towers = tower_flops(text, length) + tower_flops(vision, patches + 1)
     width = config.fused_dim
     projections = length * text.hidden_size * width + patches * vision.hidden_size * width
     attention_and_ffn = 8 * (length + patches) * width**2 + 4 * length * patches * width
     return Shape(
-        frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, tower_flops,
+        frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, both_towers,
         2.0 * (projections + attention_and_ffn),
     )  # fmt: skip
 
 
-def _tower_flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
+def tower_flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
+    """Of a forward pass over one text or image of ``length`` tokens."""
     width = config.hidden_size
     layer = length * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * length**2 * width
     return 2.0 * config.num_hidden_layers * layer
@@ -103,3 +104,15 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         best = min(best, time.perf_counter() - start)
     del product
     return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    """Such as ``45 s``, ``3.5 min`` or ``2.1 h``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(number: float) -> str:
+    """Of so many bytes, such as ``45 MB`` or ``3.51 GB`` (10^9)."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from mmgraph.config import DEFAULT_TABLES, Config
 from mmgraph.errors import UserError
+from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.tables import ImagePaths, fingerprint, known_edges, read_edges, read_nodes
 
 
 class Graph(NamedTuple):
-    nodes: pd.DataFrame  # N rows
+    nodes: NodesDataset  # N rows
     rows: np.ndarray  # (E, 2) int64 rows of nodes: source, destination
     paths: ImagePaths
     nodes_fingerprint: str
@@ -34,4 +34,4 @@ def load_graph(config: Config) -> Graph:
     rows = known_edges(nodes, read_edges(config.edges), config.edges)
     paths = ImagePaths(config.nodes, config.image_root)
     paths.check(nodes["image_path"].tolist(), config.seed)
-    return Graph(nodes, rows, paths, fingerprint(config.nodes), fingerprint(config.edges))
+    return Graph(NodesDataset(nodes), rows, paths, fingerprint(config.nodes), fingerprint(config.edges))

@@ -31,14 +31,26 @@ def read_image(path: str | None, truncated: Literal["partial", "black"] = "parti
     Returns:
         (3, H, W) uint8 and an index into ``CAUSES``. A picture that cannot be read is black, 224x224.
     """
+    return decode_picture(*read_file(path), truncated)
+
+
+def read_file(path: str | None) -> tuple[bytes | None, int]:
+    """An image file's bytes, or None; and an index into ``CAUSES``."""
     if path is None:
-        return black_image(), CAUSES.index("no image path")
+        return None, CAUSES.index("no image path")
     try:
         data = Path(path).read_bytes() if Path(path).is_file() else None
     except OSError:
-        return black_image(), CAUSES.index("unreadable")
+        return None, CAUSES.index("unreadable")
+    return data, CAUSES.index("" if data is not None else "file not found")
+
+
+def decode_picture(
+    data: bytes | None, cause: int, truncated: Literal["partial", "black"] = "partial"
+) -> tuple[torch.Tensor, int]:
+    """What :func:`read_image` gives, from what :func:`read_file` gave."""
     if data is None:
-        return black_image(), CAUSES.index("file not found")
+        return black_image(), cause
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large pictures and of palettes: the original decoded them too
         return _decode_safely(data, truncated)

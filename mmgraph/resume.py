@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from mmgraph.checkpoints import TrainedState, read_checkpoint, trained_state
+from mmgraph.checkpoints import TrainedState, read_checkpoint, tower_configs, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.state import Progress, newest_state, read_record, read_state
 from mmgraph.text_log import log
-from mmgraph.towers import Towers, widths
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
 
@@ -61,14 +60,14 @@ def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path
 
 
 def read_start(
-    config: Config, state: Path | None, identity: Mapping[str, Any], towers: Towers
+    config: Config, state: Path | None, identity: Mapping[str, Any], frozen: Mapping[str, torch.Tensor]
 ) -> tuple[Progress, TrainedState | None]:
     """Where a run begins, and with what, if not with random weights.
 
     Args:
         state: from :func:`find_state`.
         identity: of the run, with its towers.
-        towers: to compare with those of ``--init_from``.
+        frozen: the towers' tensors under the original's keys, to compare with those of ``--init_from``.
     """
     if state is not None:
         check_identity(state, identity, f"{state} was made with other towers")
@@ -77,25 +76,25 @@ def read_start(
             progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
         return progress, trained
     if config.init_from is not None:
-        trained, epoch = _read_original(config, towers)
+        trained, epoch = _read_original(config, frozen)
         return Progress(epoch=epoch + 1), trained
     return Progress(), None
 
 
-def _read_original(config: Config, towers: Towers) -> tuple[TrainedState, int]:
+def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[TrainedState, int]:
     """The trained part and the finished epochs of ``--init_from``, whose towers must be this run's."""
     path = Path(str(config.init_from))
     checkpoint = read_checkpoint(path)
-    frozen = tower_state(towers)
     for key, tensor in frozen.items():
         theirs = checkpoint.model_state_dict.get(key)
-        if theirs is None or theirs.shape != tensor.shape or not torch.equal(theirs.float(), tensor.cpu()):
+        if theirs is None or theirs.shape != tensor.shape or not torch.equal(theirs.float(), tensor.float()):
             raise UserError(f"--init_from {path}: its towers are not --model_name {config.model_name}'s ({key})")
     epoch = checkpoint.epoch or 0
     if epoch >= config.epochs:
         raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
     with torch.device("meta"):
-        module = TrainedModule(*widths(towers), config.fused_dim, config.proj_dim)
+        d_text, d_vis = (tower.hidden_size for tower in tower_configs(config.model_name))
+        module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
     return trained_state(checkpoint, [name for name, _ in module.named_parameters()], path), epoch
 
 

@@ -1,12 +1,15 @@
 """The frozen CLIP towers, and the token source that the trainer reads them through."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -17,6 +20,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from mmgraph.errors import UserError
@@ -26,6 +30,9 @@ MODEL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
 )  # fmt: skip
+
+
+TOWER_NAMES = ("text_model", "vision_model")
 
 
 class Tokens(NamedTuple):
@@ -96,14 +103,62 @@ def freeze(text_model: nn.Module, vision_model: nn.Module) -> Towers:
     return Towers(text_model, vision_model)
 
 
-def fingerprint(towers: Towers) -> str:
-    """SHA-256 over both towers' tensors (names, shapes, bytes), in hexadecimal."""
+def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
+    """Both towers' tensors under the original's keys: the tower's name twice, whatever transformers calls them."""
+    return {
+        file_key(f"{name}.{key}"): tensor
+        for name, tower in zip(TOWER_NAMES, towers, strict=True)
+        for key, tensor in tower.state_dict().items()
+    }
+
+
+def file_key(key: str) -> str:
+    """The original's key for a tower's tensor of either layout; other keys stay as they are."""
+    tower, _, rest = key.partition(".")
+    return f"{tower}.{key}" if tower in TOWER_NAMES and not rest.startswith(f"{tower}.") else key
+
+
+def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
+    """:func:`tower_state` of a hub name or a folder, without loading the towers: tensors lie in the mapped file.
+
+    Raises:
+        UserError: as :func:`load_towers`.
+    """
+    with torch.device("meta"):
+        expected = tower_state(random_towers(*load_tower_configs(model_name)))
+    found: dict[str, torch.Tensor] = {}
+    with suppress(Exception):  # of a broken file: transformers says better what is wrong with it
+        for file in _weight_files(model_name):
+            whole = load_file(file) if file.endswith(".safetensors") else torch.load(file, mmap=True, weights_only=True)
+            found |= {file_key(key): tensor for key, tensor in whole.items() if key.startswith(TOWER_NAMES)}
+    if all(key in found and found[key].shape == tensor.shape for key, tensor in expected.items()):
+        return {key: found[key] for key in expected}
+    return tower_state(load_towers(model_name))  # of another layout, or broken
+
+
+def _weight_files(model_name: str) -> list[str]:
+    """The files of a model's weights: those that transformers would take."""
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        try:
+            path = cached_file(model_name, name)
+        except (OSError, ValueError):  # not there, or no hub to ask
+            continue
+        if not str(path).endswith(".json"):
+            return [str(path)]
+        parts = set(json.loads(Path(str(path)).read_text())["weight_map"].values())
+        return [str(cached_file(model_name, part)) for part in sorted(parts)]
+    return []
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over both towers' tensors (names, shapes, bytes as float32), in hexadecimal."""
     digest = hashlib.sha256()
-    for tower in towers:
-        for name, tensor in sorted(tower.state_dict().items()):
-            name = name.removeprefix("text_model.").removeprefix("vision_model.")  # transformers 4's layout
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
+    for tower in TOWER_NAMES:
+        prefix = f"{tower}.{tower}."
+        for key in sorted(key for key in state if key.startswith(prefix)):
+            tensor = state[key].detach().cpu().float().contiguous()
+            digest.update(f"{key.removeprefix(prefix)} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -146,6 +201,10 @@ class LiveTowers:
     ):
         self.towers = Towers(*(tower.to(device) for tower in towers))
         self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
+
+    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """The loader's batches, which have all that :meth:`tokens` needs."""
+        return loader
 
     @torch.no_grad()
     def tokens(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> Tokens:

@@ -18,14 +18,15 @@ from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import contrastive_losses
-from mmgraph.models.multimodal_graph_encoder import TrainedModule, tower_state
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import flush_log, log
-from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, widths
+from mmgraph.tower_cache import StoredTokens, open_store
+from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, read_tower_state
 from mmgraph.world import compute_dtype, from_main_process, on_main_process, peak_memory_gb, together
 
 
@@ -53,35 +54,49 @@ class Trainer:
         self.output = config.output_folder
         self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
         self.start_state = from_main_process(accelerator, lambda: find_state(config, self.identity))
-        tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
-        inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
-        towers = together(accelerator, lambda: load_towers(config.model_name))
-        self.identity["towers"] = fingerprint(towers)
+        self.frozen = together(accelerator, lambda: read_tower_state(config.model_name))
+        self.identity["towers"] = fingerprint(self.frozen)
         check_towers(self.identity["towers"])
         self.progress, trained = from_main_process(
-            accelerator, lambda: read_start(config, self.start_state, self.identity, towers)
+            accelerator, lambda: read_start(config, self.start_state, self.identity, self.frozen)
         )
-        self.source = LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
-        self._build(*widths(towers), inputs, trained)
+        self.sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
+        self.samples_per_epoch = len(self.sampler) * config.global_batch_size
         self.total_steps = self._count_steps()
+        tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+        inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+        self.source = self._open_source(inputs)
+        self._build(inputs, trained)
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
         self.data_wait, self.recorded = 0.0, time.perf_counter()
 
-    def _build(self, d_text: int, d_vis: int, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
+    def _open_source(self, inputs: NodeInputs) -> StoredTokens | LiveTowers:
+        config, accelerator = self.config, self.accelerator
+        planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
+        stored = open_store(config, accelerator, self.graph, inputs, self.identity["towers"], planned_nodes)
+        if stored is not None:
+            return stored
+        towers = together(accelerator, lambda: load_towers(config.model_name))
+        return LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
+
+    def _build(self, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)
+        d_text, d_vis = (tower.hidden_size for tower in checkpoints.tower_configs(config.model_name))
         module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
         self.trained_parameters = sum(parameter.numel() for parameter in module.parameters())
         if trained is not None:
             state.load_weights(module, trained)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.sampler = GlobalBatchSampler(len(self.graph.rows), config.global_batch_size, config.seed)
-        self.samples_per_epoch = len(self.sampler) * config.global_batch_size
-        loader = build_loader(
-            self.graph.nodes, self.graph.rows, self.graph.paths, inputs, self.sampler, config.num_workers
+        optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=accelerator.mixed_precision != "fp16",  # the loss scaler would not learn of a step that it skips
         )
+        live = inputs if isinstance(self.source, LiveTowers) else None
+        loader = build_loader(self.graph, live, self.sampler, config.num_workers)
         edges = config.global_batch_size // accelerator.num_processes  # of a step, on this rank
         self.micro_batches = math.ceil(edges / (config.micro_batch_size or edges))
         zero.set_run(accelerator, edges, config.max_grad_norm)
@@ -126,7 +141,7 @@ class Trainer:
         """This rank's batches of the epoch in progress, from where it stands; ``data_wait`` is the last one's."""
         self.sampler.begin(self.progress.epoch, self.progress.samples_in_epoch)
         asked = time.perf_counter()
-        for batch in self.loader:
+        for batch in self.source.batches(self.loader):
             self.data_wait = time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
@@ -231,7 +246,7 @@ class Trainer:
         means = {name: sums[name] / steps for name in ("loss", "loss_mm", "loss_graph")}
         self.recorder.epoch(self.progress.epoch, means, steps)
         checkpoint = checkpoints.Checkpoint(
-            checkpoints.model_state(tower_state(self.source.towers), trained.weights),
+            checkpoints.model_state(self.frozen, trained.weights),
             checkpoints.optimizer_state(trained, self.optimizer.param_groups[0]),
             self.progress.epoch,
             means["loss"],
@@ -240,7 +255,7 @@ class Trainer:
 
     def _write_state(self, trained: checkpoints.TrainedState) -> None:
         if self.done:
-            model = checkpoints.model_state(tower_state(self.source.towers), trained.weights)
+            model = checkpoints.model_state(self.frozen, trained.weights)
             checkpoints.write_checkpoint(checkpoints.final_file(self.output), checkpoints.Checkpoint(model))
         self.progress.metrics_bytes = self.recorder.sync()
         state.write_state(
@@ -257,7 +272,7 @@ class Trainer:
                 "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
                 f"{checkpoints.DEFAULT_MODEL} uses the real ones"
             )
-        towers = sum(t.numel() for t in tower_state(self.source.towers).values())
+        towers = sum(t.numel() for t in self.frozen.values())
         trained = self.trained_parameters
         size = (self.config.epochs - self.progress.epoch + 1) * 4 * (towers + 3 * trained) / 1e9
         log(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmgraph.images import CAUSES, Preprocessing, black_image, read_image
+from mmgraph.images import CAUSES, Preprocessing, black_image, decode_picture, read_file
 from mmgraph.loader.image_cache import ShardedLRU
 
 TEXT_LENGTH = 77  # tokens, CLIP's
@@ -74,7 +74,11 @@ class NodeInputs:
         return self.cache.get(path, lambda: self._read(path))
 
     def _read(self, path: str | None) -> tuple[torch.Tensor, int]:
-        picture, cause = read_image(path, self.truncated_images)
+        return self.picture_of(*read_file(path))
+
+    def picture_of(self, data: bytes | None, cause: int) -> tuple[torch.Tensor, int]:
+        """What :func:`mmgraph.images.read_file` gave, decoded and resized: (3, S, S) uint8, and its cause."""
+        picture, cause = decode_picture(data, cause, self.truncated_images)
         if not self.preprocessing.fits(picture):
             picture, cause = black_image(), CAUSES.index("too many pixels")
         return self.preprocessing.resize(picture), cause

@@ -9,9 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
-from mmgraph.towers import Tokens, Towers, load_towers, run_towers, widths
-
-TOWER_NAMES = ("text_model", "vision_model")
+from mmgraph.towers import TOWER_NAMES, Tokens, Towers, file_key, load_towers, run_towers, widths
 
 
 class TrainedModule(nn.Module):
@@ -46,6 +44,8 @@ class TrainedModule(nn.Module):
                 gradients. A number and not a size: under ZeRO-3 each part is a collective, and ranks differ in U.
         """
         dtype = self.graph_proj.weight.dtype  # bf16 or fp16 under DeepSpeed
+        if torch.is_autocast_enabled(tokens.text.device.type):
+            dtype = torch.get_autocast_dtype(tokens.text.device.type)  # at once, not by way of float32
         inputs = (tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
         if micro_batches == 1:
             return self._embed(*inputs)
@@ -149,37 +149,22 @@ class MultimodalGraphEncoder(TrainedModule):
         return Towers(self.text_model, self.vision_model)
 
 
-def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
-    """Both towers' tensors under the original's keys: the tower's name twice, whatever transformers calls them."""
-    return {
-        _file_key(f"{name}.{key}"): tensor
-        for name, tower in zip(TOWER_NAMES, towers, strict=True)
-        for key, tensor in tower.state_dict().items()
-    }
-
-
-def _file_key(key: str) -> str:
-    """The original's key for a tower's tensor of either layout; other keys stay as they are."""
-    tower, _, rest = key.partition(".")
-    return f"{tower}.{key}" if tower in TOWER_NAMES and not rest.startswith(f"{tower}.") else key
-
-
 def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A whole encoder's tensors of either layout under the original's keys, without ``position_ids``."""
-    return {_file_key(key): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
+    return {file_key(key): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
 
 
 def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     ours = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
     for key, tensor in ours.items():
-        state[prefix + _file_key(key.removeprefix(prefix))] = tensor
+        state[prefix + file_key(key.removeprefix(prefix))] = tensor
 
 
 def _use_module_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     nested = {name: _is_nested(getattr(module, name).state_dict().keys(), name) for name in TOWER_NAMES}
     for key in [key for key in state if key.startswith(prefix)]:
         tensor = state.pop(key)
-        ours = _file_key(key.removeprefix(prefix))
+        ours = file_key(key.removeprefix(prefix))
         tower = ours.partition(".")[0]
         if ours.endswith("position_ids") and tower in TOWER_NAMES:
             continue

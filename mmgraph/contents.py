@@ -1,0 +1,136 @@
+"""What nodes' texts and image files hold, as hashes: how a stored token is known to be of this very text or image."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mmgraph.files import write_durably
+from mmgraph.images import CAUSES, read_file
+from mmgraph.loader.node_inputs import node_text
+from mmgraph.tables import ImagePaths
+from mmgraph.world import together
+
+HASH = np.dtype("S16")  # BLAKE2b, 128 bits
+SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
+SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
+
+
+class Nodes(Protocol):
+    """N nodes, as dicts with ``short_name``, ``summary`` and ``image_path``."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+
+
+class Contents(NamedTuple):
+    """Two equal hashes are of equal texts, or images."""
+
+    texts: np.ndarray  # (N,) HASH of each node's text
+    images: np.ndarray  # (N,) HASH of each node's image file, or of why there is none
+
+
+def text_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH.itemsize).digest()
+
+
+def image_hash(data: bytes | None, cause: int) -> bytes:
+    """Of what :func:`mmgraph.images.read_file` gave."""
+    if data is None:
+        return hashlib.blake2b(CAUSES[cause].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
+    return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()
+
+
+def read_contents(
+    nodes: Nodes, paths: ImagePaths, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
+) -> Contents:
+    """Hash all nodes, each rank its share. Called by all ranks; every rank gets all hashes.
+
+    Texts are those of the table's bytes, and hashed once for each ``fingerprint``. An image file is looked at each
+    time, and read where its path, size or times are not those that it was last hashed with.
+
+    Args:
+        table: the node table's path.
+        folder: where hashes are kept from start to start, if it can be written.
+    """
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
+    kept = folder / f"texts-{fingerprint[:16]}.npy"
+    place = f"{Path(table).resolve()}\n" + "\n".join(str(root.resolve()) for root in paths.roots)
+    seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
+    texts = _read(kept, HASH)
+    known = len(texts) == len(nodes)
+    own = together(
+        accelerator, lambda: (_texts(nodes, rows) if not known else texts[:0], _images(nodes, paths, rows, seen))
+    )
+    parts: list[tuple[np.ndarray, np.ndarray]] = gather_object([own])
+    images = np.concatenate([part[1] for part in parts])
+    if not known:
+        texts = np.concatenate([part[0] for part in parts])
+    if accelerator.is_main_process:
+        with suppress(OSError):  # a folder that can only be read
+            folder.mkdir(parents=True, exist_ok=True)
+            if not known:
+                _write(kept, texts)
+            _write(seen, images)
+    return Contents(texts, images["hash"])
+
+
+def _texts(nodes: Nodes, rows: Sequence[int]) -> np.ndarray:
+    return np.array([text_hash(node_text(nodes[row])) for row in rows], HASH)
+
+
+def _images(nodes: Nodes, paths: ImagePaths, rows: Sequence[int], seen: Path) -> np.ndarray:
+    """SEEN of the rows' image files; those that are as they were seen before are not read."""
+    before = np.sort(_read(seen, SEEN), order="signature")
+    files = [paths.resolve(nodes[row]["image_path"]) for row in rows]
+    found = np.zeros(len(rows), SEEN)
+    found["signature"] = [_signature(file) for file in files]
+    places = np.searchsorted(before["signature"], found["signature"])
+    places[places == len(before)] = 0
+    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(rows), bool)
+    same &= found["signature"] != b""
+    found["hash"][same] = before["hash"][places[same]]
+    others = np.flatnonzero(~same)
+    with ThreadPoolExecutor(8) as readers:
+        hashes = readers.map(lambda i: image_hash(*read_file(files[i])), others.tolist())
+        for i, found_hash in zip(others.tolist(), hashes, strict=True):
+            found["hash"][i] = found_hash
+    changed = np.array([i for i in others.tolist() if _signature(files[i]) != found["signature"][i].ljust(16, b"\0")])
+    found["signature"][changed.astype(int)] = b""  # changed while it was read: to be read again at the next start
+    return found
+
+
+def _signature(path: str | None) -> bytes:
+    """Of a file's path, size and times; zeros where there is no file, or one that changed a moment ago."""
+    try:
+        status = os.stat(str(path)) if path is not None else None  # noqa: PTH116 - of many files
+    except OSError:
+        status = None
+    if status is None or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
+        return bytes(HASH.itemsize)
+    return text_hash(f"{path}\n{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+
+
+def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return np.empty(0, kind)
+    return found if found.dtype == kind else np.empty(0, kind)
+
+
+def _write(path: Path, hashes: np.ndarray) -> None:
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, hashes)
+
+    write_durably(path, save)

@@ -1,0 +1,151 @@
+"""The token source of a run: towers' tokens made once and read from then on, or the live towers."""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mmgraph.config import Config
+from mmgraph.contents import Contents, read_contents
+from mmgraph.errors import UserError
+from mmgraph.files import cache_folder, claimed
+from mmgraph.graph import Graph
+from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.text_log import log
+from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
+from mmgraph.tower_store import ResidentTokens, TowerStore
+from mmgraph.towers import Tokens
+from mmgraph.world import from_main_process, together
+
+GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
+
+
+class StoredTokens:
+    """The token source that reads a store which holds every node.
+
+    Args:
+        store: holds all of ``contents``.
+        contents: of the graph's nodes.
+        device: where tokens are wanted.
+        resident: keep all of them in the device's memory.
+    """
+
+    def __init__(self, store: TowerStore, contents: Contents, device: torch.device, resident: bool = False):
+        self.store, self.device = store, device
+        self.texts, self.images = store.texts.find(contents.texts), store.images.find(contents.images)  # (N,) places
+        distinct, inverse = np.unique(self.images, return_inverse=True)
+        self.image_causes = store.images.gather("causes", distinct).numpy()[inverse]  # (N,)
+        self.resident: ResidentTokens | None = None
+        if resident:  # from here, places are numbers of what lies on the device
+            texts, self.texts = np.unique(self.texts, return_inverse=True)
+            images, self.images = np.unique(self.images, return_inverse=True)
+            self.resident = ResidentTokens.load(store, texts, images, device)
+            self.lengths = self.resident.offsets.diff().cpu().numpy()  # of each text
+
+    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The loader's batches with ``tokens`` and ``image_causes``; the next tokens are read while a step runs."""
+        with ThreadPoolExecutor(1) as reader:
+            waiting = deque[tuple[dict[str, Any], Future[Tokens]]]()
+            for batch in loader:
+                waiting.append((batch, reader.submit(self._read, batch["distinct"])))
+                if len(waiting) > 1:
+                    yield self._finish(*waiting.popleft())
+            while waiting:
+                yield self._finish(*waiting.popleft())
+
+    def _read(self, rows: np.ndarray) -> Tokens:
+        texts, images = self.texts[rows], self.images[rows]
+        if self.resident is None:
+            return self.store.tokens(texts, images, pin=self.device.type == "cuda")
+        text, image = (torch.from_numpy(places).to(self.device) for places in (texts, images))
+        return self.resident.tokens(text, image, length=int(self.lengths[texts].max()))
+
+    def _finish(self, batch: dict[str, Any], tokens: "Future[Tokens]") -> dict[str, Any]:
+        return {**batch, "tokens": tokens.result(), "image_causes": self.image_causes[batch["distinct"]]}
+
+    def tokens(self, batch: dict[str, Any], micro_batches: int = 1) -> Tokens:
+        """Tokens of the batch's U distinct nodes, on the device."""
+        return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
+
+
+def open_store(
+    config: Config, accelerator: Accelerator, graph: Graph, inputs: NodeInputs, towers: str, planned_nodes: int
+) -> StoredTokens | None:
+    """Open the store of a run's tokens, after building what it lacks. Called by all ranks.
+
+    Args:
+        inputs: what live training would make tower inputs with.
+        towers: the fingerprint of the towers' weights.
+        planned_nodes: how many nodes the run would send through live towers.
+
+    Returns:
+        None where the towers are to run live: as asked for, or because of what a line of the log says.
+
+    Raises:
+        UserError: a store that was asked for by its folder cannot be built there.
+    """
+    if config.tower_cache == "off":
+        return None
+    contents = read_contents(
+        graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
+    )
+    made_by = together(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
+    store = together(accelerator, lambda: TowerStore(made_by.folder))
+    shards = missing_shards(store, contents)
+    if any(gather_object([bool(shards)])):  # hosts may see different folders
+        expected = cost(config, made_by, graph, inputs, shards)
+        refused = None
+        if config.tower_cache == "auto" and planned_nodes <= sum(len(shard.rows) for shard in shards) / 2:
+            refused = f"the planned steps see {planned_nodes:,} nodes, fewer than a store of all would have to"
+        refused = from_main_process(accelerator, lambda: refused or refusal(made_by.folder, expected.bytes))
+        if refused is not None and config.tower_cache == "auto":
+            log(f"live towers: {refused}")
+            return None
+        if refused is not None:
+            raise UserError(f"--tower_cache {config.tower_cache}: {refused}")
+        build(config, accelerator, graph, inputs, made_by, shards, expected)
+        store = together(accelerator, lambda: TowerStore(made_by.folder))
+    if config.tower_cache_local is not None:
+        store = _stage(store, Path(config.tower_cache_local), accelerator)
+    resident = together(accelerator, lambda: _is_resident(config, store, accelerator.device))
+    where = f"in the memory of {accelerator.device}" if resident else "read as needed"
+    log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}; no tower is loaded")
+    return together(accelerator, lambda: StoredTokens(store, contents, accelerator.device, resident))
+
+
+def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerStore:
+    """Copy a store's shards to a folder of each host, its ranks a share each; or use it as it is."""
+    target = local / store.folder.name
+    files = [*store.texts.files, *store.images.files]
+    failure = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        for file in files[accelerator.local_process_index :: size]:
+            with claimed(target / file.name) as copy:
+                if copy is not None:
+                    shutil.copyfileobj(file.open("rb"), copy, 1 << 24)
+    except OSError as error:
+        failure = f"--tower_cache_local {local}: {error.strerror}"
+    failures = [found for found in gather_object([failure]) if found is not None]
+    if failures:
+        log(f"the tower store is read where it is: {failures[0]}")
+        return store
+    return together(accelerator, lambda: TowerStore(target))
+
+
+def _is_resident(config: Config, store: TowerStore, device: torch.device) -> bool:
+    if config.tower_cache_device == "cuda" and device.type != "cuda":
+        raise UserError("--tower_cache_device cuda: there is no CUDA device")
+    if config.tower_cache_device != "auto" or device.type != "cuda":
+        return config.tower_cache_device == "cuda"
+    size = sum(file.stat().st_size for file in (*store.texts.files, *store.images.files))
+    return size <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,147 @@
+"""Tokens of both towers on disk, each text and each image once: shards of safetensors, memory-mapped.
+
+A shard holds up to ``SHARD`` entries of one kind under the hashes of what they were made from, so a store knows nothing
+of nodes or rows, several graphs can share one, and an entry is never of another text or image than the one asked for:
+
+- ``text-<name>.safetensors``: ``hashes`` (K, 16) uint8; ``tokens`` (T, d_text), the valid ones of all K texts one after
+  the other; ``offsets`` (K + 1,) int64, where each begins; ``pooled`` (K, d_text) float32;
+- ``image-<name>.safetensors``: ``hashes``; ``patches`` (K, P, d_vis), without the class token; ``pooled`` (K, d_vis)
+  float32; ``causes`` (K,) uint8, as :data:`mmgraph.images.CAUSES`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mmgraph.contents import HASH
+from mmgraph.errors import UserError
+from mmgraph.towers import Tokens
+
+SHARD = 512  # entries: what a build that is killed computes again
+
+Kind = Literal["text", "image"]
+
+
+def shard_name(kind: Kind, hashes: np.ndarray) -> str:
+    """A shard's file name, from its entries' hashes: builders that divide the work otherwise never clash."""
+    return f"{kind}-{hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()}.safetensors"
+
+
+class Shards:
+    """The shards of one kind in a folder, and the places of their entries: entry k of shard s is starts[s] + k."""
+
+    def __init__(self, folder: Path, kind: Kind):
+        files = sorted(folder.glob(f"{kind}-*.safetensors"))
+        try:
+            self.tensors = [load_file(file) for file in files]  # mapped, not read
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"tower store {folder}: a shard cannot be read ({error}); remove it, and it is built anew"
+            ) from None
+        self.files = files
+        hashes = [shard["hashes"].numpy().reshape(-1).view(HASH) for shard in self.tensors]
+        self.starts = np.cumsum([0, *map(len, hashes)])
+        self._hashes = np.concatenate([np.empty(0, HASH), *hashes])
+        self._order = np.argsort(self._hashes, kind="stable")
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """Places of the entries under ``hashes`` (N,), int64; -1 where there is none."""
+        if not len(self._order):
+            return np.full(len(hashes), -1)
+        ranked = np.searchsorted(self._hashes, hashes, sorter=self._order)
+        places = self._order[np.minimum(ranked, len(self._order) - 1)]
+        return np.where(self._hashes[places] == hashes, places, -1)
+
+    def locate(self, places: np.ndarray) -> Sequence[tuple[dict[str, torch.Tensor], int]]:
+        """The shard of each place, and the entry in it."""
+        shards = np.searchsorted(self.starts, places, side="right") - 1
+        entries = places - self.starts[shards]
+        return [(self.tensors[s], e) for s, e in zip(shards.tolist(), entries.tolist(), strict=True)]
+
+    def by_shard(self, places: np.ndarray) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """The shards that hold ascending ``places``, and which of their entries these are."""
+        cuts = np.searchsorted(places, self.starts)
+        for shard, start, begin, end in zip(self.tensors, self.starts[:-1], cuts[:-1], cuts[1:], strict=True):
+            if end > begin:
+                yield shard, torch.from_numpy(places[begin:end] - start)
+
+    def gather(self, name: str, places: np.ndarray) -> torch.Tensor:
+        """A tensor of one row an entry (``pooled``, ``causes``, ``patches``), at ``places``: (U, ...)."""
+        rows = [shard[name][entry] for shard, entry in self.locate(places)]
+        return torch.stack(rows)
+
+
+class TowerStore:
+    """A folder of shards, read.
+
+    Args:
+        folder: the store's; one that does not exist holds nothing.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.texts, self.images = Shards(folder, "text"), Shards(folder, "image")
+
+    def shards(self, kind: Kind) -> Shards:
+        return self.texts if kind == "text" else self.images
+
+    def tokens(self, texts: np.ndarray, images: np.ndarray, pin: bool = False) -> Tokens:
+        """Tokens of U nodes, from the places of their texts and images; zeros behind the end of a text.
+
+        Args:
+            pin: in page-locked memory, from where a GPU copies without waiting.
+        """
+        found = self.texts.locate(texts)
+        spans = [(shard["tokens"], *shard["offsets"][entry : entry + 2].tolist()) for shard, entry in found]
+        lengths = torch.tensor([end - start for _, start, end in spans])
+        shape = (len(spans), int(lengths.max()), spans[0][0].shape[1])
+        text = torch.zeros(shape, dtype=spans[0][0].dtype, pin_memory=pin)  # (U, L, d_text)
+        for row, (tokens, start, end) in zip(text, spans, strict=True):
+            row[: end - start] = tokens[start:end]
+        parts = [shard["patches"][entry] for shard, entry in self.images.locate(images)]
+        patches = torch.empty((len(parts), *parts[0].shape), dtype=parts[0].dtype, pin_memory=pin)  # (U, P, d_vis)
+        torch.stack(parts, out=patches)
+        mask = (torch.arange(shape[1]) < lengths[:, None]).long()  # (U, L)
+        return Tokens(text, mask, patches)
+
+
+class ResidentTokens(NamedTuple):
+    """All tokens of some nodes in one device's memory."""
+
+    text: torch.Tensor  # (T, d_text), of all texts one after the other
+    offsets: torch.Tensor  # (N_text + 1,) int64
+    patches: torch.Tensor  # (N_image, P, d_vis)
+
+    @classmethod
+    def load(cls, store: TowerStore, texts: np.ndarray, images: np.ndarray, device: torch.device) -> "ResidentTokens":
+        """The entries at the places ``texts`` and ``images``, each ascending; a shard at a time passes host memory."""
+        text, offsets, begin = [], [torch.zeros(1, dtype=torch.int64)], 0
+        for shard, entries in store.texts.by_shard(texts):
+            starts, ends = shard["offsets"][entries], shard["offsets"][entries + 1]
+            spans = zip(starts.tolist(), ends.tolist(), strict=True)
+            text.append(torch.cat([shard["tokens"][start:end] for start, end in spans]).to(device))
+            offsets.append(begin + (ends - starts).cumsum(0))
+            begin = int(offsets[-1][-1])
+        patches = [shard["patches"][entries].to(device) for shard, entries in store.images.by_shard(images)]
+        return cls(torch.cat(text), torch.cat(offsets).to(device), torch.cat(patches))
+
+    def tokens(self, texts: torch.Tensor, images: torch.Tensor, length: int) -> Tokens:
+        """As :meth:`TowerStore.tokens`, of the entries with these numbers (U,), on the device.
+
+        Args:
+            length: of the longest of these texts, known on the host: the device is not waited for.
+        """
+        starts, ends = self.offsets[texts], self.offsets[texts + 1]  # (U,)
+        places = starts[:, None] + torch.arange(length, device=starts.device)  # (U, L)
+        mask = places < ends[:, None]
+        text = self.text[places.clamp(max=len(self.text) - 1)] * mask[:, :, None]  # (U, L, d_text)
+        return Tokens(text, mask.long(), self.patches[images])
