@@ -21,7 +21,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``mmgraph VERB``: demo, encode, convert."""
+    """``mmgraph VERB``: demo, cache, encode, convert."""
     return _run(lambda: _verb(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -53,6 +53,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _verb(arguments: list[str]) -> int:
+    if arguments[:1] == ["cache"]:
+        return _cache(arguments[1:])
     parser = _build_parser()
     given = parser.parse_args(arguments)
     given.run(given)
@@ -73,6 +75,8 @@ def _build_parser() -> _Parser:
     demo = verbs.add_parser("demo", help="build the emoji demo graph")
     demo.add_argument("folder", type=Path, help="where to")
     demo.set_defaults(run=_demo)
+
+    verbs.add_parser("cache", help="build the tower store that a run would build; takes the flags of launch.py")
 
     encode = verbs.add_parser("encode", help="write the four feature files of a checkpoint")
     encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
@@ -113,6 +117,24 @@ def _demo(given: argparse.Namespace) -> None:
 
     if is_main_process():
         build_demo(given.folder)
+
+
+def _cache(arguments: list[str]) -> int:
+    from mmgraph.config import parse_config
+
+    config = parse_config(arguments)
+
+    from mmgraph.demo import build_demo
+    from mmgraph.graph import load_graph
+    from mmgraph.tower_cache import build_store
+    from mmgraph.world import build_accelerator, on_main_process, together
+
+    accelerator = build_accelerator(config.collective_timeout)
+    if config.demo:
+        on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
+    build_store(config, accelerator, together(accelerator, lambda: load_graph(config)))
+    accelerator.end_training()
+    return 0
 
 
 def _encode(given: argparse.Namespace) -> None:

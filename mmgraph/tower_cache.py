@@ -1,5 +1,6 @@
 """The token source of a run: towers' tokens made once and read from then on, or the live towers."""
 
+import dataclasses
 import os
 import shutil
 from collections import deque
@@ -13,16 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
 from mmgraph.files import cache_folder, claimed
 from mmgraph.graph import Graph
+from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.text_log import log
 from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
-from mmgraph.towers import Tokens
+from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
 from mmgraph.world import from_main_process, together
 
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
@@ -117,8 +120,26 @@ def open_store(
         store = _stage(store, Path(config.tower_cache_local), accelerator)
     resident = together(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"in the memory of {accelerator.device}" if resident else "read as needed"
-    log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}; no tower is loaded")
+    log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
     return together(accelerator, lambda: StoredTokens(store, contents, accelerator.device, resident))
+
+
+def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
+    """Build the store that a run with these settings would, and train nothing. Called by all ranks.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    if config.tower_cache in ("auto", "off"):  # whatever a run would decide
+        config = dataclasses.replace(config, tower_cache=str(cache_folder(config.nodes)))
+    towers = together(accelerator, lambda: fingerprint(read_tower_state(config.model_name)))
+    check_towers(towers)
+    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
+    stored = open_store(config, accelerator, graph, inputs, towers, planned_nodes=0)
+    if stored is not None:
+        told = describe_causes(stored.image_causes.tolist())
+        log("the store is whole" + (f"; images that are black or in part: {told}" if told else ""))
 
 
 def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerStore:

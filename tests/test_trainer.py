@@ -180,8 +180,7 @@ def test_init_from_other_towers_or_sizes_is_refused(
 
 
 def test_towers_are_unchanged_after_training(graph: Path, run40: Path) -> None:
-    from mmgraph.models.multimodal_graph_encoder import tower_state
-    from mmgraph.towers import load_towers
+    from mmgraph.towers import load_towers, tower_state
 
     final = torch.load(run40 / "checkpoints/multimodal_encoder_final.pt")
     first = torch.load(run40 / "checkpoints/multimodal_encoder_epoch_1.pt")["model_state_dict"]
