@@ -20,20 +20,28 @@ def is_stand_in(model_name: str) -> bool:
     return (Path(model_name) / STAND_IN).is_file()
 
 
-def build_towers(folder: Path, texts: list[str], shape: CLIPConfig | None = None) -> None:
+def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> None:
     """Write model, tokenizer and image processor, so that ``--model_name folder`` works as any CLIP does.
 
     Args:
         texts: what the tokenizer's byte-pair merges are learned from.
-        shape: of the towers, but for the vocabulary; default: the demo's.
+        real_size: as large as ViT-B/32, but for the vocabulary.
     """
     tokenizer = _train_tokenizer(texts)
-    config = shape or _demo_shape()
-    config.text_config.update({
-        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    })  # fmt: skip
-    side = config.vision_config.image_size
+    small = {
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "projection_dim": WIDTH,
+    }  # fmt: skip
+    ends = {
+        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    if real_size:
+        side, config = 224, CLIPConfig(text_config=ends)
+    else:
+        side = IMAGE
+        vision = {**small, "image_size": side, "patch_size": PATCH}
+        config = CLIPConfig(text_config={**small, **ends}, vision_config=vision, projection_dim=WIDTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = CLIPModel(config)
@@ -44,16 +52,6 @@ def build_towers(folder: Path, texts: list[str], shape: CLIPConfig | None = None
     tokenizer.save_pretrained(folder)
     (folder / STAND_IN).write_text("Random weights: these towers stand in for real ones in mmgraph's demo.\n")
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
-
-
-def _demo_shape() -> CLIPConfig:
-    tower = {
-        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "projection_dim": WIDTH,
-    }  # fmt: skip
-    return CLIPConfig(
-        text_config=tower, vision_config={**tower, "image_size": IMAGE, "patch_size": PATCH}, projection_dim=WIDTH
-    )
 
 
 def _train_tokenizer(texts: list[str]) -> CLIPTokenizer:

@@ -91,16 +91,20 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
     return Recipe(root / f"towers-{key}", description, DTYPES[dtype])
 
 
-def missing_shards(store: TowerStore, contents: Contents) -> list[Shard]:
+def missing_shards(store: TowerStore, contents: Contents, among: np.ndarray | None = None) -> list[Shard]:
     """What a store lacks of some nodes: each text and image once, in the order of the nodes.
 
     Where some shards of a build are there, the rest are those that it would have made: all but the last are full.
+
+    Args:
+        among: ascending rows; default: of all nodes.
     """
+    among = np.arange(len(contents.texts)) if among is None else among
     shards: dict[Kind, list[Shard]] = {}
     every: dict[Kind, np.ndarray] = {"text": contents.texts, "image": contents.images}
     for kind, hashes in every.items():
-        distinct, first = np.unique(hashes, return_index=True)
-        rows = np.sort(first[store.shards(kind).find(distinct) < 0])
+        distinct, first = np.unique(hashes[among], return_index=True)
+        rows = np.sort(among[first][store.shards(kind).find(distinct) < 0])
         parts = [rows[start : start + SHARD] for start in range(0, len(rows), SHARD)]
         shards[kind] = [Shard(kind, shard_name(kind, hashes[part]), part, hashes[part]) for part in parts]
     both = [(i / max(1, len(of_kind)), shard) for of_kind in shards.values() for i, shard in enumerate(of_kind)]

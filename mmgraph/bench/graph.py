@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPConfig
 
 from mmgraph.demo_towers import build_towers
 from mmgraph.errors import UserError
@@ -39,7 +38,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
     generator = np.random.default_rng(0)
     if structure is not None:
         edges = read_edges(structure)[["src_id", "dst_id"]]
-        ids = pd.unique(pd.concat([edges["src_id"], edges["dst_id"]], ignore_index=True)).astype(str)
+        ids = pd.concat([edges["src_id"], edges["dst_id"]]).drop_duplicates().to_numpy(dtype=str)
         pq.write_table(pa.Table.from_pandas(edges, preserve_index=False), folder / "edges.parquet")
     else:
         ids = np.arange(num_nodes).astype(str)
@@ -51,7 +50,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         _write_nodes(folder / "nodes.csv", ids[start : start + ROWS_AT_ONCE], start, count, words, generator)
     for i in tqdm(range(count), unit="image", disable=None):
         (folder / f"images/{i}.jpg").write_bytes(_picture(generator))
-    build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], CLIPConfig())
+    build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=True)
     log(
         f"{folder}: {len(ids):,} nodes, {count:,} pictures; --nodes {folder}/nodes.csv --edges {folder}/edges.parquet "
         f"--model_name {folder}/towers"
