@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mmgraph.bench.command import add_bench_arguments, not_negative, positive
 from mmgraph.errors import UserError
 from mmgraph.text_log import is_main_process
 
@@ -21,7 +22,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``mmgraph VERB``: demo, cache, encode, convert."""
+    """``mmgraph VERB``: demo, cache, encode, convert, bench."""
     return _run(lambda: _verb(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -33,16 +34,11 @@ def _train(arguments: list[str]) -> int:
     config = parse_config(arguments)
 
     from mmgraph.checks import check_run
-    from mmgraph.demo import build_demo
-    from mmgraph.graph import load_graph
+    from mmgraph.start import open_graph
     from mmgraph.text_log import log
     from mmgraph.trainer import Trainer
-    from mmgraph.world import build_accelerator, on_main_process, together
 
-    accelerator = build_accelerator(config.collective_timeout)
-    if config.demo:
-        on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
-    graph = together(accelerator, lambda: load_graph(config))
+    accelerator, graph = open_graph(config)
     check_run(config, accelerator, graph)
     if config.check:
         log(f"checked: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
@@ -53,10 +49,10 @@ def _train(arguments: list[str]) -> int:
 
 
 def _verb(arguments: list[str]) -> int:
-    if arguments[:1] == ["cache"]:
-        return _cache(arguments[1:])
-    parser = _build_parser()
-    given = parser.parse_args(arguments)
+    given, flags = _build_parser().parse_known_args(arguments)
+    if flags and not hasattr(given, "flags"):
+        raise UserError(f"unknown argument {flags[0]} (see mmgraph {arguments[0]} --help)")
+    given.flags = flags
     given.run(given)
     return 0
 
@@ -76,7 +72,8 @@ def _build_parser() -> _Parser:
     demo.add_argument("folder", type=Path, help="where to")
     demo.set_defaults(run=_demo)
 
-    verbs.add_parser("cache", help="build the tower store that a run would build; takes the flags of launch.py")
+    cache = verbs.add_parser("cache", help="build the tower store of a run; takes the flags of launch.py")
+    cache.set_defaults(run=_cache, flags=None)
 
     encode = verbs.add_parser("encode", help="write the four feature files of a checkpoint")
     encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
@@ -87,29 +84,19 @@ def _build_parser() -> _Parser:
     ):
         encode.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
     encode.add_argument("--output_dir", "--output-dir", type=Path, help="default: features in the run's folder")
-    encode.add_argument("--batch_size", "--batch-size", type=_positive, default=64, help="nodes at a time (64)")
-    encode.add_argument("--num_workers", "--num-workers", type=_not_negative, default=0, help="DataLoader workers (0)")
+    encode.add_argument("--batch_size", "--batch-size", type=positive, default=64, help="nodes at a time (64)")
+    encode.add_argument("--num_workers", "--num-workers", type=not_negative, default=0, help="DataLoader workers (0)")
     encode.set_defaults(run=_encode)
+
+    bench = verbs.add_parser("bench", help="measure this machine on a graph; takes the flags of launch.py too")
+    add_bench_arguments(bench)
+    bench.set_defaults(flags=None)
 
     convert = verbs.add_parser("convert", help="checkpoint between .pt and .safetensors, nothing lost")
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
     convert.set_defaults(run=_convert)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return number
-
-
-def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return number
 
 
 def _demo(given: argparse.Namespace) -> None:
@@ -119,25 +106,20 @@ def _demo(given: argparse.Namespace) -> None:
         build_demo(given.folder)
 
 
-def _cache(arguments: list[str]) -> int:
+def _cache(given: argparse.Namespace) -> None:
     from mmgraph.config import parse_config
 
-    config = parse_config(arguments)
+    config = parse_config(given.flags)
 
-    from mmgraph.demo import build_demo
-    from mmgraph.graph import load_graph
+    from mmgraph.start import open_graph
     from mmgraph.tower_cache import build_store
-    from mmgraph.world import build_accelerator, on_main_process, together
 
-    accelerator = build_accelerator(config.collective_timeout)
-    if config.demo:
-        on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
-    build_store(config, accelerator, together(accelerator, lambda: load_graph(config)))
+    accelerator, graph = open_graph(config)
+    build_store(config, accelerator, graph)
     accelerator.end_training()
-    return 0
 
 
-def _encode(given: argparse.Namespace) -> None:
+def _encode(givendef _encode(given: argparse.Namespace) -> None:
     from mmgraph.encode import encode
 
     encode(

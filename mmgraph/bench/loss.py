@@ -16,8 +16,9 @@ from mmgraph.world import peak_memory_gb
 LARGEST_PLAIN = 8192  # edges; the plain loss of as many takes 5 GB
 
 
-def bench_loss(config: Config, device: torch.device, sizes: list[int], repeats: int, path: Path | None) -> None:
+def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None) -> None:
     """Measure and report batches of ``sizes`` edges; forward and backward, of both losses."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [compare_losses(size, config.proj_dim, device, repeats if size <= LARGEST_PLAIN else 1) for size in sizes]
     report(f"loss: width {config.proj_dim}, {device.type}, forward and backward, medians of {repeats}", rows, {}, path)
 
