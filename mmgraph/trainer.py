@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mmgraph import checkpoints, state, zero
-from mmgraph.batches import build_loader
+from mmgraph.batches import build_loader, shared_pictures
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
@@ -55,6 +55,9 @@ class Trainer:
         self.start_state = from_main_process(accelerator, lambda: find_state(config, self.identity))
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+        if config.image_cache_gb > 0:
+            inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing)
+        self.cache_failure = ""  # of the shared image cache
         towers = together(accelerator, lambda: load_towers(config.model_name))
         self.identity["towers"] = fingerprint(towers)
         check_towers(self.identity["towers"])
@@ -128,8 +131,15 @@ class Trainer:
         asked = time.perf_counter()
         for batch in self.loader:
             self.data_wait = time.perf_counter() - asked
+            self._tell_of_cache(batch["cache_failure"])
             yield batch
             asked = time.perf_counter()
+
+    def _tell_of_cache(self, failure: str) -> None:
+        """One line for whichever worker of the main process first fails to write to the shared image cache."""
+        if failure and not self.cache_failure:
+            self.cache_failure = failure
+            log(f"the image cache keeps no more pictures ({failure}); training goes on")
 
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.
