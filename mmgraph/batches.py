@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmgraph.config import Config
+from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
+from mmgraph.images import Preprocessing
 from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.loader.nodes_dataset import NodesDataset
+from mmgraph.loader.picture_file import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
+from mmgraph.text_log import log
 
 
 class EdgeRows(Dataset[tuple[int, int, int]]):
@@ -58,7 +63,9 @@ class BatchCollator(EdgeCollator):
     """An :class:`EdgeCollator` whose batches also have what live towers take.
 
     Of the U distinct nodes: ``input_ids`` and ``attention_mask`` (U, L) int64 with L of the longest text, ``pictures``
-    (U, 3, S, S) uint8, and, as a NumPy array that stays on the host, ``image_causes`` (U,).
+    (U, 3, S, S) uint8, and, as a NumPy array that stays on the host, ``image_causes`` (U,). Besides, ``decoded``, an
+    int: how many of the U pictures were decoded, not found in a cache; and ``cache_failure``, text: why the shared
+    image cache keeps no more of them, empty where it does.
     """
 
     def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):
@@ -68,14 +75,54 @@ class BatchCollator(EdgeCollator):
         batch = super().__call__(items)
         nodes = [self.nodes[int(row)] for row in batch["distinct"]]
         input_ids, attention_mask = self.inputs.texts([node_text(node) for node in nodes])
-        pictures, causes = self.inputs.pictures([self.paths.resolve(node["image_path"]) for node in nodes])
+        before = self.inputs.decoded
+        paths = [self.paths.resolve(node["image_path"]) for node in nodes]
+        pictures, causes = self.inputs.pictures(paths, batch["distinct"])
         return {
             **batch,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "pictures": pictures,  # as bytes: a quarter of what workers and devices are sent
             "image_causes": np.array(causes),
+            "decoded": self.inputs.decoded - before,
+            "cache_failure": self.inputs.picture_file.failure if self.inputs.picture_file is not None else "",
         }
+
+
+def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing) -> PictureFile | None:
+    """The image cache of all processes on this host, with room for pictures of ``config.image_cache_gb``.
+
+    None, with a line in the log, where it cannot be: the folder takes no files, or the disk has no room for it.
+    """
+    shape = (3, preprocessing.crop, preprocessing.crop)
+    nodes, pictures = len(graph.nodes), int(config.image_cache_gb * 1e9 / slot_bytes(shape))
+    if pictures >= nodes:
+        slots_by: list[Any] = ["rows"]  # of any edge table
+    else:
+        slots_by = ["frequency", graph.edges_fingerprint, pictures]
+    name = file_name(
+        nodes=graph.nodes_fingerprint,
+        slots=slots_by,
+        preprocessing=[preprocessing.short_side, preprocessing.crop],
+        truncated_images=config.truncated_images,
+    )
+    path = cache_folder(config.nodes) / name
+    pictures = min(pictures, nodes)
+    size = pictures * slot_bytes(shape)
+    try:
+        lacking = missing_room(path, size)
+        if lacking:
+            log(
+                f"no image cache: {path.parent} lacks {lacking / 1e9:.2f} GB for one of {size / 1e9:.2f} GB; give a "
+                "smaller --image_cache_gb, or set MMGRAPH_CACHE to another folder"
+            )
+            return None
+        file = PictureFile(path, slots_by_frequency(graph.rows, nodes, pictures), shape)
+    except OSError as error:
+        log(f"no image cache: {path}: {error.strerror}; set MMGRAPH_CACHE to a folder that takes files")
+        return None
+    log(f"image cache: {path} has room for {pictures:,} of {nodes:,} nodes' pictures, {size / 1e9:.2f} GB")
+    return file
 
 
 def build_loader(graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int) -> DataLoader[Any]:

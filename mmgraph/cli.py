@@ -119,7 +119,7 @@ def _cache(given: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def _encode(givendef _encode(given: argparse.Namespace) -> None:
+def _encode(given: argparse.Namespace) -> None:
     from mmgraph.encode import encode
 
     encode(

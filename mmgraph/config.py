@@ -73,6 +73,9 @@ class Config:
     seed: int = _flag(42, "everything random comes from it")
     num_workers: int = _flag(4, "DataLoader workers in each process")
     cache_size: int = _flag(128, "images kept decoded in each worker, least recently used go first")
+    image_cache_gb: float = _flag(
+        10.0, "disk for resized images that all processes of a host share, most frequent nodes first; 0 is none"
+    )
     tower_cache: str = _flag(
         "auto",
         "each node goes through the towers once: auto keeps their tokens below the node table (or in $MMGRAPH_CACHE) "
@@ -130,6 +133,7 @@ class Config:
             "seed",
             "num_workers",
             "cache_size",
+            "image_cache_gb",
             "save_every",
         )
         for name in positive:
@@ -163,7 +167,7 @@ GROUPS = {  # how --help_all sets the flags out
     "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
                  "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
     "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
-    "loading": ("num_workers", "cache_size"),
+    "loading": ("num_workers", "cache_size", "image_cache_gb"),
     "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size"),
     "tracking": ("report_to", "project", "tags", "notes"),
     "processes": ("check", "collective_timeout", "stop_grace"),

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mmgraph import checkpoints, state, zero
-from mmgraph.batches import build_loader
+from mmgraph.batches import build_loader, shared_pictures
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
@@ -65,6 +65,7 @@ class Trainer:
         self.total_steps = self._count_steps()
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+        self.cache_failure = ""  # of the shared image cache
         self.source = self._open_source(inputs)
         self._build(inputs, trained)
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
@@ -78,6 +79,8 @@ class Trainer:
         stored = open_store(config, accelerator, self.graph, inputs, self.identity["towers"], planned_nodes)
         if stored is not None:
             return stored
+        if config.image_cache_gb > 0:
+            inputs.picture_file = shared_pictures(config, self.graph, inputs.preprocessing)
         towers = together(accelerator, lambda: load_towers(config.model_name))
         return LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
 
@@ -143,8 +146,15 @@ class Trainer:
         asked = time.perf_counter()
         for batch in self.source.batches(self.loader):
             self.data_wait = time.perf_counter() - asked
+            self._tell_of_cache(batch.get("cache_failure", ""))
             yield batch
             asked = time.perf_counter()
+
+    def _tell_of_cache(self, failure: str) -> None:
+        """One line for whichever worker of the main process first fails to write to the shared image cache."""
+        if failure and not self.cache_failure:
+            self.cache_failure = failure
+            log(f"the image cache keeps no more pictures ({failure}); training goes on")
 
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.

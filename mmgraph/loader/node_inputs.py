@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from mmgraph.images import CAUSES, Preprocessing, black_image, decode_picture, read_file
 from mmgraph.loader.image_cache import ShardedLRU
+from mmgraph.loader.picture_file import PictureFile
 
 TEXT_LENGTH = 77  # tokens, CLIP's
 
@@ -31,6 +33,10 @@ class NodeInputs:
         processor: a Hugging Face CLIP processor or CLIP image processor.
         cache_size: images kept decoded and resized (as bytes, 150 KB each at 224 pixels).
         truncated_images: what an image file that ends early gives: the part that is there, or black.
+        picture_file: where pictures of known rows are looked up before they are decoded, and kept.
+
+    Attributes:
+        decoded: image files decoded so far, in this process.
     """
 
     def __init__(
@@ -39,11 +45,14 @@ class NodeInputs:
         processor: Any,
         cache_size: int,
         truncated_images: Literal["partial", "black"] = "partial",
+        picture_file: PictureFile | None = None,
     ):
         self.tokenizer = tokenizer
         self.preprocessing = Preprocessing(processor)
         self.cache: ShardedLRU[tuple[torch.Tensor, int]] = ShardedLRU(cache_size)
         self.truncated_images = truncated_images
+        self.picture_file = picture_file
+        self.decoded = 0
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = self.texts([node_text(node) for node in nodes], "max_length")
@@ -63,22 +72,32 @@ class NodeInputs:
         )
         return tokens["input_ids"], tokens["attention_mask"]
 
-    def pictures(self, image_paths: Sequence[Any]) -> tuple[torch.Tensor, list[int]]:
-        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``CAUSES`` for each."""
-        pictures, causes = zip(*(self._picture(path) for path in image_paths), strict=True)
+    def pictures(
+        self, image_paths: Sequence[Any], rows: Sequence[int] | np.ndarray | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``CAUSES`` for each.
+
+        Args:
+            rows: the nodes' rows in the node table; without them ``picture_file`` is not used.
+        """
+        numbers = [None] * len(image_paths) if rows is None else [int(row) for row in rows]
+        pictures, causes = zip(*map(self._picture, image_paths, numbers), strict=True)
         return torch.stack(pictures), list(causes)
 
-    def _picture(self, image_path: Any) -> tuple[torch.Tensor, int]:
+    def _picture(self, image_path: Any, row: int | None) -> tuple[torch.Tensor, int]:
         given = isinstance(image_path, str) and bool(image_path.strip())
         path = image_path.replace("\\", "/") if given else None
-        return self.cache.get(path, lambda: self._read(path))
+        return self.cache.get(path, lambda: self._read(path, row))
 
-    def _read(self, path: str | None) -> tuple[torch.Tensor, int]:
-        return self.picture_of(*read_file(path))
+    def _read(self, path: str | None, row: int | None) -> tuple[torch.Tensor, int]:
+        if self.picture_file is None or row is None:
+            return self.picture_of(*read_file(path))
+        return self.picture_file.read(row, path, lambda: self.picture_of(*read_file(path)))
 
     def picture_of(self, data: bytes | None, cause: int) -> tuple[torch.Tensor, int]:
         """What :func:`mmgraph.images.read_file` gave, decoded and resized: (3, S, S) uint8, and its cause."""
         picture, cause = decode_picture(data, cause, self.truncated_images)
+        self.decoded += data is not None or CAUSES[cause] == "unreadable"
         if not self.preprocessing.fits(picture):
             picture, cause = black_image(), CAUSES.index("too many pixels")
         return self.preprocessing.resize(picture), cause
