@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmgraph.edge_table import EdgeTable
 from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.loader.nodes_dataset import NodesDataset
+from mmgraph.node_table import NodeTable
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
@@ -21,17 +21,22 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
     """Edges by number: ``ds[i]`` is (i, row of the source, row of the destination).
 
     Args:
-        rows: (E, 2) int64, as :func:`mmgraph.tables.known_edges` returns.
+        rows: the E edges' rows.
     """
 
-    def __init__(self, rows: np.ndarray):
+    def __init__(self, rows: EdgeTable):
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, edge: int) -> tuple[int, int, int]:
-        return edge, int(self.rows[edge, 0]), int(self.rows[edge, 1])
+        return self.__getitems__([edge])[0]
+
+    def __getitems__(self, edges: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Those of a batch at once, as DataLoaders ask for them."""
+        ends = self.rows[np.array(edges, dtype=np.int64)]
+        return list(zip(edges, ends[:, 0].tolist(), ends[:, 1].tolist(), strict=True))
 
 
 class BatchCollator:
@@ -43,7 +48,7 @@ class BatchCollator:
     arrays that stay on the host, ``distinct`` (U,) and ``image_causes`` (U,).
     """
 
-    def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):
+    def __init__(self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs):
         self.nodes, self.paths, self.inputs = nodes, paths, inputs
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -72,8 +77,8 @@ class BatchCollator:
 
 
 def build_loader(
-    nodes: pd.DataFrame,
-    rows: np.ndarray,
+    nodes: NodeTable,
+    rows: EdgeTable,
     paths: ImagePaths,
     inputs: NodeInputs,
     sampler: GlobalBatchSampler,
@@ -84,7 +89,7 @@ def build_loader(
     return DataLoader(
         EdgeRows(rows),
         batch_sampler=sampler,
-        collate_fn=BatchCollator(NodesDataset(nodes), paths, inputs),
+        collate_fn=BatchCollator(nodes, paths, inputs),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
