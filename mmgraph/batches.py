@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.config import Config
-from mmgraph.files import cache_folder
+from mmgraph.edge_table import EdgeTable
 from mmgraph.graph import Graph
 from mmgraph.images import Preprocessing
 from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.loader.picture_file import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
+from mmgraph.node_table import NodeTable
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
@@ -26,17 +27,22 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
     """Edges by number: ``ds[i]`` is (i, row of the source, row of the destination).
 
     Args:
-        rows: (E, 2) int64, as :func:`mmgraph.tables.known_edges` returns.
+        rows: the E edges' rows.
     """
 
-    def __init__(self, rows: np.ndarray):
+    def __init__(self, rows: EdgeTable):
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, edge: int) -> tuple[int, int, int]:
-        return edge, int(self.rows[edge, 0]), int(self.rows[edge, 1])
+        return self.__getitems__([edge])[0]
+
+    def __getitems__(self, edges: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Those of a batch at once, as DataLoaders ask for them."""
+        ends = self.rows[np.array(edges, dtype=np.int64)]
+        return list(zip(edges, ends[:, 0].tolist(), ends[:, 1].tolist(), strict=True))
 
 
 class EdgeCollator:
@@ -68,7 +74,7 @@ class BatchCollator(EdgeCollator):
     image cache keeps no more of them, empty where it does.
     """
 
-    def __init__(self, nodes: NodesDataset, paths: ImagePaths, inputs: NodeInputs):
+    def __init__(self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs):
         self.nodes, self.paths, self.inputs = nodes, paths, inputs
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
@@ -89,8 +95,8 @@ class BatchCollator(EdgeCollator):
         }
 
 
-def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing) -> PictureFile | None:
-    """The image cache of all processes on this host, with room for pictures of ``config.image_cache_gb``.
+def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> PictureFile | None:
+    """The image cache of all processes on this host, with room for pictures of ``config.image_cache_gb``, in ``folder``.
 
     None, with a line in the log, where it cannot be: the folder takes no files, or the disk has no room for it.
     """
@@ -106,7 +112,7 @@ def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing) 
         preprocessing=[preprocessing.short_side, preprocessing.crop],
         truncated_images=config.truncated_images,
     )
-    path = cache_folder(config.nodes) / name
+    path = folder / name
     pictures = min(pictures, nodes)
     size = pictures * slot_bytes(shape)
     try:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
@@ -16,9 +15,11 @@ from mmgraph.errors import UserError
 from mmgraph.files import write_durably
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
-from mmgraph.tables import ImagePaths, read_nodes
+from mmgraph.node_table import NodeTable
+from mmgraph.table_cache import open_nodes
+from mmgraph.table_files import fingerprint
+from mmgraph.tables import ImagePaths
 from mmgraph.text_log import log
 from mmgraph.towers import load_tokenizer_and_processor
 from mmgraph.world import build_accelerator, on_main_process, together
@@ -58,7 +59,7 @@ def encode(
     name = model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL
 
     accelerator = build_accelerator()
-    nodes = together(accelerator, lambda: _load_nodes(nodes_path, image_root))
+    nodes, paths = together(accelerator, lambda: _open_nodes(nodes_path, image_root))
     together(accelerator, lambda: _make_folder(output))
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(name))
     encoder = together(
@@ -66,8 +67,8 @@ def encode(
     )
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    collate = partial(_collate, NodeInputs(tokenizer, processor, 0, truncated))
-    loader = DataLoader(Subset(NodesDataset(nodes), rows), batch_size, collate_fn=collate, num_workers=num_workers)
+    collate = partial(_collate, NodeInputs(tokenizer, processor, 0, truncated), paths)
+    loader = DataLoader(Subset(nodes, rows), batch_size, collate_fn=collate, num_workers=num_workers)
     part = output / f".part-{rank}.tmp"
     together(accelerator, lambda: torch.save(_encode_rows(encoder, loader, accelerator), part))
     on_main_process(accelerator, lambda: _join_parts(output, world_size))
@@ -75,12 +76,12 @@ def encode(
     accelerator.end_training()
 
 
-def _load_nodes(path: str, image_root: str | None) -> pd.DataFrame:
-    nodes = read_nodes(path)
+def _open_nodes(path: str, image_root: str | None) -> tuple[NodeTable, ImagePaths]:
+    nodes = open_nodes(path, fingerprint(path))
     paths = ImagePaths(path, image_root)
-    paths.check(nodes["image_path"].tolist(), seed=0)
-    nodes["image_path"] = [paths.resolve(image_path) for image_path in nodes["image_path"]]
-    return nodes
+    paths.check(nodes.column("image_path"), seed=0)
+    nodes.release()
+    return nodes, paths
 
 
 def _make_folder(folder: Path) -> None:
@@ -90,9 +91,9 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: {error.strerror}") from None
 
 
-def _collate(inputs: NodeInputs, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(inputs: NodeInputs, paths: ImagePaths, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     input_ids, attention_mask = inputs.texts([node_text(node) for node in nodes])
-    pictures, causes = inputs.pictures([node["image_path"] for node in nodes])
+    pictures, causes = inputs.pictures([paths.resolve(node["image_path"]) for node in nodes])
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

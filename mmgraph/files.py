@@ -51,7 +51,7 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
 def _locked(path: Path) -> BinaryIO | None:
     """Open ``path`` empty, for this process alone; None where another has it."""
     while True:
-        file = path.open("a+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what was written can be gone back to
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

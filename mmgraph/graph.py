@@ -3,35 +3,38 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from mmgraph.config import DEFAULT_TABLES, Config
+from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
-from mmgraph.loader.nodes_dataset import NodesDataset
-from mmgraph.tables import ImagePaths, fingerprint, known_edges, read_edges, read_nodes
+from mmgraph.node_table import NodeTable
+from mmgraph.table_cache import open_edges, open_nodes
+from mmgraph.table_files import fingerprint
+from mmgraph.tables import ImagePaths
 
 
 class Graph(NamedTuple):
-    nodes: NodesDataset  # N rows
-    rows: np.ndarray  # (E, 2) int64 rows of nodes: source, destination
+    nodes: NodeTable  # N rows
+    rows: EdgeTable  # E edges, as rows of nodes: source, destination
     paths: ImagePaths
     nodes_fingerprint: str
     edges_fingerprint: str
 
 
 def load_graph(config: Config) -> Graph:
-    """Read and check the tables of a run, and look for its images.
+    """Open the tables of a run, which are converted and checked where that was not done yet; look for its images.
 
     Raises:
-        UserError: as :func:`mmgraph.tables.read_nodes`, :func:`read_edges`, :meth:`ImagePaths.check`.
+        UserError: as :func:`mmgraph.table_cache.open_nodes`, :func:`open_edges`, :meth:`ImagePaths.check`.
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
             f"there is no {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} here: give --nodes and --edges, or --demo for a "
             "graph to try"
         )
-    nodes = read_nodes(config.nodes)
-    rows = known_edges(nodes, read_edges(config.edges), config.edges)
+    nodes_fingerprint, edges_fingerprint = fingerprint(config.nodes), fingerprint(config.edges)
+    nodes = open_nodes(config.nodes, nodes_fingerprint)
+    rows = open_edges(config.edges, edges_fingerprint, nodes, nodes_fingerprint)
     paths = ImagePaths(config.nodes, config.image_root)
-    paths.check(nodes["image_path"].tolist(), config.seed)
-    return Graph(NodesDataset(nodes), rows, paths, fingerprint(config.nodes), fingerprint(config.edges))
+    paths.check(nodes.column("image_path"), config.seed)
+    nodes.release()
+    return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint)

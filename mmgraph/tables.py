@@ -1,22 +1,21 @@
-"""Node and edge tables: read from CSV or Parquet, checked, and their image paths looked up."""
+"""Node and edge tables: read and checked, edges found in the node table, and image paths looked up."""
 
-import csv
-import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from mmgraph.errors import UserError
+from mmgraph.table_files import place, read_chunks
 from mmgraph.text_log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")
+IDS_AT_ONCE = 10_000_000
 
 
 def read_nodes(path: str | Path) -> pd.DataFrame:
@@ -26,15 +25,7 @@ def read_nodes(path: str | Path) -> pd.DataFrame:
         UserError: no such file, not a table, a column or an id missing, an id twice; with file and line.
     """
     nodes = _read(path, NODE_COLUMNS, NODE_COLUMNS[:1])
-    repeated = nodes["node_id"].duplicated()
-    if repeated.any():
-        second = int(repeated.to_numpy().argmax())
-        name = nodes["node_id"].iloc[second]
-        first = int((nodes["node_id"] == name).to_numpy().argmax())
-        raise UserError(
-            f"{_place(path, second)}: node_id '{name}' is already used in {_place(path, first, short=True)}; "
-            "every node needs an id of its own"
-        )
+    check_unique(path, pa.chunked_array([pa.array(nodes["node_id"], pa.large_string())]))
     return nodes
 
 
@@ -44,64 +35,8 @@ def read_edges(path: str | Path) -> pd.DataFrame:
 
 
 def _read(path: str | Path, columns: Sequence[str], id_columns: Sequence[str]) -> pd.DataFrame:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a table' if path.is_dir() else 'no such file'}")
-    table = _read_parquet(path, columns, id_columns) if path.suffix in (".parquet", ".pq") else _read_csv(path)
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise UserError(f"{path}: no column '{missing[0]}'; it has {', '.join(map(str, table.columns))}")
-    for name in id_columns:
-        empty = table[name].isna() | (table[name] == "")
-        if empty.any():
-            raise UserError(f"{_place(path, int(empty.to_numpy().argmax()))}: {name} is empty")
-    if table.empty:
-        raise UserError(f"{path}: has a header but no rows")
-    return table
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, else cut silently
-            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path}: is empty") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
-
-
-def _read_parquet(path: Path, columns: Sequence[str], id_columns: Sequence[str]) -> pd.DataFrame:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet table: {str(error).strip()}") from None
-    for name in set(columns) & set(table.column_names):
-        kind = table.schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # a pandas categorical
-        if name in id_columns and not (
-            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        ):
-            raise UserError(f"{path}: column '{name}' holds {kind}; ids must be integers or text")
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind).cast(pa.string()))
+    [table] = read_chunks(path, columns, id_columns)
     return table.to_pandas()
-
-
-def _place(path: str | Path, row: int, short: bool = False) -> str:
-    """Where row ``row`` (from 0) stands: the file's line in a CSV, whose quoted fields may span lines."""
-    if Path(path).suffix in (".parquet", ".pq"):
-        return f"row {row}" if short else f"{path}, row {row}"
-    csv.field_size_limit(1 << 30)  # of 128 KiB
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        filled = -1
-        line = 0
-        for fields in reader:
-            filled += bool(fields)  # pandas skips blank lines
-            if filled == row + 1:
-                break
-            line = reader.line_num
-    return f"line {line + 1}" if short else f"{path}, line {line + 1}"
 
 
 def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "edges") -> np.ndarray:
@@ -121,11 +56,39 @@ def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "ed
     if not known.all():
         first = int(np.argmin(known))
         unknown = edges[EDGE_COLUMNS[0 if ends[first, 0] < 0 else 1]].iloc[first]
-        count = len(known) - int(known.sum())
-        if count == len(known):
-            raise UserError(f"{path}: no edge has both ends in the node table; the first unknown id is '{unknown}'")
-        log(f"{path}: {count:,} of {len(known):,} edges dropped: an end is not in the node table (first: '{unknown}')")
+        check_dropped(path, len(known) - int(known.sum()), len(known), unknown)
     return ends[known]
+
+
+def check_dropped(path: str | Path, count: int, total: int, unknown: object) -> None:
+    """Log that ``count`` of ``total`` edges have an end that is no node, first ``unknown``; an error if it is all."""
+    if count == total:
+        raise UserError(f"{path}: no edge has both ends in the node table; the first unknown id is '{unknown}'")
+    log(f"{path}: {count:,} of {total:,} edges dropped: an end is not in the node table (first: '{unknown}')")
+
+
+def check_unique(path: str | Path, ids: pa.ChunkedArray) -> None:
+    """Raise :class:`UserError` with the file's two lines where a node has the id of one before it."""
+    first = find_ids(ids, ids)
+    repeated = first != np.arange(len(ids))
+    if repeated.any():
+        second = int(repeated.argmax())
+        raise UserError(
+            f"{place(path, second)}: node_id '{ids[second]}' is already used in "
+            f"{place(path, int(first[second]), short=True)}; every node needs an id of its own"
+        )
+
+
+def find_ids(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
+    """The first of ``ids`` that equals each of ``wanted``, (len(wanted),) int64; -1 where none does.
+
+    Both are of one type. The index of 10^7 ids or fewer is in memory while it works, whatever the number of ids.
+    """
+    rows = np.full(len(wanted), -1, dtype=np.int64)
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        found = pc.index_in(wanted, value_set=ids.slice(start, IDS_AT_ONCE)).fill_null(-1).to_numpy()
+        rows = np.where((rows < 0) & (found >= 0), found + np.int64(start), rows)
+    return rows
 
 
 class ImagePaths:
@@ -152,18 +115,19 @@ class ImagePaths:
             return str(candidates[0])
         return str(candidates[-1])
 
-    def check(self, image_paths: Sequence[object], seed: int, sample: int = 1000) -> None:
+    def check(self, image_paths: pa.ChunkedArray | Sequence[str | None], seed: int, sample: int = 1000) -> None:
         """Look up to ``sample`` of the paths up, drawn by ``seed``, so that a wrong root is seen before training.
 
         Raises:
             UserError: none of the files exists. More than 10 % missing is one line in the log.
         """
-        filled = [path for path in image_paths if self.is_filled(path)]
-        if not filled:
+        if not isinstance(image_paths, pa.ChunkedArray):
+            image_paths = pa.chunked_array([pa.array(image_paths, pa.large_string(), from_pandas=True)])
+        drawn = [path for path in self._draw(image_paths, seed, sample) if self.is_filled(path)]
+        if not drawn:
             log("no node has an image path: every image is black")
             return
-        drawn = np.random.default_rng(seed).permutation(len(filled))[:sample]
-        resolved = [self.resolve(filled[i]) for i in drawn]
+        resolved = [self.resolve(path) for path in drawn]
         missing = [path for path in resolved if not os.path.isfile(str(path))]  # noqa: PTH113
         if len(missing) == len(resolved):
             raise UserError(
@@ -175,11 +139,19 @@ class ImagePaths:
             log(f"warning: {share:.0%} of {len(resolved):,} image files looked up do not exist, such as {missing[0]}")
 
     @staticmethod
+    def _draw(image_paths: pa.ChunkedArray, seed: int, sample: int) -> list[str | None]:
+        """Up to ``sample`` of the filled paths. Each gets a random number, and those of the least are drawn."""
+        generator = np.random.default_rng(seed)
+        numbers, rows = np.empty(0), np.empty(0, dtype=np.int64)
+        for start in range(0, len(image_paths), 1 << 16):
+            part = image_paths.slice(start, 1 << 16)
+            filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(part), ""), False).to_numpy()
+            numbers = np.append(numbers, generator.random(len(part))[filled])
+            rows = np.append(rows, start + np.flatnonzero(filled))
+            least = np.argsort(numbers)[:sample]
+            numbers, rows = numbers[least], rows[least]
+        return [image_paths[int(row)].as_py() for row in rows]
+
+    @staticmethod
     def is_filled(image_path: object) -> bool:
         return isinstance(image_path, str) and bool(image_path.strip())
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

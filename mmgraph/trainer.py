@@ -15,6 +15,7 @@ from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
+from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import contrastive_losses
@@ -80,7 +81,7 @@ class Trainer:
         if stored is not None:
             return stored
         if config.image_cache_gb > 0:
-            inputs.picture_file = shared_pictures(config, self.graph, inputs.preprocessing)
+            inputs.picture_file = shared_pictures(config, self.graph, inputs.preprocessing, cache_folder(config.nodes))
         towers = together(accelerator, lambda: load_towers(config.model_name))
         return LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmgraph import estimate
-from mmgraph.batches import BatchCollator, EdgeCollator
+from mmgraph.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.bench.report import report
 from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
@@ -77,7 +77,7 @@ class Steps:
 
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph, batches: list[list[int]]):
         self.config, self.accelerator, self.graph = config, accelerator, graph
-        self.edges = [[(edge, *graph.rows[edge].tolist()) for edge in batch] for batch in batches]
+        self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
         self.inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
@@ -241,12 +241,12 @@ def _figures(steps: Steps, times: dict[str, list[dict[str, float]]], batches: li
     count = steps.config.epochs * (len(steps.graph.rows) // steps.config.global_batch_size)
     build_seconds = steps.build_seconds
     if build_seconds != build_seconds:  # the store was there: what live towers took for as many nodes
-        nodes = statistics.median(len(np.unique(steps.graph.rows[batch])) for batch in batches)
+        nodes = statistics.median(len(np.unique(steps.graph.rows[np.array(batch)])) for batch in batches)
         live = statistics.median(t["data"] + t["towers"] for t in times["live"][1:])
         build_seconds = live * steps.entries / 2 / nodes
     fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in times["stored"][1:]]
     shape = estimate.shape(*tower_configs(steps.config.model_name), steps.config)
-    distinct = statistics.median(len(np.unique(steps.graph.rows[batch])) for batch in batches)
+    distinct = statistics.median(len(np.unique(steps.graph.rows[np.array(batch)])) for batch in batches)
     device, dtype = steps.accelerator.device, compute_dtype(steps.accelerator)
     speed = estimate.matmul_flops_per_s(device, dtype)
     return {

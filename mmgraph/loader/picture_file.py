@@ -16,6 +16,7 @@ import PIL
 import torch
 import torchvision
 
+from mmgraph.edge_table import EdgeTable
 from mmgraph.images import CAUSES
 
 FORMAT = 1
@@ -140,7 +141,7 @@ def slot_bytes(shape: tuple[int, ...]) -> int:
     return DIGEST_BYTES + 1 + int(np.prod(shape))
 
 
-def slots_by_frequency(rows: np.ndarray, num_nodes: int, room: int) -> np.ndarray:
+def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, room: int) -> np.ndarray:
     """Slots for the ``room`` nodes with the most edge ends; of nodes with as many, the first rows.
 
     Args:

@@ -1,0 +1,207 @@
+"""Tables converted once, to files that are memory-mapped from then on.
+
+Beside a table (see :func:`mmgraph.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
+``tables/edges-<hash>.npy``, its edges as rows, with what is to be told of them in ``.json``. A hash is that of the
+files' bytes: a changed table is converted anew. What is found there is complete and was checked.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from mmgraph.edge_table import EdgeTable, EdgeWriter
+from mmgraph.errors import UserError
+from mmgraph.files import cache_folder, claimed, write_durably
+from mmgraph.node_table import NodeTable
+from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
+from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
+from mmgraph.text_log import log
+
+ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
+EDGES_AT_ONCE = 1 << 20  # looked up in one go
+POLL_SECONDS = 0.2
+
+_stand_ins: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
+
+
+def open_nodes(path: str | Path, digest: str) -> NodeTable:
+    """A node table, converted where it is not an Arrow file to be used as it is.
+
+    Args:
+        digest: the file's fingerprint.
+
+    Raises:
+        UserError: as :func:`mmgraph.tables.read_nodes`.
+    """
+    name = f"nodes-{digest[:16]}"
+    if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
+        _made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
+        table.release()
+        return table
+    return NodeTable(_made(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest)))
+
+
+def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> EdgeTable:
+    """The edges whose two ends are nodes, in the order of the edge table; others are counted in the log.
+
+    Args:
+        digest, nodes_digest: the fingerprints of the two files.
+
+    Raises:
+        UserError: as :func:`mmgraph.tables.read_edges` and :func:`mmgraph.tables.known_edges`.
+    """
+    name = f"edges-{hashlib.sha256(f'{digest} {nodes_digest}'.encode()).hexdigest()[:16]}.npy"
+    made = _made(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes))
+    dropped = json.loads(made.with_suffix(".json").read_text())
+    if dropped[0]:
+        check_dropped(path, *dropped)
+    return EdgeTable(made)
+
+
+def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
+    """The file ``name`` of a table's cache, which ``write`` fills where it is not there yet.
+
+    Where the cache cannot be written, it is made in a temporary folder that is removed at the exit.
+    """
+    folder = cache_folder(table) / "tables"
+    try:
+        return _make(_stand_ins.get(folder, folder) / name, write)
+    except OSError as error:
+        if folder in _stand_ins:
+            raise
+        log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
+    _stand_ins[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
+    atexit.register(_remove, _stand_ins[folder], os.getpid())
+    return _make(_stand_ins[folder] / name, write)
+
+
+def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
+    while not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(path) as file:
+            if file is not None:
+                write(file, path)
+                pa.default_memory_pool().release_unused()
+        if file is None:
+            time.sleep(POLL_SECONDS)  # another process is at it: it will be there, or free for this one to make
+    return path
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # no process that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_place(path: str | Path) -> NodeTable | None:
+    """An Arrow file of the user's as it is; None where it has to be converted, or an error told."""
+    try:
+        table = NodeTable(path)
+    except (OSError, ValueError):
+        return None
+    kinds = {field.name: field.type for field in table.table.schema}
+    as_needed = (
+        len(table) > 0
+        and all(name in kinds for name in NODE_COLUMNS)
+        and (is_text(kinds["node_id"]) or pa.types.is_integer(kinds["node_id"]))
+        and all(is_text(kinds[name]) for name in NODE_COLUMNS[1:])
+    )
+    return table if as_needed else None
+
+
+def _check_nodes(path: str | Path, table: NodeTable) -> None:
+    try:
+        table.table.validate(full=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a readable Arrow table: {str(error).strip()}") from None
+    for _ in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
+        pass
+    check_unique(path, _ids(table))
+
+
+def _ids(nodes: NodeTable) -> pa.ChunkedArray:
+    return nodes.column("node_id").cast(pa.large_string())
+
+
+def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
+    start = time.monotonic()
+    writer: pa.RecordBatchWriter | None = None
+    ids: list[pa.Array] = []
+    try:
+        for table in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
+            table = _plain(path, table)
+            writer = writer or pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+            ids += table["node_id"].chunks
+    finally:
+        if writer is not None:
+            writer.close()
+    check_unique(path, pa.chunked_array(ids))
+    _end(path, digest, start)
+
+
+def _plain(path: str | Path, table: pa.Table) -> pa.Table:
+    """Without pandas' index, with one type for texts, and no dictionaries, which may differ between chunks."""
+    fields = []
+    for field in table.schema:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        kind = pa.large_string() if is_text(kind) or pa.types.is_null(kind) else kind
+        if not field.name.startswith("__index_level_"):
+            fields.append(pa.field(field.name, kind))
+    schema = pa.schema(fields)
+    try:
+        return table.select(schema.names).cast(schema).combine_chunks()
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: cannot be converted to Arrow: {str(error).strip()}") from None
+
+
+def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, nodes: NodeTable) -> None:
+    start = time.monotonic()
+    ids, writer = _ids(nodes), EdgeWriter(file, len(nodes))
+    total, unknown = 0, None
+    # Each look-up indexes the ids anew: fewer edges than this at once, and that would be most of the work.
+    for part in _gathered(
+        read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROWS_AT_ONCE), max(EDGES_AT_ONCE, len(ids) // 4)
+    ):
+        both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
+        ends = find_ids(ids, both).reshape(2, -1).T
+        known = np.all(ends >= 0, axis=1)
+        if unknown is None and not known.all():
+            first = int(np.argmin(known))
+            unknown = part[EDGE_COLUMNS[0 if ends[first, 0] < 0 else 1]][first].as_py()
+        writer.write(ends[known])
+        total += len(part)
+    nodes.release()
+    writer.finish()
+    dropped = total - writer.count, total, unknown
+    if not writer.count:
+        check_dropped(path, *dropped)  # an error, of which nothing is kept
+    _end(path, digest, start)
+    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(dropped)))
+
+
+def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The edge columns of tables, put together to ``rows`` rows or more."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table.select(EDGE_COLUMNS))
+        if sum(map(len, waiting)) >= rows:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _end(path: str | Path, digest: str, start: float) -> None:
+    if fingerprint(path) != digest:
+        raise UserError(f"{path} was changed while it was read; start again")
+    log(f"{path}: converted in {time.monotonic() - start:.1f} s, which later starts are spared")
