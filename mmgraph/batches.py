@@ -96,7 +96,7 @@ class BatchCollator(EdgeCollator):
 
 
 def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> PictureFile | None:
-    """The image cache of all processes on this host, with room for pictures of ``config.image_cache_gb``, in ``folder``.
+    """The image cache of all processes on this host, in ``folder``, with room for ``config.image_cache_gb``.
 
     None, with a line in the log, where it cannot be: the folder takes no files, or the disk has no room for it.
     """

@@ -1,16 +1,17 @@
 """The original's four feature files, from any checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mmgraph import checkpoints
+from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
 from mmgraph.images import describe_causes
@@ -18,12 +19,15 @@ from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 from mmgraph.node_table import NodeTable
 from mmgraph.table_cache import open_nodes
-from mmgraph.table_files import fingerprint
+from mmgraph.table_files import fingerprint as file_fingerprint
 from mmgraph.tables import ImagePaths
 from mmgraph.text_log import log
-from mmgraph.towers import load_tokenizer_and_processor
+from mmgraph.tower_cache import StoredTokens, existing_store
+from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.world import build_accelerator, on_main_process, together
 
+# Of some nodes: tokens and pooled outputs, as run_towers gives them; and an index into CAUSES for each.
+Outputs = tuple[tuple[Tokens, torch.Tensor, torch.Tensor], torch.Tensor]
 FEATURES = ("fused", "text_only", "image_only", "concat")
 
 
@@ -55,30 +59,46 @@ def encode(
     if nodes_path is None:
         raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
     output = output or (checkpoint.parent.parent / "features" if settings else Path("features"))
-    truncated = settings.get("truncated_images", "partial")
-    name = model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL
 
-    accelerator = build_accelerator()
-    nodes, paths = together(accelerator, lambda: _open_nodes(nodes_path, image_root))
-    together(accelerator, lambda: _make_folder(output))
-    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(name))
-    encoder = together(
-        accelerator, lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=name)
+    config = Config(
+        nodes=nodes_path,
+        image_root=image_root,
+        model_name=model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL,
+        truncated_images=settings.get("truncated_images", "partial"),
+        tower_cache=settings.get("tower_cache", "auto"),
+        num_workers=num_workers,
     )
+    accelerator = build_accelerator()
+    nodes, paths = together(accelerator, lambda: _open_nodes(config))
+    together(accelerator, lambda: _make_folder(output))
+    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
+    encoder = together(
+        accelerator,
+        lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=config.model_name),
+    )
+    stored = existing_store(config, accelerator, nodes, paths, inputs, fingerprint(encoder.state_dict()))
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    collate = partial(_collate, NodeInputs(tokenizer, processor, 0, truncated), paths)
-    loader = DataLoader(Subset(nodes, rows), batch_size, collate_fn=collate, num_workers=num_workers)
+    if stored is not None:
+        log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
+        batches = _from_store(stored, rows, batch_size)
+    else:
+        collate = partial(_collate, inputs, paths)
+        loader = DataLoader(Subset(nodes, rows), batch_size, collate_fn=collate, num_workers=num_workers)
+        batches = _from_towers(encoder, loader, accelerator.device)
+    bar = tqdm(total=len(rows), unit="node", disable=None if accelerator.is_main_process else True)
     part = output / f".part-{rank}.tmp"
-    together(accelerator, lambda: torch.save(_encode_rows(encoder, loader, accelerator), part))
+    with bar:
+        together(accelerator, lambda: torch.save(_encode(encoder, batches, bar), part))
     on_main_process(accelerator, lambda: _join_parts(output, world_size))
     log(f"features of {len(nodes):,} nodes: {output}")
     accelerator.end_training()
 
 
-def _open_nodes(path: str, image_root: str | None) -> tuple[NodeTable, ImagePaths]:
-    nodes = open_nodes(path, fingerprint(path))
-    paths = ImagePaths(path, image_root)
+def _open_nodes(config: Config) -> tuple[NodeTable, ImagePaths]:
+    nodes = open_nodes(config.nodes, file_fingerprint(config.nodes))
+    paths = ImagePaths(config.nodes, config.image_root)
     paths.check(nodes.column("image_path"), seed=0)
     nodes.release()
     return nodes, paths
@@ -103,16 +123,28 @@ def _collate(inputs: NodeInputs, paths: ImagePaths, nodes: Sequence[dict[str, An
 
 
 @torch.no_grad()
-def _encode_rows(
-    encoder: MultimodalGraphEncoder, loader: DataLoader[Any], accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
+def _from_towers(encoder: MultimodalGraphEncoder, loader: Iterable[Any], device: torch.device) -> Iterator[Outputs]:
+    for batch in loader:
+        causes = batch.pop("image_causes")
+        tensors = {name: tensor.to(device) for name, tensor in batch.items()}
+        yield run_towers(encoder.towers, **tensors), causes
+
+
+def _from_store(stored: StoredTokens, rows: Sequence[int], batch_size: int) -> Iterator[Outputs]:
+    for start in range(0, len(rows), batch_size):
+        part = np.array(rows[start : start + batch_size])
+        yield stored.outputs(part), torch.from_numpy(stored.image_causes[part])
+
+
+def _encode(encoder: MultimodalGraphEncoder, batches: Iterator[Outputs], bar: "tqdm[Any]") -> dict[str, torch.Tensor]:
     """Features and image causes of this rank's rows; empty tensors where it has none."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "image_causes")}
-    for batch in tqdm(loader, unit="batch", disable=None if accelerator.is_main_process else True):
-        found["image_causes"].append(batch.pop("image_causes"))
-        features = encoder.encode(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+    for outputs, causes in batches:
+        found["image_causes"].append(causes)
+        features = encoder.encode_outputs(*outputs)
         for name in FEATURES:
             found[name].append(features[name].float().cpu())
+        bar.update(len(causes))
     return {name: torch.cat(parts) if parts else torch.empty(0) for name, parts in found.items()}
 
 

@@ -22,6 +22,9 @@ from mmgraph.files import cache_folder, claimed
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.node_table import NodeTable
+from mmgraph.table_files import fingerprint as file_fingerprint
+from mmgraph.tables import ImagePaths
 from mmgraph.text_log import log
 from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
@@ -78,6 +81,13 @@ class StoredTokens:
         """Tokens of the batch's U distinct nodes, on the device."""
         return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
 
+    def outputs(self, rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
+        """Of U nodes, on the device, what :func:`mmgraph.towers.run_towers` gives: tokens and both pooled outputs."""
+        texts, images = self.texts[rows], self.images[rows]
+        tokens = Tokens(*(tensor.to(self.device) for tensor in self.store.tokens(texts, images)))
+        text_only = self.store.texts.gather("pooled", texts).to(self.device)
+        return tokens, text_only, self.store.images.gather("pooled", images).to(self.device)
+
 
 def open_store(
     config: Config, accelerator: Accelerator, graph: Graph, inputs: NodeInputs, towers: str, planned_nodes: int
@@ -122,6 +132,26 @@ def open_store(
     where = f"in the memory of {accelerator.device}" if resident else "read as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
     return together(accelerator, lambda: StoredTokens(store, contents, accelerator.device, resident))
+
+
+def existing_store(
+    config: Config, accelerator: Accelerator, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, towers: str
+) -> StoredTokens | None:
+    """The store of some nodes' exact tokens, if there is one and it has all of them. Called by all ranks.
+
+    Args:
+        towers: the fingerprint of the towers' weights.
+    """
+    config = dataclasses.replace(config, tower_cache_dtype="float32")
+    made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
+    digest = together(accelerator, lambda: file_fingerprint(config.nodes))
+    if not all(gather_object([made_by.folder.is_dir()])):
+        return None  # and nothing is hashed for it
+    contents = read_contents(nodes, paths, config.nodes, digest, cache_folder(config.nodes), accelerator)
+    store = together(accelerator, lambda: TowerStore(made_by.folder))
+    if any(gather_object([bool(missing_shards(store, contents))])):
+        return None
+    return StoredTokens(store, contents, accelerator.device)
 
 
 def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:

@@ -113,7 +113,7 @@ class MultimodalGraphEncoder(TrainedModule):
             ``z_graph``, ``z_text``, ``z_vis``, each (B, proj_dim), rows of unit length.
         """
         with torch.no_grad():
-            tokens, _, _ = run_towers(self._towers(), input_ids, attention_mask, pixel_values)
+            tokens, _, _ = run_towers(self.towers, input_ids, attention_mask, pixel_values)
         return super().forward(tokens)
 
     @torch.no_grad()
@@ -126,7 +126,13 @@ class MultimodalGraphEncoder(TrainedModule):
             ``fused`` (B, fused_dim); ``text_only`` (B, d_text) and ``image_only`` (B, d_vis), the towers' pooled
             outputs; ``concat``, the two side by side.
         """
-        tokens, text_only, image_only = run_towers(self._towers(), input_ids, attention_mask, pixel_values)
+        return self.encode_outputs(*run_towers(self.towers, input_ids, attention_mask, pixel_values))
+
+    @torch.no_grad()
+    def encode_outputs(
+        self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """:meth:`encode` from the towers' outputs, as :func:`mmgraph.towers.run_towers` gives them."""
         return {
             "fused": self.fusion(*tokens)[0],
             "text_only": text_only,
@@ -141,11 +147,13 @@ class MultimodalGraphEncoder(TrainedModule):
     def train(self, mode: bool = True) -> "MultimodalGraphEncoder":
         """As for any module, but the towers stay in eval mode."""
         super().train(mode)
-        for tower in self._towers():
+        for tower in self.towers:
             tower.eval()
         return self
 
-    def _towers(self) -> Towers:
+    @property
+    def towers(self) -> Towers:
+        """Both towers."""
         return Towers(self.text_model, self.vision_model)
 
 
