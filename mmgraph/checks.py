@@ -67,7 +67,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
         f"every rank has the same {', '.join(SAME_EVERYWHERE)}",
         _batch(config, accelerator, len(graph.rows)),
         *output,
-        *_resources(config, accelerator, ranks, sizes),
+        *_resources(config, accelerator, ranks, sizes, graph),
     ]
     for finding in findings:
         if config.check or finding.startswith("warning: "):
@@ -193,11 +193,19 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     return [line if whole <= free else f"warning: {line}"]
 
 
-def _resources(config: Config, accelerator: Accelerator, ranks: list[Rank], sizes: estimate.Shape) -> list[str]:
+def _resources(
+    config: Config, accelerator: Accelerator, ranks: list[Rank], sizes: estimate.Shape, graph: Graph
+) -> list[str]:
     edges = config.global_batch_size // len(ranks)
     device, half = accelerator.device.type, accelerator.mixed_precision != "no"
-    needed = estimate.memory_gb(sizes, edges, config.micro_batch_size, "cuda" if device == "cuda" else "cpu", half)
+    stored = _stored(config, graph)
+    needed = estimate.memory_gb(
+        sizes, edges, config.micro_batch_size, "cuda" if device == "cuda" else "cpu", half, stored
+    )
     lines = [f"about {needed:.1f} GB of memory a process, by estimate"]
+    if stored:
+        kept = estimate.size(estimate.store_bytes(sizes, len(graph.nodes), half))
+        lines.append(f"each node goes through the towers once, before the first step; the tokens take up to {kept}")
     for number, rank in enumerate(ranks):
         room = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
         if needed > room:
@@ -207,9 +215,17 @@ def _resources(config: Config, accelerator: Accelerator, ranks: list[Rank], size
             )
     if config.check:
         slowest = min(rank.flops_per_s for rank in ranks)
-        seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest)
+        seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest, stored)
         share = f"{estimate.MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
         lines.append(
-            f"about {seconds:.2g} s a step at full text length, by estimate ({share}); reading images comes on top"
+            f"about {seconds:.2g} s a step at full text length, by estimate ({share})"
+            + ("" if stored else "; reading images comes on top")
         )
     return lines
+
+
+def _stored(config: Config, graph: Graph) -> bool:
+    """Whether a run will have a tower store, if it can be written."""
+    steps = config.epochs * (len(graph.rows) // config.global_batch_size)
+    planned_nodes = 2 * config.global_batch_size * min(steps, config.max_steps or steps)
+    return config.tower_cache != "off" and (config.tower_cache != "auto" or planned_nodes > len(graph.nodes))

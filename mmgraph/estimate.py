@@ -66,28 +66,41 @@ def final_file_bytes(sizes: Shape) -> int:
     return 4 * (sizes.frozen + sizes.trained)
 
 
-def memory_gb(sizes: Shape, edges: int, micro_batch_size: int | None, device: str, half: bool) -> float:
+def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
+    """Of a tower store, at full text length: tokens, and pooled outputs in float32."""
+    tokens = sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis
+    return nodes * (tokens * (2 if half else 4) + 4 * (sizes.d_text + sizes.d_vis))
+
+
+def memory_gb(
+    sizes: Shape, edges: int, micro_batch_size: int | None, device: str, half: bool, stored: bool = False
+) -> float:
     """The most memory of a process, in GB (10^9 bytes).
 
     Args:
         edges: of a step, on this process.
         half: the network runs in 16 bits.
+        stored: tokens come from a tower store on the disk, and no tower is loaded.
     """
     nodes, at_once = 2 * edges, 2 * min(edges, micro_batch_size or edges)
     width = 2 if half else 4
-    weights = 4 * sizes.frozen + 20 * sizes.trained  # trained: weight, gradient, its bucket, two moments
-    pixels = 3 * sizes.image_size**2 * 4
+    weights = 20 * sizes.trained  # weight, gradient, its bucket, two moments
+    weights += 0 if stored else 4 * sizes.frozen
+    pixels = 0 if stored else 3 * sizes.image_size**2 * 4
     tokens = (sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis) * 4
     # A fusion token keeps about 12 vectors for the backward pass; a tower's layer holds about as many for a moment.
     fusion = 12 * (sizes.text_length + sizes.patches) * sizes.fused_dim * width
-    tower = 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
+    tower = 0 if stored else 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
     return PROCESS_GB[device] + (weights + nodes * (pixels + tokens) + at_once * max(fusion, tower)) / 1e9
 
 
-def step_seconds(sizes: Shape, edges: int, micro_batch_size: int | None, flops_per_s: float) -> float:
-    """The time of a step's arithmetic on a process with ``edges`` edges; reading images comes on top."""
+def step_seconds(
+    sizes: Shape, edges: int, micro_batch_size: int | None, flops_per_s: float, stored: bool = False
+) -> float:
+    """The time of a step's arithmetic on a process with ``edges`` edges; with live towers, images come on top."""
     passes = 4 if micro_batch_size and micro_batch_size < edges else 3  # backward costs two; recomputing one more
-    return 2 * edges * (sizes.tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)
+    tower_flops = 0.0 if stored else sizes.tower_flops
+    return 2 * edges * (tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,345 @@
+"""The tower store: exact tokens, each text and image once, never a stale one, whoever builds it and however it ends."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import graph_files, launch, loss_difference, read_metrics, run, settings
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPVisionModel
+
+from mmgraph import tower_build, tower_cache, trainer
+from mmgraph.cli import main, train_main
+from mmgraph.config import parse_config
+from mmgraph.graph import load_graph
+from mmgraph.images import CAUSES
+from mmgraph.tower_cache import StoredTokens
+from mmgraph.tower_store import ResidentTokens, TowerStore
+from mmgraph.towers import fingerprint, load_towers, read_tower_state, tower_state
+from mmgraph.world import build_accelerator
+
+
+@pytest.fixture
+def own_graph(graph: Path, tmp_path: Path) -> Path:
+    """A copy of the graph that a test may change, without a cache."""
+    folder = graph_files(tmp_path / "graph")
+    shutil.copytree(graph / "towers", folder / "towers")
+    return folder
+
+
+def flags(graph: Path, *more: str) -> list[str]:
+    return [f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
+            "--num_workers=2", *more]  # fmt: skip
+
+
+def store_of(graph: Path) -> Path:
+    (folder,) = (graph / "mmgraph_cache").glob("towers-*")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def age(graph: Path) -> None:
+    """Let images be older than the time in which a change might not show in their times."""
+    time.sleep(max(0, 2.1 - (time.time() - max(path.stat().st_ctime for path in (graph / "images").iterdir()))))
+
+
+def test_tokens_are_the_towers(own_graph: Path) -> None:
+    """Each node's, against the towers of transformers on the plain inputs of that node alone."""
+    from mmgraph import InferenceCollator, NodesDataset
+    from mmgraph.tables import read_nodes
+    from mmgraph.towers import load_tokenizer_and_processor
+
+    assert main(["cache", *flags(own_graph)]) == 0
+    towers = str(own_graph / "towers")
+    text_model, vision_model = CLIPTextModel.from_pretrained(towers), CLIPVisionModel.from_pretrained(towers)
+    frame = read_nodes(own_graph / "nodes.csv")
+    frame["image_path"] = [str(own_graph / path.replace("\\", "/")) for path in frame["image_path"]]
+    nodes, collate = NodesDataset(frame), InferenceCollator(*load_tokenizer_and_processor(towers))
+    stored = open_stored(own_graph)
+    rows = np.array([3, 0, 39, 17, 3])
+    tokens, text_only, image_only = stored.outputs(rows)
+    for i, row in enumerate(rows.tolist()):
+        inputs = collate([nodes[row]])
+        with torch.no_grad():
+            text = text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            vision = vision_model(pixel_values=inputs["pixel_values"])
+        length = int(inputs["attention_mask"].sum())
+        assert tokens.mask[i].tolist() == [1] * length + [0] * (tokens.mask.shape[1] - length)
+        assert torch.allclose(tokens.text[i, :length], text.last_hidden_state[0, :length], atol=2e-5)
+        assert not tokens.text[i, length:].any()
+        assert torch.allclose(tokens.patches[i], vision.last_hidden_state[0, 1:], atol=2e-5)
+        assert torch.allclose(text_only[i], text.pooler_output[0], atol=2e-5)
+        assert torch.allclose(image_only[i], vision.pooler_output[0], atol=2e-5)
+    assert tokens.mask.shape[1] == int(tokens.mask.sum(dim=1).max())  # no wider than the longest of the batch
+
+
+def open_stored(graph: Path, *more: str) -> StoredTokens:
+    config = parse_config(settings(graph, graph / "run", *more))
+    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
+    assert isinstance(run.source, StoredTokens)
+    return run.source
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float16", 2e-4)])
+def test_losses_are_those_of_live_towers(graph: Path, tmp_path: Path, dtype: str, bound: float) -> None:
+    """60 steps at the default rate, one process, float32."""
+    for name, more in (("live", ["--tower_cache=off"]), ("stored", [f"--tower_cache_dtype={dtype}"])):
+        flags = settings(graph, tmp_path / name, "--max_steps=60", "--learning_rate=5e-5", *more)
+        assert train_main(flags) == 0
+    difference = loss_difference(tmp_path / "stored", tmp_path / "live", 60)
+    print(f"{dtype}: {difference:.1e}")
+    assert difference < bound
+
+
+def test_two_ranks_build_and_read_one_store(own_graph: Path, tmp_path: Path) -> None:
+    launch("cpu_2proc.yaml", *settings(own_graph, tmp_path / "two", "--max_steps=12"))
+    launch("cpu.yaml", *settings(own_graph, tmp_path / "live", "--max_steps=12", "--tower_cache=off"))
+    assert loss_difference(tmp_path / "two", tmp_path / "live", 12) < 1e-5
+    assert len(TowerStore(store_of(own_graph)).texts.files) == 1
+
+
+def test_no_tower_is_loaded_where_the_store_is_whole(
+    own_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert "80 texts and images" in (said := capsys.readouterr().out) and str(store_of(own_graph)) in said
+
+    def refuse(_: str) -> None:
+        raise AssertionError("a tower is loaded")
+
+    for module in (trainer, tower_build):
+        monkeypatch.setattr(module, "load_towers", refuse)
+    assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
+    monkeypatch.undo()
+    final = torch.load(tmp_path / "run/checkpoints/multimodal_encoder_final.pt")
+    towers = tower_state(load_towers(str(own_graph / "towers")))
+    assert all(torch.equal(final[key], tensor) for key, tensor in towers.items())
+    assert fingerprint(towers) == fingerprint(read_tower_state(str(own_graph / "towers")))
+
+
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Filled with (kind, node) of each entry that is computed from here."""
+    seen: list[tuple[str, int]] = []
+    make = tower_build._Maker.make
+
+    def record(self: tower_build._Maker, shard: tower_build.Shard, bar: object) -> bytes:
+        seen.extend((shard.kind, row) for row in shard.rows.tolist())
+        return make(self, shard, bar)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tower_build._Maker, "make", record)
+    return seen
+
+
+def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["cache", *flags(own_graph)]) == 0
+    age(own_graph)
+    assert main(["cache", *flags(own_graph)]) == 0  # now all images are known by their times
+    before = open_stored(own_graph).outputs(np.arange(40))
+    seen = computed(monkeypatch)
+    assert main(["cache", *flags(own_graph)]) == 0 and seen == []
+    nodes = pd.read_csv(own_graph / "nodes.csv", dtype=str, keep_default_na=False)
+    nodes.loc[7, "summary"] = "an old bright square of blue"
+    nodes.to_csv(own_graph / "nodes.csv", index=False)
+    path = own_graph / "images/11.png"
+    status = path.stat()
+    Image.effect_noise((71, 50), 90).convert("RGB").save(path)
+    os.truncate(path, max(status.st_size, path.stat().st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a time of change that says nothing
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert sorted(seen) == [("image", 11), ("text", 7)]
+    after = open_stored(own_graph).outputs(np.arange(40))
+    changed_texts = [i for i in range(40) if not torch.equal(before[1][i], after[1][i])]
+    changed_images = [i for i in range(40) if not torch.equal(before[0].patches[i], after[0].patches[i])]
+    assert changed_texts == [7] and changed_images == [11]
+    rows = nodes.sample(frac=1, random_state=0)  # another order is nothing new
+    rows.to_csv(own_graph / "nodes.csv", index=False)
+    seen.clear()
+    assert main(["cache", *flags(own_graph)]) == 0 and seen == []
+    moved = open_stored(own_graph).outputs(np.arange(40))
+    assert torch.equal(moved[0].patches, after[0].patches[torch.from_numpy(rows.index.to_numpy())])
+
+
+@pytest.mark.parametrize("what", ["towers", "truncated", "dtype"])
+def test_what_tokens_depend_on_makes_another_store(own_graph: Path, what: str) -> None:
+    assert main(["cache", *flags(own_graph)]) == 0
+    more = {"towers": [], "truncated": ["--truncated_images=black"], "dtype": ["--tower_cache_dtype=float16"]}[what]
+    if what == "towers":
+        file = own_graph / "towers/model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1  # one bit of one weight
+        file.write_bytes(data)
+    assert main(["cache", *flags(own_graph, *more)]) == 0
+    assert len(list((own_graph / "mmgraph_cache").glob("towers-*"))) == 2
+
+
+SMALL_SHARDS = """
+import sys
+from mmgraph import tower_build
+from mmgraph.cli import main
+tower_build.SHARD = 3
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_build(graph: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SMALL_SHARDS, "cache", *flags(graph)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_and_resumed_builds_leave_the_same_bytes(graph: Path, tmp_path: Path) -> None:
+    folders = []
+    for name in ("whole", "killed"):
+        folders.append(graph_files(tmp_path / name))
+        shutil.copytree(graph / "towers", folders[-1] / "towers")
+    whole, killed = folders
+    assert start_build(whole).wait() == 0
+    random.seed(1)
+    for kills in range(3):
+        build = start_build(killed)
+        target = random.randint(1, 8) + sum(1 for _ in (killed / "mmgraph_cache").glob("towers-*/*.safetensors"))
+        while sum(1 for _ in (killed / "mmgraph_cache").glob("towers-*/*.safetensors")) < target:
+            assert build.poll() is None, build.stdout and build.stdout.read()
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.02)
+        build.send_signal(signal.SIGKILL)
+        build.wait()
+        there = len(files_of(store_of(killed)))
+        print(f"kill {kills + 1}: after {there} files")
+    build = start_build(killed)
+    said, _ = build.communicate()
+    assert build.returncode == 0 and "80 texts" not in said  # it went on
+    assert files_of(store_of(killed)) == files_of(store_of(whole))
+
+
+def test_two_runs_build_one_store(graph: Path, own_graph: Path, tmp_path: Path) -> None:
+    alone = graph_files(tmp_path / "alone")
+    shutil.copytree(graph / "towers", alone / "towers")
+    builds = [start_build(own_graph), start_build(own_graph), start_build(alone)]
+    assert [build.wait() for build in builds] == [0, 0, 0]
+    assert files_of(store_of(own_graph)) == files_of(store_of(alone))
+
+
+def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
+    own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_main(settings(own_graph, tmp_path / "one", "--max_steps=1")) == 0
+    assert "live towers: the planned steps see 24 nodes" in capsys.readouterr().out
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder is wanted")
+    monkeypatch.setenv("MMGRAPH_CACHE", str(blocked))
+    assert train_main(settings(own_graph, tmp_path / "two", "--max_steps=16")) == 0
+    assert "live towers: " in (said := capsys.readouterr().out) and "cannot be written" in said
+    asked = f"--tower_cache={blocked}"
+    assert train_main(settings(own_graph, tmp_path / "three", "--max_steps=16", asked)) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.delenv("MMGRAPH_CACHE")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(tower_build.shutil, "disk_usage", lambda _: usage)
+    assert tower_build.refusal(tmp_path / "small", 100_000) is not None
+    assert "has room for" in str(tower_build.refusal(tmp_path / "small", 100_000))
+
+
+def test_flags_of_the_store(
+    own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of one's own, a copy on the host's disk, and a device that is not there."""
+    here, local = tmp_path / "here", tmp_path / "local"
+    more = (f"--tower_cache={here}", f"--tower_cache_local={local}")
+    assert train_main(settings(own_graph, tmp_path / "a", "--max_steps=3", *more)) == 0
+    assert not list((own_graph / "mmgraph_cache").glob("towers-*"))
+    (store,), (copy,) = here.iterdir(), local.iterdir()
+    assert {n: b for n, b in files_of(store).items() if n != "store.json"} == files_of(copy)
+    assert str(copy) in capsys.readouterr().out
+    local.joinpath("file").write_text("")
+    more = (f"--tower_cache={here}", f"--tower_cache_local={local / 'file'}")
+    assert train_main(settings(own_graph, tmp_path / "b", "--max_steps=3", *more)) == 0
+    assert "the tower store is read where it is" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        more = (f"--tower_cache={here}", "--tower_cache_device=cuda")
+        assert train_main(settings(own_graph, tmp_path / "c", *more)) == 2
+        assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_told(own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", *flags(own_graph)]) == 0
+    shard = next(store_of(own_graph).glob("text-*"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 2
+    assert "remove it, and it is built anew" in (said := capsys.readouterr().err) and shard.name in said
+    shard.unlink()
+    assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
+
+
+def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in a device's memory whole (here, the CPU's) gives what is read from the shards."""
+    monkeypatch.setattr(tower_build, "SHARD", 7)
+    assert main(["cache", *flags(own_graph)]) == 0
+    stored = open_stored(own_graph)
+    resident = StoredTokens(stored.store, contents_of(own_graph), torch.device("cpu"), resident=True)
+    assert isinstance(resident.resident, ResidentTokens)
+    for rows in (np.array([5]), np.array([39, 0, 7, 8, 6, 20]), np.arange(40)):
+        for ours, theirs in zip(resident._read(rows), stored._read(rows), strict=True):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def contents_of(graph: Path) -> tower_cache.Contents:
+    config = parse_config(flags(graph))
+    data = load_graph(config)
+    return tower_cache.read_contents(
+        data.nodes, data.paths, config.nodes, data.nodes_fingerprint, graph / "mmgraph_cache", build_accelerator()
+    )
+
+
+def test_images_that_are_not_whole_are_counted(
+    own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_graph / "images/1.png").unlink()
+    (own_graph / "images/2.png").write_bytes(b"no picture")
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert f"1 {CAUSES[2]}, 1 {CAUSES[3]}" in capsys.readouterr().out
+    shards = TowerStore(store_of(own_graph)).images
+    assert int(shards.starts[-1]) == 40  # 38 pictures, a file that is none, and no file
+    assert sorted(load_file(shards.files[0])["causes"].tolist())[-2:] == [2, 3]
+
+
+def test_encode_reads_the_store(
+    own_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
+    capsys.readouterr()
+    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "stored"), "--batch_size=7"]) == 0
+    assert "no tower is run" in capsys.readouterr().out
+    monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "empty"))
+    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "live"), "--batch_size=7"]) == 0
+    assert "no tower is run" not in capsys.readouterr().out
+    for name in ("fused", "text_only", "image_only", "concat"):
+        stored, live = (torch.load(tmp_path / f"{kind}/features_{name}.pt") for kind in ("stored", "live"))
+        assert torch.allclose(stored, live, atol=1e-5)
+
+
+def test_the_first_step_comes_soon(own_graph: Path, tmp_path: Path) -> None:
+    """Within 15 s of the launch, where the store is there; on a machine that does nothing else."""
+    assert main(["cache", *flags(own_graph)]) == 0
+    begun = time.time()
+    launch("cpu.yaml", *settings(own_graph, tmp_path / "run", "--max_steps=1"))
+    seconds = (tmp_path / "run/metrics.jsonl").stat().st_mtime - begun
+    print(f"first step after {seconds:.1f} s")
+    assert read_metrics(tmp_path / "run")[0]["step"] == 1 and seconds < 30
+
+
+def test_cache_is_told_of_wrong_flags(own_graph: Path) -> None:
+    done = run([sys.executable, "-m", "mmgraph", "cache", "--nodez=1"])
+    assert done.returncode == 2 and "did you mean --nodes?" in done.stderr and "Traceback" not in done.stderr
