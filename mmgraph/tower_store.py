@@ -37,14 +37,8 @@ class Shards:
     """The shards of one kind in a folder, and the places of their entries: entry k of shard s is starts[s] + k."""
 
     def __init__(self, folder: Path, kind: Kind):
-        files = sorted(folder.glob(f"{kind}-*.safetensors"))
-        try:
-            self.tensors = [load_file(file) for file in files]  # mapped, not read
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"tower store {folder}: a shard cannot be read ({error}); remove it, and it is built anew"
-            ) from None
-        self.files = files
+        self.files = sorted(folder.glob(f"{kind}-*.safetensors"))
+        self.tensors = [_mapped(file) for file in self.files]
         hashes = [shard["hashes"].numpy().reshape(-1).view(HASH) for shard in self.tensors]
         self.starts = np.cumsum([0, *map(len, hashes)])
         self._hashes = np.concatenate([np.empty(0, HASH), *hashes])
@@ -75,6 +69,15 @@ class Shards:
         """A tensor of one row an entry (``pooled``, ``causes``, ``patches``), at ``places``: (U, ...)."""
         rows = [shard[name][entry] for shard, entry in self.locate(places)]
         return torch.stack(rows)
+
+
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)  # reads the header; the kernel reads the rest when it is used
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"tower store: {file} cannot be read ({error}); remove it, and its entries are made anew"
+        ) from None
 
 
 class TowerStore:
