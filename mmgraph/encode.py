@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mmgraph import checkpoints
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
+from mmgraph.graph import find_images
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
@@ -78,10 +79,7 @@ def encode(
 
 def _open_nodes(path: str, image_root: str | None) -> tuple[NodeTable, ImagePaths]:
     nodes = open_nodes(path, fingerprint(path))
-    paths = ImagePaths(path, image_root)
-    paths.check(nodes.column("image_path"), seed=0)
-    nodes.release()
-    return nodes, paths
+    return nodes, find_images(nodes, path, image_root, seed=0)
 
 
 def _make_folder(folder: Path) -> None:
