@@ -14,6 +14,7 @@ from mmgraph import checkpoints
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
+from mmgraph.graph import find_images
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
@@ -98,10 +99,7 @@ def encode(
 
 def _open_nodes(config: Config) -> tuple[NodeTable, ImagePaths]:
     nodes = open_nodes(config.nodes, file_fingerprint(config.nodes))
-    paths = ImagePaths(config.nodes, config.image_root)
-    paths.check(nodes.column("image_path"), seed=0)
-    nodes.release()
-    return nodes, paths
+    return nodes, find_images(nodes, config.nodes, config.image_root, seed=0)
 
 
 def _make_folder(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from mmgraph.config import DEFAULT_TABLES, Config
 from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
@@ -34,7 +36,14 @@ def load_graph(config: Config) -> Graph:
     nodes_fingerprint, edges_fingerprint = fingerprint(config.nodes), fingerprint(config.edges)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
     rows = open_edges(config.edges, edges_fingerprint, nodes, nodes_fingerprint)
-    paths = ImagePaths(config.nodes, config.image_root)
-    paths.check(nodes.column("image_path"), config.seed)
-    nodes.release()
+    paths = find_images(nodes, config.nodes, config.image_root, config.seed)
     return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint)
+
+
+def find_images(nodes: NodeTable, nodes_path: str, image_root: str | None, seed: int) -> ImagePaths:
+    """Where the nodes' images lie; a sample of them is looked up (see :meth:`ImagePaths.check`)."""
+    paths = ImagePaths(nodes_path, image_root)
+    paths.check(nodes.column("image_path"), seed)
+    nodes.release()
+    pa.default_memory_pool().release_unused()
+    return paths

@@ -54,20 +54,20 @@ def test_unknown_ends_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "edges.csv: 2 of 3 edges dropped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("", "is empty"),
-        (HEADER, "no rows"),
-        ("node_id,summary,image_path\na,b,c\n", "no column 'short_name'"),
-        (HEADER + 'a,x,"two\nlines",\n\nb,x,,\na,x,,\n', "line 6: node_id 'a' is already used in line 2"),
-        (HEADER + "a,x,,\n,x,,\n", "line 3: node_id is empty"),
-        (HEADER + "a,x,,\nb,x,,,,,\n", "line 3"),
-        (HEADER + "a,b,c,d,e\n", "not a readable CSV"),
-        (b"\xff\xfe\x00broken", "not a readable CSV"),
-    ],
-)
+BAD_TABLES = [
+    (None, "no such file"),
+    ("", "is empty"),
+    (HEADER, "no rows"),
+    ("node_id,summary,image_path\na,b,c\n", "no column 'short_name'"),
+    (HEADER + 'a,x,"two\nlines",\n\nb,x,,\na,x,,\n', "line 6: node_id 'a' is already used in line 2"),
+    (HEADER + "a,x,,\n,x,,\n", "line 3: node_id is empty"),
+    (HEADER + "a,x,,\nb,x,,,,,\n", "line 3"),
+    (HEADER + "a,b,c,d,e\n", "not a readable CSV"),
+    (b"\xff\xfe\x00broken", "not a readable CSV"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TABLES)
 def test_bad_tables_are_one_clear_line(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     path = tmp_path / "nodes.csv"
     if content is not None:

@@ -1,0 +1,441 @@
+"""Memory-mapped tables: equal to the files they are made from, made once, and no load on memory."""
+
+import csv
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from test_tables import BAD_TABLES, HEADER
+
+from mmgraph import table_cache
+from mmgraph import tables as tables_module
+from mmgraph.batches import EdgeRows
+from mmgraph.edge_table import EdgeTable, EdgeWriter
+from mmgraph.errors import UserError
+from mmgraph.node_table import NodeTable
+from mmgraph.table_files import fingerprint
+from mmgraph.tables import ImagePaths, known_edges, read_edges, read_nodes
+
+
+def open_nodes(path: Path) -> NodeTable:
+    return table_cache.open_nodes(path, fingerprint(path))
+
+
+def open_edges(path: Path, nodes_path: Path) -> EdgeTable:
+    nodes = open_nodes(nodes_path)
+    return table_cache.open_edges(path, fingerprint(path), nodes, fingerprint(nodes_path))
+
+
+def all_edges(edges: EdgeTable) -> list[list[int]]:
+    return edges[np.arange(len(edges))].tolist()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of a few rows are read and looked up in several chunks."""
+    monkeypatch.setattr(table_cache, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(table_cache, "EDGES_AT_ONCE", 4)
+    monkeypatch.setattr(tables_module, "IDS_AT_ONCE", 5)
+
+
+NODES = [
+    ("007", "NA", "null", "images\\0.png"),
+    ("7", 'a "quoted" name', "two\nlines, and a comma", ""),
+    ("1e3", "ünïcödé 🦉", "   ", "x.png"),
+    ("N/A", "", "", "  "),
+    ("nan", "None", "1.50", "a/b.png"),
+    ("a b", "tab\there", 'ends in "', "y.png"),
+    (" a b", "\r\n", "-", "z.png"),
+]
+
+
+def nodes_csv(folder: Path, count: int = 40, encoding: str = "utf-8") -> Path:
+    rows = [*NODES, *((f"n{i}", f"name {i}", f"summary of {i}", f"{i}.png") for i in range(count - len(NODES)))]
+    with (folder / "nodes.csv").open("w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file)
+        writer.writerow([*HEADER.strip().split(","), "extra"])
+        writer.writerows((*row, f"0{i}") for i, row in enumerate(rows))
+    return folder / "nodes.csv"
+
+
+def edges_csv(folder: Path, nodes_path: Path, count: int = 100, unknown: str = "nobody") -> Path:
+    with nodes_path.open(newline="", encoding="utf-8-sig") as file:
+        ids = [row["node_id"] for row in csv.DictReader(file)] + [unknown]
+    ends = np.random.default_rng(0).integers(len(ids), size=(count, 2)).tolist()
+    with (folder / "edges.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rel_id", "dst_id", "src_id"])
+        writer.writerows((i, ids[destination], ids[source]) for i, (source, destination) in enumerate(ends))
+    return folder / "edges.csv"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_rows_are_those_of_the_csv(tmp_path: Path, small_chunks: None, encoding: str) -> None:
+    path = nodes_csv(tmp_path, encoding=encoding)
+    table, frame = open_nodes(path), read_nodes(path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        plain = list(csv.DictReader(file))
+    assert len(table) == len(plain) == 40
+    assert table.column("node_id").to_pylist() == frame["node_id"].tolist() == [row["node_id"] for row in plain]
+    for i in (*range(40), -1):
+        row = {name: value for name, value in plain[i].items() if name != "node_id"}
+        assert table[i] == row == frame.drop(columns="node_id").iloc[i].to_dict()
+    with pytest.raises(IndexError):
+        table[40]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "feather", "stream"])
+def test_rows_of_other_formats(tmp_path: Path, small_chunks: None, kind: str) -> None:
+    """Of every type that a column may have; an uncompressed Arrow file is read where it is."""
+    frame = read_nodes(nodes_csv(tmp_path))
+    frame["extra"] = np.arange(40) / 7
+    frame.loc[3, ["summary", "image_path"]] = None
+    frame["kind"] = pd.Categorical(["x", "y"] * 20)
+    path = tmp_path / f"n.{'arrow' if kind == 'stream' else kind}"
+    if kind == "parquet":
+        frame[::-1][::-1].iloc[1:].to_parquet(path, row_group_size=7)  # with pandas' index
+        frame = frame.iloc[1:]
+    elif kind == "feather":
+        frame.to_feather(path)  # compressed
+    else:
+        new = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
+        arrow = pa.Table.from_pandas(frame)
+        with new(path, arrow.schema) as writer:
+            writer.write_table(arrow, max_chunksize=7)
+    table = open_nodes(path)
+    assert (table.path == path) == (kind in ("arrow", "stream"))
+    assert table.column("node_id").to_pylist() == frame["node_id"].tolist() == read_nodes(path)["node_id"].tolist()
+    expected = frame.drop(columns="node_id").astype(object)
+    expected = expected.where(frame.notna(), None)
+    for i in range(len(frame)):
+        assert table[i] == expected.iloc[i].to_dict()
+
+
+def test_integer_ids_are_their_digits(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"node_id": [7, 8], "short_name": [1, 2], "summary": ["x", None], "image_path": ["", ""]})
+    arrow = pa.Table.from_pandas(frame)
+    frame.to_parquet(tmp_path / "n.parquet")
+    for name, table in (("a", arrow), ("b", arrow.set_column(1, "short_name", pa.array(["1", "2"])))):
+        with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "e.csv").write_text("src_id,dst_id\n8,7\n7,8\n07,8\n")
+    for name in ("n.parquet", "a.arrow", "b.arrow"):
+        nodes = open_nodes(tmp_path / name)
+        assert nodes[1] == {"short_name": "2", "summary": None, "image_path": ""}
+        assert (nodes.path.name == name) == (name == "b.arrow")
+        assert all_edges(open_edges(tmp_path / "e.csv", tmp_path / name)) == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
+def test_edges_are_rows_of_known_nodes(
+    tmp_path: Path, small_chunks: None, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes_path = nodes_csv(tmp_path)
+    path = edges_csv(tmp_path, nodes_path)
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if suffix == "parquet":
+        frame.to_parquet(path := tmp_path / "e.parquet", row_group_size=11)
+    elif suffix == "arrow":
+        frame.to_feather(path := tmp_path / "e.arrow", compression="uncompressed")
+    expected = known_edges(read_nodes(nodes_path), read_edges(path), path)
+    told = capsys.readouterr().out.splitlines()
+    edges = open_edges(path, nodes_path)
+    rows = {node_id: row for row, node_id in enumerate(open_nodes(nodes_path).column("node_id").to_pylist())}
+    plain = [[rows.get(a, -1), rows.get(b, -1)] for a, b in zip(frame["src_id"], frame["dst_id"], strict=True)]
+    assert all_edges(edges) == expected.tolist() == [ends for ends in plain if min(ends) >= 0]
+    assert 0 < len(edges) < 100 and np.load(edges.path).dtype == np.int32
+    drawn = np.random.default_rng(1).integers(len(edges), size=(300,))
+    assert edges[drawn].dtype == np.int64 and np.array_equal(edges[drawn], expected[drawn])
+    dataset = EdgeRows(edges)
+    assert dataset[5] == (5, *expected[5]) and dataset.__getitems__([5, 2]) == [dataset[5], dataset[2]]
+    assert told[-1] in capsys.readouterr().out.splitlines()
+    open_edges(path, nodes_path)
+    assert capsys.readouterr().out.splitlines() == told[-1:]  # at each start, and no word of a conversion
+
+
+def test_rows_that_32_bits_do_not_hold(tmp_path: Path) -> None:
+    rows = np.array([[1, 2**31], [2**40, 0]])
+    for part in (2**31, 2**31 + 1):
+        with (tmp_path / "e.npy").open("w+b") as file:
+            writer = EdgeWriter(file, part)
+            for row in rows:
+                writer.write(row[None] % part)
+            writer.finish()
+        assert np.array_equal(EdgeTable(tmp_path / "e.npy")[np.arange(2)], rows % part)
+        assert np.load(tmp_path / "e.npy").itemsize == (4 if part == 2**31 else 8)
+
+
+def test_tables_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_path = nodes_csv(tmp_path)
+    edges_path = edges_csv(tmp_path, nodes_path)
+    edges = all_edges(open_edges(edges_path, nodes_path))
+    frame = read_nodes(nodes_path)
+    with pa.ipc.new_file(arrow_path := tmp_path / "n.arrow", pa.Schema.from_pandas(frame)) as writer:
+        writer.write_table(pa.Table.from_pandas(frame))
+    open_nodes(arrow_path)
+    names = {path.name.split("-")[0] + path.suffix for path in (tmp_path / "mmgraph_cache/tables").iterdir()}
+    assert names == {"nodes.arrow", "nodes.checked", "edges.npy", "edges.json"}
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(table_cache, "read_chunks", fail)
+    monkeypatch.setattr(table_cache, "check_unique", fail)
+    assert all_edges(open_edges(edges_path, nodes_path)) == edges
+    open_nodes(arrow_path)
+    monkeypatch.undo()
+    nodes_path.write_text(nodes_path.read_text().replace("n7,", "m7,").replace("name 9", "name nine"))
+    assert open_nodes(nodes_path)[7 + 9]["short_name"] == "name nine"
+    fewer = open_edges(edges_path, nodes_path)
+    assert all_edges(fewer) == known_edges(read_nodes(nodes_path), read_edges(edges_path)).tolist()
+    assert len(fewer) < len(edges)
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TABLES)
+def test_errors_are_those_of_reading(
+    tmp_path: Path, small_chunks: None, content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / "nodes.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as whole:
+        read_nodes(path)
+    with pytest.raises(UserError) as caught:
+        open_nodes(path)
+    assert message in str(caught.value) and str(caught.value) == str(whole.value)
+    assert not list(tmp_path.glob("mmgraph_cache/tables/*")) and not list(tmp_path.glob("mmgraph_cache/tables/.*"))
+
+
+def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> None:
+    path = nodes_csv(tmp_path)
+    good = path.read_text()
+    for more, message in (
+        (',"x",,,', "line 44: node_id is empty"),  # two fields before span lines
+        ("n3,x,,,", "line 44: node_id 'n3' is already used in line 14"),
+        ("z,x,,,,,", "line 44, saw 7"),
+        ('z,"x', "not a readable CSV"),
+    ):
+        path.write_text(good + more + "\n")
+        with pytest.raises(UserError, match=message):
+            open_nodes(path)
+    path.write_text(good)
+    edges = edges_csv(tmp_path, path)
+    for more, message in (("0,,007", "line 102: dst_id is empty"), ("0,1,2,3", "line 102, saw 4")):
+        edges.write_text(edges_csv(tmp_path, path).read_text() + more + "\n")
+        with pytest.raises(UserError, match=message):
+            open_edges(edges, path)
+    edges.write_text("src_id,dst_id\n" + "nobody,none\n" * 9)
+    with pytest.raises(UserError, match="no edge has both ends in the node table; the first unknown id is 'nobody'"):
+        open_edges(edges, path)
+    frame = pd.concat([read_nodes(path), read_nodes(path)[4:5]])
+    frame.reset_index(drop=True).to_feather(arrow := tmp_path / "n.arrow", compression="uncompressed")
+    with pytest.raises(UserError, match=r"n\.arrow, row 40: node_id 'nan' is already used in row 4;"):
+        open_nodes(arrow)
+    for content in (b"", b"no table"):
+        arrow.write_bytes(content)
+        with pytest.raises(UserError, match="not a readable Arrow table"):
+            open_nodes(arrow)
+
+
+def test_a_table_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nodes_csv(tmp_path)
+    digest = fingerprint(path)
+    path.write_text(path.read_text() + "more,,,,\n")
+    with pytest.raises(UserError, match="was changed while it was read"):
+        table_cache.open_nodes(path, digest)
+    assert len(open_nodes(path)) == 41 and len(list(tmp_path.glob("mmgraph_cache/tables/*"))) == 1
+
+
+OPEN = """
+import sys, time, os
+from pathlib import Path
+from mmgraph import table_cache
+from mmgraph.table_files import fingerprint
+folder = Path(sys.argv[1])
+def slow(write):
+    def call(*arguments):
+        done = write(*arguments)
+        print("written", flush=True)
+        time.sleep(float(sys.argv[2]))
+        return done
+    return call
+table_cache.check_unique = slow(table_cache.check_unique)
+nodes, edges = folder / "nodes.csv", folder / "edges.csv"
+table = table_cache.open_nodes(nodes, fingerprint(nodes))
+rows = table_cache.open_edges(edges, fingerprint(edges), table, fingerprint(nodes))
+print(len(table), len(rows), table.path)
+"""
+
+
+def opening(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", OPEN, str(folder), str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Files of the cache, but for claims."""
+    return {path.name: path.read_bytes() for path in (folder / "mmgraph_cache/tables").iterdir()}
+
+
+def test_two_processes_at_once_make_one_conversion(tmp_path: Path) -> None:
+    edges_csv(tmp_path, nodes_csv(tmp_path))
+    both = [opening(tmp_path, 1.5, RANK="0") for _ in range(2)]
+    outputs = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    printed = "".join(output for output, _ in outputs)
+    assert printed.count("written") == 1 and printed.count("converted in") == 2  # nodes and edges, each by one
+    assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
+    assert len(made(tmp_path)) == 3
+
+
+def test_a_killed_conversion_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    for folder in (tmp_path / "killed", tmp_path / "whole"):
+        edges_csv(folder, nodes_csv(folder))
+    child = opening(tmp_path / "killed", 60)
+    assert child.stdout is not None and child.stdout.readline() == "written\n"
+    child.kill()
+    child.wait()
+    child.communicate()
+    [left] = made(tmp_path / "killed")
+    assert left.startswith(".") and left.endswith(".tmp")
+    start = time.monotonic()
+    for folder in (tmp_path / "killed", tmp_path / "whole"):
+        open_edges(folder / "edges.csv", folder / "nodes.csv")
+    assert made(tmp_path / "killed") == made(tmp_path / "whole") and time.monotonic() - start < 10
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    edges_csv(tmp_path, nodes_csv(tmp_path))
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    child = opening(tmp_path, 0, MMGRAPH_CACHE=str(tmp_path / "file/cache"), TMPDIR=str(tmp_path / "temporary"))
+    output, errors = child.communicate(timeout=100)
+    assert child.returncode == 0, errors
+    assert output.count("cannot be written (Not a directory)") == 1
+    assert str(tmp_path / "temporary") in output.splitlines()[-1] and output.splitlines()[-1].startswith("40 ")
+    assert not list((tmp_path / "temporary").iterdir())  # gone with the process
+
+
+def test_a_cache_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = nodes_csv(tmp_path)
+    claimed = table_cache.claimed
+
+    class Full:
+        closed = False
+
+        def write(self, _: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None: ...
+
+    @contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with claimed(path) as file:
+            yield file if tmp_path not in path.parents or file is None else Full()
+
+    monkeypatch.setattr(table_cache, "claimed", full)
+    monkeypatch.setattr(table_cache, "_stand_ins", {})
+    assert len(open_nodes(path)) == len(open_nodes(path)) == 40
+    assert capsys.readouterr().out.count("cannot be written (No space left on device)") == 1
+    assert made(tmp_path) == {}
+
+
+def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nodes_csv(tmp_path)
+    converted = open_nodes(path).path
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(table_cache, "claimed", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert open_nodes(path).path == converted
+
+
+def test_tables_go_to_other_processes(tmp_path: Path) -> None:
+    nodes_path = nodes_csv(tmp_path)
+    edges = open_edges(edges_csv(tmp_path, nodes_path), nodes_path)
+    nodes = open_nodes(nodes_path)
+    expected = [nodes[row] for row in range(40)]
+    assert len(pickle.dumps((nodes, edges))) < 1000
+    for method in ("spawn", "fork"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert pool.map(nodes.__getitem__, range(40)) == expected
+            assert pool.apply(edges.__getitem__, (np.arange(len(edges)),)).tolist() == all_edges(edges)
+
+
+def test_paths_are_drawn_from_the_filled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{i}.png" if i % 3 == 0 else [None, "", " \t"][i % 9 // 3] for i in range(200_000)]
+    filled = {name for name in names if name and name.strip()}
+    column = pa.chunked_array([names[:70_000], names[70_000:70_001], names[70_001:]])
+    looked_up: list[object] = []
+    monkeypatch.setattr(ImagePaths, "resolve", lambda self, name: looked_up.append(name) or str(tmp_path / "n.csv"))
+    (tmp_path / "n.csv").touch()
+    draws = []
+    for seed in (0, 0, 1):
+        looked_up.clear()
+        ImagePaths(tmp_path / "n.csv").check(column, seed)
+        draws.append(list(looked_up))
+        assert len(looked_up) == len(set(looked_up)) == 1000 and set(looked_up) <= filled
+        places = np.array([int(str(name).split(".")[0]) for name in looked_up])
+        assert 90_000 < places.mean() < 110_000  # from all of the table: the deviation is 1,800
+    assert draws[0] == draws[1] != draws[2]
+
+
+def generate(folder: Path, nodes: int, edges: int) -> None:
+    """Tables with ids in no order, and texts of 100 to 230 characters."""
+    with (folder / "nodes.csv").open("w") as file:
+        file.write(HEADER)
+        for i in range(nodes):
+            name = f"images/{i}.jpg" if i % 10 else "nodes.csv"  # the tenth is there
+            text = f'"a summary of node {i}, as long as summaries are{", with more words" * (i % 9)}"'
+            file.write(f"Q{i * 7919 % (10 * nodes)},name {i},{text},{name}\n")
+    generator = np.random.default_rng(0)
+    with (folder / "edges.csv").open("w") as file:
+        file.write("src_id,dst_id\n")
+        for _ in range(0, edges, 100_000):
+            ends = generator.integers(nodes, size=(100_000, 2)) * 7919 % (10 * nodes)
+            file.write("".join(f"Q{source},Q{destination}\n" for source, destination in ends.tolist()))
+
+
+def measured(folder: Path) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).parent / "table_memory.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges"),
+    [(100_000, 1_000_000), pytest.param(1_000_000, 10_000_000, marks=pytest.mark.slow)],
+    ids=["100k_nodes", "1m_nodes"],
+)
+def test_tables_do_not_grow_in_memory(tmp_path: Path, nodes: int, edges: int) -> None:
+    """On a first start, which converts, and on a second: after the load, each row once and an epoch of edges."""
+    generate(tmp_path, nodes, edges)
+    for start in ("first", "second"):
+        figures = measured(tmp_path)
+        print(start, {name: round(value, 1) for name, value in figures.items()})
+        assert (figures["nodes"], figures["edges"]) == (nodes, edges)
+        assert figures["after_load_mb"] < 60 and figures["after_every_row_mb"] < 60
+        assert figures["main_epoch_mb"] < 5 and figures["worker_epoch_mb"] < 5
+    assert figures["load_s"] < 5
