@@ -10,37 +10,50 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from mmgraph.bench.report import report
 from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.graph import Graph, load_graph
 from mmgraph.text_log import log
 
 LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin
-TRAIN = "from mmgraph.cli import train_main\nraise SystemExit(train_main())\n"
+NODES, EDGES = 640, 20_000  # of the part that is trained on: 64 edges of it have as many distinct nodes as of a graph
+SCRIPT = """import sys
+from mmgraph.cli import main, train_main
+sys.exit(main(sys.argv[1:]) if sys.argv[1] == "cache" else train_main(sys.argv[1:]))
+"""
 
 
 def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Path | None) -> None:
     """Measure and report 1 to ``largest`` processes on this machine; real runs, in turn.
 
     Each process has ``global_batch_size`` edges: N runs of one process have as much to do as one run of N. What is
-    compared is only what the processes of a run cost each other: gathers, reductions, waiting.
+    compared is only what the processes of a run cost each other: gathers, reductions, waiting. The runs train on a
+    sample of the nodes with edges drawn between them, whose tower store is quickly built.
 
     Raises:
         UserError: a run fails, with its last line.
     """
+    graph = load_graph(config)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "train.py").write_text(TRAIN)
+        settings = _sample(config, graph, place)
+        _finish(_launch(place, "cache", ["cache", *settings], 1, threads=None), place / "cache.log")
         for count in range(1, largest + 1):
             together, alone = [], []
             for repeat in range(repeats):
                 log(f"scale: {count} process(es), round {repeat + 1} of {repeats}")
-                runs = [_start(config, place, f"alone-{count}-{repeat}-{i}", 1, steps) for i in range(count)]
+                runs = [_start(config, settings, place, f"alone-{count}-{repeat}-{i}", 1, steps) for i in range(count)]
                 alone.append(sum(_edges_per_s(*run) for run in runs))
-                together.append(_edges_per_s(*_start(config, place, f"together-{count}-{repeat}", count, steps)))
+                name = f"together-{count}-{repeat}"
+                together.append(
+                    alone[-1] if count == 1 else _edges_per_s(*_start(config, settings, place, name, count, steps))
+                )
             efficiency = statistics.median(a / b for a, b in zip(together, alone, strict=True))
             rows.append(
                 {
@@ -56,32 +69,62 @@ def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Pa
     report(f"scale: {config.global_batch_size} edges a process, {device}, medians of {repeats}", rows, {}, path)
 
 
-def _start(config: Config, folder: Path, name: str, processes: int, steps: int) -> tuple[Any, Path, int]:
-    """Launch a run of some steps in a folder of its own."""
-    output = folder / name
-    edges = config.global_batch_size * processes
+def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
+    """Write a small graph of some of the nodes, and return the flags of a run on it."""
+    generator = np.random.default_rng(0)
+    drawn = generator.permutation(len(graph.nodes))[:NODES]
+    nodes = [graph.nodes[int(row)] for row in drawn]
+    paths = [graph.paths.resolve(node["image_path"]) for node in nodes]
+    table = pd.DataFrame(
+        {
+            "node_id": drawn.astype(str),
+            "short_name": [node["short_name"] for node in nodes],
+            "summary": [node["summary"] for node in nodes],
+            "image_path": [str(Path(path).absolute()) if path is not None else "" for path in paths],
+        }
+    )
+    table.to_parquet(folder / "nodes.parquet")
+    ends = pd.DataFrame(drawn[generator.integers(0, len(drawn), (EDGES, 2))], columns=["src_id", "dst_id"])
+    ends.astype(str).to_parquet(folder / "edges.parquet")
     settings = {
         **dataclasses.asdict(config),
-        "global_batch_size": edges,
-        "output_dir": str(output),
-        "max_steps": steps,
-        "report_to": "none",
-        "resume": "never",
-        "save_every": 0,
+        "nodes": folder / "nodes.parquet",
+        "edges": folder / "edges.parquet",
+        "image_root": None,
         "demo": False,
+        "tower_cache": folder,
     }
-    flags = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    return [f"--{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def _start(
+    config: Config, settings: list[str], folder: Path, name: str, processes: int, steps: int
+) -> tuple[Any, Path, int]:
+    """Launch a run of some steps in a folder of its own."""
+    output, edges = folder / name, config.global_batch_size * processes
+    own = [f"--global_batch_size={edges}", f"--output_dir={output}", f"--max_steps={steps}", "--report_to=none",
+           "--resume=never", "--save_every=0"]  # fmt: skip
+    return _launch(folder, name, [*settings, *own], processes, threads=1), output, edges
+
+
+def _launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Any:
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(folder / "train.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log_file = (folder / f"{name}.log").open("w")
-    return subprocess.Popen(command, env=environment, stdout=log_file, stderr=subprocess.STDOUT), output, edges
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    with (folder / f"{name}.log").open("w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _finish(process: Any, log_file: Path) -> None:
+    if process.wait() != 0:
+        lines = log_file.read_text().splitlines()
+        said = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
+        raise UserError(f"bench scale: a run failed: {said[0]}")
 
 
 def _edges_per_s(process: Any, output: Path, edges: int) -> float:
-    if process.wait() != 0:
-        lines = output.with_suffix(".log").read_text().splitlines()
-        said = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
-        raise UserError(f"bench scale: a run failed: {said[0]}")
+    _finish(process, output.with_suffix(".log"))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["edges_per_s"] for row in rows[LEFT_OUT:])
