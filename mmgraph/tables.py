@@ -101,19 +101,21 @@ class ImagePaths:
     def __init__(self, nodes_path: str | Path, root: str | Path | None = None):
         if root is not None and not Path(root).is_dir():
             raise UserError(f"--image_root {root}: no such folder")
-        self.roots = (Path(root),) if root is not None else (Path(nodes_path).parent, Path())
+        roots = (Path(root),) if root is not None else (Path(nodes_path).parent, Path())
+        self.roots = ["" if str(folder) == "." else str(folder) for folder in roots]
 
     def resolve(self, image_path: object) -> str | None:
         """The path to open, or None where the row has no image."""
         if not isinstance(image_path, str) or not image_path.strip():
             return None
-        candidates = [root / image_path.replace("\\", "/") for root in self.roots]
+        # Not Path's: it interns the parts of every path, and the table of interned strings grows by megabytes.
+        candidates = [os.path.join(root, image_path.replace("\\", "/")) for root in self.roots]  # noqa: PTH118
         for candidate in candidates[:-1]:
             if os.path.exists(candidate):  # noqa: PTH110 - False, not an error, where a name is too long
-                return str(candidate)
+                return candidate
         if len(candidates) > 1 and not os.path.exists(candidates[-1]):  # noqa: PTH110
-            return str(candidates[0])
-        return str(candidates[-1])
+            return candidates[0]
+        return candidates[-1]
 
     def check(self, image_paths: pa.ChunkedArray | Sequence[str | None], seed: int, sample: int = 1000) -> None:
         """Look up to ``sample`` of the paths up, drawn by ``seed``, so that a wrong root is seen before training.

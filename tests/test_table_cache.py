@@ -225,7 +225,7 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
     for more, message in (
         (',"x",,,', "line 44: node_id is empty"),  # two fields before span lines
         ("n3,x,,,", "line 44: node_id 'n3' is already used in line 14"),
-        ("z,x,,,,,", "line 44, saw 7"),
+        ("z,x,,,,,", "line 42, saw 7"),
         ('z,"x', "not a readable CSV"),
     ):
         path.write_text(good + more + "\n")
