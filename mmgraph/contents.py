@@ -64,7 +64,7 @@ def read_contents(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
     kept = folder / f"texts-{fingerprint[:16]}.npy"
-    place = f"{Path(table).resolve()}\n" + "\n".join(str(root.resolve()) for root in paths.roots)
+    place = f"{Path(table).resolve()}\n" + "\n".join(str(Path(root).resolve()) for root in paths.roots)
     seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
     texts = _read(kept, HASH)
     known = len(texts) == len(nodes)

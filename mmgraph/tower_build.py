@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -34,6 +35,7 @@ from mmgraph.world import from_main_process, together
 
 FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
+PROGRESS_SECONDS = 60
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -161,43 +163,67 @@ def build(
     Another run that builds the same store shares the work. A build that is killed goes on where it stopped; it loses
     the shard that it was at.
     """
-    folder = recipe.folder
+    folder, entries = recipe.folder, sum(len(shard.rows) for shard in shards)
     speed = min(gather_object([estimate.matmul_flops_per_s(accelerator.device, torch.float32)]))
     seconds = expected.flops / (estimate.MATMUL_SHARE * speed * accelerator.num_processes)
-    entries = sum(len(shard.rows) for shard in shards)
     log(
         f"tower store: {folder}; {entries:,} texts and images go through the towers once, about "
         f"{estimate.size(expected.bytes)} and {estimate.duration(seconds)} (--tower_cache off runs the towers live)"
     )
-    on_disk = json.dumps(recipe.description, indent=2) + "\n"
     index, size = _place(accelerator, folder)
     if index == 0:
-        write_durably(folder / "store.json", lambda path: path.write_text(on_disk))
+        description = json.dumps(recipe.description, indent=2) + "\n"
+        write_durably(folder / "store.json", lambda path: path.write_text(description))
     begun = time.perf_counter()
     towers = Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
-    bar = tqdm(total=entries, unit="input", disable=None if accelerator.is_main_process else True, dynamic_ncols=True)
-    with ThreadPoolExecutor(max(1, config.num_workers)) as readers, bar:
-        maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers)
+    with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
+        maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
         left = shards[index::size] + [shard for i, shard in enumerate(shards) if i % size != index][::-1]
         while left:
             for shard in left:
                 with claimed(folder / shard.name) as file:
                     if file is not None:
-                        file.write(maker.make(shard, bar))
-                bar.n = sum(len(shard.rows) for shard in shards if (folder / shard.name).exists())
-                bar.refresh()
+                        file.write(maker.make(shard))
+                progress.stand(sum(len(shard.rows) for shard in shards if (folder / shard.name).exists()))
             left = [shard for shard in left if not (folder / shard.name).exists()]  # others are at these
             time.sleep(0.2 if left else 0)
     accelerator.wait_for_everyone()
     log(f"tower store: built in {estimate.duration(time.perf_counter() - begun)}")
 
 
+class _Progress:
+    """How far all builders together are: a bar on the main process's terminal, or a line a minute where it has none."""
+
+    def __init__(self, entries: int, accelerator: Accelerator):
+        shown = accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=entries, unit="input", disable=not shown, dynamic_ncols=True)
+        self.entries, self.terminal, self.begun = entries, shown, time.perf_counter()
+        self.told = self.begun
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, entries: int) -> None:
+        self.bar.update(entries)
+
+    def stand(self, done: int) -> None:
+        """``done`` entries are on the disk, whoever made them."""
+        now = time.perf_counter()
+        if self.terminal:
+            self.bar.n = done
+            self.bar.refresh()
+        elif now - self.told > PROGRESS_SECONDS and done:
+            self.told, left = now, (now - self.begun) * (self.entries / done - 1)
+            log(f"tower store: {done:,} of {self.entries:,}, about {estimate.duration(left)} left")
+
+
 def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     """This rank's number among those that write to the same folder, and how many these are."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
-    if accelerator.is_main_process:
-        probe.touch()
-    name = from_main_process(accelerator, lambda: probe.name)
+    name = from_main_process(accelerator, lambda: _touched(probe).name)
     shared = all(gather_object([(folder / name).exists()]))
     if accelerator.is_main_process:
         probe.unlink()
@@ -208,6 +234,11 @@ def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     return accelerator.local_process_index, 1 + max(hosts)
 
 
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
 class _Maker(NamedTuple):
     graph: Graph
     inputs: NodeInputs
@@ -215,15 +246,16 @@ class _Maker(NamedTuple):
     dtype: torch.dtype  # of the tokens
     device: torch.device
     readers: ThreadPoolExecutor
+    progress: _Progress
 
     @torch.no_grad()
-    def make(self, shard: Shard, bar: "tqdm[Any]") -> bytes:
+    def make(self, shard: Shard) -> bytes:
         """The bytes of a shard's file."""
         parts: dict[str, list[torch.Tensor]] = {}
         for entries in self._texts(shard) if shard.kind == "text" else self._images(shard):
             for name, tensor in entries.items():
                 parts.setdefault(name, []).append(tensor.cpu())
-            bar.update(len(entries["pooled"]))
+            self.progress.add(len(entries["pooled"]))
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if shard.kind == "text":
             tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors.pop("lengths").cumsum(0)])

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
 from mmgraph.world import from_main_process, together
 
+SHOWN_SECONDS = 120
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
 
 
@@ -125,13 +127,23 @@ def open_store(
         if refused is not None:
             raise UserError(f"--tower_cache {config.tower_cache}: {refused}")
         build(config, accelerator, graph, inputs, made_by, shards, expected)
-        store = together(accelerator, lambda: TowerStore(made_by.folder))
+        store = together(accelerator, lambda: _built(made_by.folder, contents))
     if config.tower_cache_local is not None:
         store = _stage(store, Path(config.tower_cache_local), accelerator)
     resident = together(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"in the memory of {accelerator.device}" if resident else "read as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
     return together(accelerator, lambda: StoredTokens(store, contents, accelerator.device, resident))
+
+
+def _built(folder: Path, contents: Contents) -> TowerStore:
+    """The store after it was built. A network file system may take a minute to show what other hosts wrote."""
+    deadline = time.monotonic() + SHOWN_SECONDS
+    while missing_shards(store := TowerStore(folder), contents):
+        if time.monotonic() > deadline:
+            raise UserError(f"tower store: {folder} lacks entries after it was built; start again")
+        time.sleep(1)
+    return store
 
 
 def existing_store(

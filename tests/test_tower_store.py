@@ -135,9 +135,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
     make = tower_build._Maker.make
 
-    def record(self: tower_build._Maker, shard: tower_build.Shard, bar: object) -> bytes:
+    def record(self: tower_build._Maker, shard: tower_build.Shard) -> bytes:
         seen.extend((shard.kind, row) for row in shard.rows.tolist())
-        return make(self, shard, bar)  # type: ignore[arg-type]
+        return make(self, shard)
 
     monkeypatch.setattr(tower_build._Maker, "make", record)
     return seen
