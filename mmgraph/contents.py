@@ -3,11 +3,10 @@
 import hashlib
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -16,19 +15,13 @@ from accelerate.utils import gather_object
 from mmgraph.files import write_durably
 from mmgraph.images import CAUSES, read_file
 from mmgraph.loader.node_inputs import node_text
+from mmgraph.node_table import NodeTable
 from mmgraph.tables import ImagePaths
 from mmgraph.world import together
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
 SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
-
-
-class Nodes(Protocol):
-    """N nodes, as dicts with ``short_name``, ``summary`` and ``image_path``."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
 
 
 class Contents(NamedTuple):
@@ -50,7 +43,7 @@ def image_hash(data: bytes | None, cause: int) -> bytes:
 
 
 def read_contents(
-    nodes: Nodes, paths: ImagePaths, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
+    nodes: NodeTable, paths: ImagePaths, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
 ) -> Contents:
     """Hash all nodes, each rank its share. Called by all ranks; every rank gets all hashes.
 
@@ -84,14 +77,14 @@ def read_contents(
     return Contents(texts, images["hash"])
 
 
-def _texts(nodes: Nodes, rows: Sequence[int]) -> np.ndarray:
-    return np.array([text_hash(node_text(nodes[row])) for row in rows], HASH)
+def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
+    return np.array([text_hash(node_text(node)) for node in nodes.scan(rows, ("short_name", "summary"))], HASH)
 
 
-def _images(nodes: Nodes, paths: ImagePaths, rows: Sequence[int], seen: Path) -> np.ndarray:
+def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.ndarray:
     """SEEN of the rows' image files; those that are as they were seen before are not read."""
     before = np.sort(_read(seen, SEEN), order="signature")
-    files = [paths.resolve(nodes[row]["image_path"]) for row in rows]
+    files = [paths.resolve(node["image_path"]) for node in nodes.scan(rows, ("image_path",))]
     found = np.zeros(len(rows), SEEN)
     found["signature"] = [_signature(file) for file in files]
     places = np.searchsorted(before["signature"], found["signature"])

@@ -2,6 +2,7 @@
 
 import mmap
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pyarrow as pa
 from torch.utils.data import Dataset
 
 from mmgraph.table_files import arrow_batches
+
+SCANNED_AT_ONCE = 1024  # rows
 
 
 class NodeTable(Dataset[dict[str, Any]]):
@@ -51,6 +54,13 @@ class NodeTable(Dataset[dict[str, Any]]):
         values = {name: column[place].as_py() for name, column in columns.items()}
         self.release()
         return values
+
+    def scan(self, rows: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Some columns of consecutive rows; many times as fast as row by row."""
+        table = self.table.select(list(columns))
+        for start in range(rows.start, rows.stop, SCANNED_AT_ONCE):
+            yield from table.slice(start, min(SCANNED_AT_ONCE, rows.stop - start)).to_pylist()
+            self.release()
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, to be scanned; call :meth:`release` when that is done."""
