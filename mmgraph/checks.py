@@ -63,6 +63,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     findings = [
         *_world(accelerator, ranks),
         *(_device(number, rank) for number, rank in enumerate(ranks)),
+        *_precision(accelerator),
         *_towers(config, ranks),
         f"every rank has the same {', '.join(SAME_EVERYWHERE)}",
         _batch(config, accelerator, len(graph.rows)),
@@ -152,6 +153,15 @@ def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
 
 def _device(number: int, rank: Rank) -> str:
     return f"rank {number}: {rank.host}, {rank.device}, {rank.free_gb:.1f} of {rank.total_gb:.1f} GB free"
+
+
+def _precision(accelerator: Accelerator) -> list[str]:
+    info = Path("/proc/cpuinfo")
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16" or not info.exists():
+        return []
+    if {"amx_bf16", "avx512_bf16", "bf16"} & set(info.read_text().split()):
+        return []
+    return ["warning: this CPU has no bf16 instructions, so bf16 is many times slower than --mixed_precision no"]
 
 
 def _towers(config: Config, ranks: list[Rank]) -> list[str]:

@@ -40,7 +40,8 @@ def shape(text: CLIPTextConfig, vision: CLIPVisionConfig, config: Config) -> Sha
     both_towers = tower_flops(text, length) + tower_flops(vision, patches + 1)
     width = config.fused_dim
     projections = length * text.hidden_size * width + patches * vision.hidden_size * width
-    attention_and_ffn = 8 * (length + patches) * width**2 + 4 * length * patches * width
+    # Four projections a token, and two for the first layer after them: the second is applied to their mean.
+    attention_and_ffn = 6 * (length + patches) * width**2 + 4 * length * patches * width
     return Shape(
         frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, both_towers,
         2.0 * (projections + attention_and_ffn),
