@@ -16,10 +16,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--tables", action="store_true", help="only the memory of tables, over an epoch")
     scale = kinds.add_parser("scale", help="one run of N processes against N runs, one thread each")
     scale.add_argument("--processes", type=positive, default=2, help="up to this many (2)")
-    scale.add_argument("--steps", type=positive, default=10, help="of a run (10)")
+    scale.add_argument("--steps", type=positive, default=8, help="of a run (8)")
     loss = kinds.add_parser("loss", help="InfoNCE in parts against the plain one, time and memory")
     loss.add_argument("--sizes", type=positive, nargs="+", default=[1024, 4096, 8192], help="edges (1024 4096 8192)")
-    for kind, rounds in ((step, 7), (data, 1), (scale, 2), (loss, 5)):
+    for kind, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
         kind.add_argument("--repeats", type=positive, default=rounds, help=f"rounds that medians are of ({rounds})")
         kind.add_argument("--json", type=Path, help="file to write the figures to")
 
