@@ -1,0 +1,99 @@
+"""mmgraph bench: each kind measures, prints and writes what it says; the plain step is the original's."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, run, settings
+
+from mmgraph.bench.loss import compare_losses
+from mmgraph.bench.step import PlainModule
+from mmgraph.cli import main
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.towers import Tokens
+
+
+def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[str, float]]:
+    path = tmp_path / f"{what}.json"
+    assert main(["bench", what, f"--json={path}", *more, *settings(graph, tmp_path / "unused")]) == 0
+    assert not (tmp_path / "unused").exists()
+    return json.loads(path.read_text())
+
+
+def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench(graph, tmp_path, "step", "--repeats=3")
+    rows = {row["step"]: row for row in found["rows"]}
+    assert list(rows) == ["plain", "live", "stored"]
+    for row in rows.values():
+        phases = [row[phase] for phase in ("data", "towers", "forward", "backward", "optimizer")]
+        assert min(phases) > 0 and sum(phases) == pytest.approx(row["whole"], rel=0.5)
+    assert found["figures"]["stored against plain"] > 1
+    assert 12 < found["figures"]["distinct nodes a step"] < 24
+    assert f"{rows['plain']['whole']:.3g}" in (said := capsys.readouterr().out) and "edges/s" in said
+
+
+def test_the_plain_module_is_the_original() -> None:
+    """Its results are those of the trained module, by torch's own attention and a layer on each token."""
+    torch.manual_seed(0)
+    trained = TrainedModule(24, 40, 32, 16)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
+    tokens = Tokens(torch.randn(3, 9, 24), mask, torch.randn(3, 5, 40))
+    for ours, plain in zip(trained(tokens), PlainModule(trained)(*tokens), strict=True):
+        assert torch.allclose(ours, plain, atol=1e-6)
+
+
+def test_data(graph: Path, tmp_path: Path) -> None:
+    found = bench(graph, tmp_path, "data", "--image_cache_gb=1")
+    figures = found["figures"]
+    assert figures["nodes"] == 40 and figures["edges"] == 200
+    assert figures["epoch 2: lookups that decode nothing"] == 1
+    # 16 steps of 12 edges look 384 pictures up, of which each is decoded once.
+    assert figures["epoch 1: lookups that decode nothing"] == pytest.approx(1 - 40 / 384, abs=0.02)
+    assert {row["what"] for row in found["rows"]} >= {"tokenise a text", "decode and resize it"}
+
+
+def test_loss(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmgraph import losses
+
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4096)
+    found = bench(graph, tmp_path, "loss", "--sizes", "64", "300", "--repeats=2")
+    assert [row["edges"] for row in found["rows"]] == [64, 300]
+    assert all(row["difference"] < 1e-5 and row["time ratio"] > 0 for row in found["rows"])
+    assert losses.LOGITS_AT_ONCE == 4096
+
+
+def test_scale(graph: Path, tmp_path: Path) -> None:
+    found = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=6")
+    assert [row["processes"] for row in found["rows"]] == [1, 2]
+    assert all(row["efficiency"] > 0.1 for row in found["rows"])
+
+
+def test_a_graph_to_measure_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmgraph.bench import graph as bench_graph
+
+    build = bench_graph.build_towers
+    monkeypatch.setattr(bench_graph, "build_towers", lambda folder, texts, real_size: build(folder, texts))
+    pd.DataFrame({"src_id": ["x", "y", "x"], "dst_id": ["y", "z", "x"]}).to_csv(tmp_path / "edges.csv", index=False)
+    assert main(["bench", "graph", str(tmp_path / "a"), f"--structure={tmp_path / 'edges.csv'}"]) == 0
+    nodes = pd.read_csv(tmp_path / "a/nodes.csv")
+    assert nodes["node_id"].tolist() == ["x", "y", "z"] and len(list((tmp_path / "a/images").iterdir())) == 3
+    assert all(40 <= len(summary.split()) <= 80 for summary in nodes["summary"])
+    assert len(pd.read_parquet(tmp_path / "a/edges.parquet")) == 3
+    assert main(["bench", "graph", str(tmp_path / "a")]) == 2
+    assert main(["bench", "graph", str(tmp_path / "b"), "--num_nodes=50", "--num_edges=90", "--num_images=4"]) == 0
+    assert len(pd.read_csv(tmp_path / "b/nodes.csv")) == 50 and len(list((tmp_path / "b/images").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_large_batches_in_little_memory() -> None:
+    """8,192 edges in parts against the plain loss."""
+    row = compare_losses(8192, 256, torch.device("cpu"), repeats=3)
+    assert row["parts GB"] < 0.6 and row["time ratio"] < 1.3 and row["difference"] < 1e-6
+
+
+def test_wrong_flags_are_one_line() -> None:
+    for arguments in (["bench"], ["bench", "speed"], ["bench", "step", "--nodez=1"], ["bench", "graph"]):
+        done = run(["python", "-m", "mmgraph", *arguments], cwd=REPOSITORY)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
