@@ -21,6 +21,7 @@ from mmgraph.world import together
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
+AT_ONCE = 4096  # image files that are asked for ahead
 SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
 
 
@@ -60,15 +61,15 @@ def read_contents(
     place = f"{Path(table).resolve()}\n" + "\n".join(str(Path(root).resolve()) for root in paths.roots)
     seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
     texts = _read(kept, HASH)
-    known = len(texts) == len(nodes)
+    known = all(gather_object([len(texts) == len(nodes)]))  # on every host
     own = together(
-        accelerator, lambda: (_texts(nodes, rows) if not known else texts[:0], _images(nodes, paths, rows, seen))
+        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, paths, rows, seen))
     )
     parts: list[tuple[np.ndarray, np.ndarray]] = gather_object([own])
     images = np.concatenate([part[1] for part in parts])
     if not known:
         texts = np.concatenate([part[0] for part in parts])
-    if accelerator.is_main_process:
+    if accelerator.is_local_main_process:
         with suppress(OSError):  # a folder that can only be read
             folder.mkdir(parents=True, exist_ok=True)
             if not known:
@@ -92,14 +93,21 @@ def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.
     same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(rows), bool)
     same &= found["signature"] != b""
     found["hash"][same] = before["hash"][places[same]]
-    others = np.flatnonzero(~same)
+    others = np.flatnonzero(~same).tolist()
     with ThreadPoolExecutor(8) as readers:
-        hashes = readers.map(lambda i: image_hash(*read_file(files[i])), others.tolist())
-        for i, found_hash in zip(others.tolist(), hashes, strict=True):
-            found["hash"][i] = found_hash
-    changed = np.array([i for i in others.tolist() if _signature(files[i]) != found["signature"][i].ljust(16, b"\0")])
-    found["signature"][changed.astype(int)] = b""  # changed while it was read: to be read again at the next start
+        for start in range(0, len(others), AT_ONCE):
+            part = others[start : start + AT_ONCE]
+            for i, (found_hash, cause) in zip(part, readers.map(lambda i: _hash_file(files[i]), part), strict=True):
+                found["hash"][i] = found_hash
+                passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
+                if passing or _signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
+                    found["signature"][i] = b""  # to be read again then
     return found
+
+
+def _hash_file(file: str | None) -> tuple[bytes, int]:
+    data, cause = read_file(file)
+    return image_hash(data, cause), cause
 
 
 def _signature(path: str | None) -> bytes:
@@ -126,4 +134,4 @@ def _write(path: Path, hashes: np.ndarray) -> None:
         with temporary.open("wb") as file:
             np.save(file, hashes)
 
-    write_durably(path, save)
+    write_durably(path, save, shared=True)

@@ -2,15 +2,23 @@
 
 import fcntl
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+POLL_SECONDS = 0.2
 
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
+
+def write_durably(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``.
+
+    Args:
+        shared: other processes may write ``path`` at the same time; the last to rename wins.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
         write(temporary)
         sync(temporary)
@@ -20,16 +28,31 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
+    """Have ``path`` made by whichever process comes first, and wait until it is there."""
+    while not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(path) as file:
+            if file is not None:
+                make(file)
+        if file is None:
+            time.sleep(POLL_SECONDS)  # another process is at it: it will be there, or free for this one to make
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO | None]:
     """An empty file to fill, which is synced and renamed to ``path`` when the block ends without an error.
 
     None where ``path`` is there already, or another process is making it: a claim is a lock on the temporary file, so
     it ends with its process, killed or not, and the next claim begins the same file anew. On a file system without
-    locks both make it; the last to rename wins.
+    locks each makes a file of its own; the last to rename wins.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    file = _locked(temporary)
+    try:
+        file = _locked(temporary)
+    except NotImplementedError:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        file = temporary.open("w+b")
     if file is None or path.exists():
         if file is not None:
             temporary.unlink(missing_ok=True)
@@ -49,7 +72,11 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _locked(path: Path) -> BinaryIO | None:
-    """Open ``path`` empty, for this process alone; None where another has it."""
+    """Open ``path`` empty, for this process alone; None where another has it.
+
+    Raises:
+        NotImplementedError: there are no locks here.
+    """
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what was written can be gone back to
         try:
@@ -57,8 +84,10 @@ def _locked(path: Path) -> BinaryIO | None:
         except (BlockingIOError, PermissionError):
             file.close()
             return None
-        except OSError:
-            pass  # no locks here
+        except OSError as error:
+            file.close()
+            path.unlink(missing_ok=True)
+            raise NotImplementedError from error
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 file.truncate(0)

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from mmgraph.edge_table import EdgeTable, EdgeWriter
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder, claimed, write_durably
+from mmgraph.files import cache_folder, make_once, write_durably
 from mmgraph.node_table import NodeTable
 from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
@@ -29,7 +29,6 @@ from mmgraph.text_log import log
 
 ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
 EDGES_AT_ONCE = 1 << 20  # looked up in one go
-POLL_SECONDS = 0.2
 
 _stand_ins: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
 
@@ -86,14 +85,8 @@ def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
-    while not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(path) as file:
-            if file is not None:
-                write(file, path)
-                pa.default_memory_pool().release_unused()
-        if file is None:
-            time.sleep(POLL_SECONDS)  # another process is at it: it will be there, or free for this one to make
+    make_once(path, lambda file: write(file, path))
+    pa.default_memory_pool().release_unused()
     return path
 
 
@@ -186,7 +179,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     if not writer.count:
         check_dropped(path, *dropped)  # an error, of which nothing is kept
     _end(path, digest, start)
-    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(dropped)))
+    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(dropped)), shared=True)
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:

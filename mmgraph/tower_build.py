@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +25,12 @@ from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
 from mmgraph.contents import HASH, Contents, image_hash
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder, claimed, write_durably
+from mmgraph.files import POLL_SECONDS, cache_folder, claimed, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
 from mmgraph.loader.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.text_log import log
-from mmgraph.tower_store import SHARD, Kind, TowerStore, shard_name
+from mmgraph.tower_store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
 from mmgraph.towers import Towers, load_towers
 from mmgraph.world import from_main_process, together
 
@@ -107,10 +108,10 @@ def missing_shards(store: TowerStore, contents: Contents, among: np.ndarray | No
     for kind, hashes in every.items():
         distinct, first = np.unique(hashes[among], return_index=True)
         rows = np.sort(among[first][store.shards(kind).find(distinct) < 0])
-        parts = [rows[start : start + SHARD] for start in range(0, len(rows), SHARD)]
+        size = max(SHARD, -(-len(distinct) // MOST_SHARDS))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         shards[kind] = [Shard(kind, shard_name(kind, hashes[part]), part, hashes[part]) for part in parts]
-    both = [(i / max(1, len(of_kind)), shard) for of_kind in shards.values() for i, shard in enumerate(of_kind)]
-    return [shard for _, shard in sorted(both, key=lambda item: item[0])]  # both kinds evenly, for an even pace
+    return [*shards["image"], *shards["text"]]
 
 
 class Cost(NamedTuple):
@@ -173,31 +174,27 @@ def build(
     index, size = _place(accelerator, folder)
     if index == 0:
         description = json.dumps(recipe.description, indent=2) + "\n"
-        write_durably(folder / "store.json", lambda path: path.write_text(description))
+        write_durably(folder / "store.json", lambda path: path.write_text(description), shared=True)
     begun = time.perf_counter()
     towers = Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
+    own = shards[index::size]
+    queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % size != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
         maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
-        left = shards[index::size] + [shard for i, shard in enumerate(shards) if i % size != index][::-1]
-        while left:
-            for shard in left:
-                with claimed(folder / shard.name) as file:
-                    if file is not None:
-                        file.write(maker.make(shard))
-                progress.stand(sum(len(shard.rows) for shard in shards if (folder / shard.name).exists()))
-            left = [shard for shard in left if not (folder / shard.name).exists()]  # others are at these
-            time.sleep(0.2 if left else 0)
-    accelerator.wait_for_everyone()
+        # In step with the others, a shard at a time: no rank waits longer for another, and all learn of a failure.
+        while any(gather_object([bool(queue)])):
+            made = together(accelerator, lambda: maker.make_next(queue, folder))
+            progress.add(sum(gather_object([made])) - made)  # what others made; its own the maker tells
     log(f"tower store: built in {estimate.duration(time.perf_counter() - begun)}")
 
 
 class _Progress:
-    """How far all builders together are: a bar on the main process's terminal, or a line a minute where it has none."""
+    """How far all ranks together are: a bar on the main process's terminal, or a line a minute where it has none."""
 
     def __init__(self, entries: int, accelerator: Accelerator):
-        shown = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=entries, unit="input", disable=not shown, dynamic_ncols=True)
-        self.entries, self.terminal, self.begun = entries, shown, time.perf_counter()
+        self.terminal = accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=entries, unit="input", disable=not self.terminal, dynamic_ncols=True)
+        self.entries, self.done, self.begun = entries, 0, time.perf_counter()
         self.told = self.begun
 
     def __enter__(self) -> "_Progress":
@@ -207,17 +204,12 @@ class _Progress:
         self.bar.close()
 
     def add(self, entries: int) -> None:
-        self.bar.update(entries)
-
-    def stand(self, done: int) -> None:
-        """``done`` entries are on the disk, whoever made them."""
         now = time.perf_counter()
-        if self.terminal:
-            self.bar.n = done
-            self.bar.refresh()
-        elif now - self.told > PROGRESS_SECONDS and done:
-            self.told, left = now, (now - self.begun) * (self.entries / done - 1)
-            log(f"tower store: {done:,} of {self.entries:,}, about {estimate.duration(left)} left")
+        self.done += entries
+        self.bar.update(entries)
+        if not self.terminal and self.done and now - self.told > PROGRESS_SECONDS:
+            self.told, left = now, (now - self.begun) * (self.entries / self.done - 1)
+            log(f"tower store: {self.done:,} of {self.entries:,}, about {estimate.duration(left)} left")
 
 
 def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
@@ -246,7 +238,23 @@ class _Maker(NamedTuple):
     dtype: torch.dtype  # of the tokens
     device: torch.device
     readers: ThreadPoolExecutor
-    progress: _Progress
+    progress: "_Progress"
+
+    def make_next(self, queue: "deque[Shard]", folder: Path) -> int:
+        """Make the first shard of the queue that nobody has made or is making; 0, or how many entries it has.
+
+        What is there leaves the queue; what others are at goes to its end, for they may be killed.
+        """
+        for _ in range(len(queue)):
+            shard = queue.popleft()
+            with claimed(folder / shard.name) as file:
+                if file is not None:
+                    file.write(self.make(shard))
+                    return len(shard.rows)
+            if not (folder / shard.name).exists():
+                queue.append(shard)
+        time.sleep(POLL_SECONDS if queue else 0)
+        return 0
 
     @torch.no_grad()
     def make(self, shard: Shard) -> bytes:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder, claimed
+from mmgraph.files import cache_folder, make_once
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs
@@ -30,7 +31,7 @@ from mmgraph.text_log import log
 from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
-from mmgraph.world import from_main_process, together
+from mmgraph.world import together
 
 SHOWN_SECONDS = 120
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
@@ -49,6 +50,8 @@ class StoredTokens:
     def __init__(self, store: TowerStore, contents: Contents, device: torch.device, resident: bool = False):
         self.store, self.device = store, device
         self.texts, self.images = store.texts.find(contents.texts), store.images.find(contents.images)  # (N,) places
+        if min(self.texts.min(), self.images.min()) < 0:
+            raise UserError(f"tower store: {store.folder} lacks entries; start again, and they are made")
         distinct, inverse = np.unique(self.images, return_inverse=True)
         self.image_causes = store.images.gather("causes", distinct).numpy()[inverse]  # (N,)
         self.resident: ResidentTokens | None = None
@@ -120,7 +123,8 @@ def open_store(
         refused = None
         if config.tower_cache == "auto" and planned_nodes <= sum(len(shard.rows) for shard in shards) / 2:
             refused = f"the planned steps see {planned_nodes:,} nodes, fewer than a store of all would have to"
-        refused = from_main_process(accelerator, lambda: refused or refusal(made_by.folder, expected.bytes))
+        refusals = gather_object([refused or refusal(made_by.folder, expected.bytes)])  # of each host's disk
+        refused = next((reason for reason in refusals if reason is not None), None)
         if refused is not None and config.tower_cache == "auto":
             log(f"live towers: {refused}")
             return None
@@ -193,9 +197,8 @@ def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerSto
         target.mkdir(parents=True, exist_ok=True)
         size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for file in files[accelerator.local_process_index :: size]:
-            with claimed(target / file.name) as copy:
-                if copy is not None:
-                    shutil.copyfileobj(file.open("rb"), copy, 1 << 24)
+            with file.open("rb") as original:
+                make_once(target / file.name, partial(shutil.copyfileobj, original))
     except OSError as error:
         failure = f"--tower_cache_local {local}: {error.strerror}"
     failures = [found for found in gather_object([failure]) if found is not None]

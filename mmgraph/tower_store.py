@@ -24,6 +24,7 @@ from mmgraph.errors import UserError
 from mmgraph.towers import Tokens
 
 SHARD = 512  # entries: what a build that is killed computes again
+MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
 
 Kind = Literal["text", "image"]
 
@@ -74,7 +75,7 @@ class Shards:
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)  # reads the header; the kernel reads the rest when it is used
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last where the kernel maps no more files
         raise UserError(
             f"tower store: {file} cannot be read ({error}); remove it, and its entries are made anew"
         ) from None
@@ -127,15 +128,22 @@ class ResidentTokens(NamedTuple):
     @classmethod
     def load(cls, store: TowerStore, texts: np.ndarray, images: np.ndarray, device: torch.device) -> "ResidentTokens":
         """The entries at the places ``texts`` and ``images``, each ascending; a shard at a time passes host memory."""
-        text, offsets, begin = [], [torch.zeros(1, dtype=torch.int64)], 0
+        lengths = torch.cat([shard["offsets"].diff()[entries] for shard, entries in store.texts.by_shard(texts)])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        first, picture = store.texts.tensors[0]["tokens"], store.images.tensors[0]["patches"]
+        text = torch.empty((int(offsets[-1]), first.shape[1]), dtype=first.dtype, device=device)
+        begin = 0
         for shard, entries in store.texts.by_shard(texts):
-            starts, ends = shard["offsets"][entries], shard["offsets"][entries + 1]
-            spans = zip(starts.tolist(), ends.tolist(), strict=True)
-            text.append(torch.cat([shard["tokens"][start:end] for start, end in spans]).to(device))
-            offsets.append(begin + (ends - starts).cumsum(0))
-            begin = int(offsets[-1][-1])
-        patches = [shard["patches"][entries].to(device) for shard, entries in store.images.by_shard(images)]
-        return cls(torch.cat(text), torch.cat(offsets).to(device), torch.cat(patches))
+            spans = zip(shard["offsets"][entries].tolist(), shard["offsets"][entries + 1].tolist(), strict=True)
+            part = torch.cat([shard["tokens"][start:end] for start, end in spans])
+            text[begin : begin + len(part)] = part.to(device)
+            begin += len(part)
+        patches = torch.empty((len(images), *picture.shape[1:]), dtype=picture.dtype, device=device)
+        begin = 0
+        for shard, entries in store.images.by_shard(images):
+            patches[begin : begin + len(entries)] = shard["patches"][entries].to(device)
+            begin += len(entries)
+        return cls(text, offsets.to(device), patches)
 
     def tokens(self, texts: torch.Tensor, images: torch.Tensor, length: int) -> Tokens:
         """As :meth:`TowerStore.tokens`, of the entries with these numbers (U,), on the device.

@@ -135,8 +135,9 @@ def _create_moments(engine: Any, adam_step: int) -> None:
     zero, base = engine.optimizer, engine.basic_optimizer
     stage3 = engine.zero_optimization_stage() == 3
     for partition in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+        fused = base.param_groups[0].get("fused")  # reads its step on the device
         base.state[partition] = {
-            "step": torch.tensor(float(adam_step)),
+            "step": torch.tensor(float(adam_step), device=partition.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(partition),
             "exp_avg_sq": torch.zeros_like(partition),
         }

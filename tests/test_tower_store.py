@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import graph_files, launch, loss_difference, read_metrics, run, settings
+from conftest import graph_files, launch, loss_difference, run, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from mmgraph import tower_build, tower_cache, trainer
 from mmgraph.cli import main, train_main
 from mmgraph.config import parse_config
+from mmgraph.errors import UserError
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
 from mmgraph.tower_cache import StoredTokens
@@ -232,6 +233,53 @@ def test_two_runs_build_one_store(graph: Path, own_graph: Path, tmp_path: Path) 
     assert files_of(store_of(own_graph)) == files_of(store_of(alone))
 
 
+HOSTS = """
+import os, sys
+os.environ["MMGRAPH_CACHE"] = sys.argv[1] + os.environ["RANK"]
+from mmgraph.cli import train_main
+sys.exit(train_main(sys.argv[2:]))
+"""
+
+
+def test_hosts_without_a_shared_file_system(own_graph: Path, tmp_path: Path) -> None:
+    """Each rank has a cache of its own: built, found again, and mended where one has lost a file."""
+    (tmp_path / "host.py").write_text(HOSTS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += [str(tmp_path / "host.py"), str(tmp_path / "cache")]
+    for steps in (8, 16, 24):
+        done = run([*launcher, *settings(own_graph, tmp_path / "run", f"--max_steps={steps}", "--epochs=9")])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        stores = [list((tmp_path / f"cache{rank}").glob("towers-*/*.safetensors")) for rank in (0, 1)]
+        assert len(stores[0]) == len(stores[1]) == 2
+        if steps == 16:
+            stores[1][0].unlink()
+    assert train_main(settings(own_graph, tmp_path / "live", "--max_steps=24", "--tower_cache=off")) == 0
+    assert loss_difference(tmp_path / "run", tmp_path / "live", 24) < 1e-5
+
+
+def test_a_file_that_could_not_be_read_once_is_read_again(
+    own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmgraph import contents
+
+    age(own_graph)
+    read = contents.read_file
+    failed = iter([(None, CAUSES.index("unreadable"))])
+    monkeypatch.setattr(contents, "read_file", lambda file: next(failed, None) or read(file))
+    assert main(["cache", *flags(own_graph)]) == 2
+    assert "changed while" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert CAUSES[3] not in capsys.readouterr().out
+
+
+def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path) -> None:
+    assert main(["cache", *flags(own_graph)]) == 0
+    for resident in (False, True):
+        with pytest.raises(UserError, match="lacks entries"):
+            StoredTokens(TowerStore(tmp_path), contents_of(own_graph), torch.device("cpu"), resident)
+
+
 def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
     own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,13 +379,15 @@ def test_encode_reads_the_store(
 
 
 def test_the_first_step_comes_soon(own_graph: Path, tmp_path: Path) -> None:
-    """Within 15 s of the launch, where the store is there; on a machine that does nothing else."""
+    """Within 15 s of the launch, where the store is there; the better of two launches, for machines are shared."""
     assert main(["cache", *flags(own_graph)]) == 0
-    begun = time.time()
-    launch("cpu.yaml", *settings(own_graph, tmp_path / "run", "--max_steps=1"))
-    seconds = (tmp_path / "run/metrics.jsonl").stat().st_mtime - begun
-    print(f"first step after {seconds:.1f} s")
-    assert read_metrics(tmp_path / "run")[0]["step"] == 1 and seconds < 30
+    seconds = []
+    for name in ("one", "two"):
+        begun = time.time()
+        launch("cpu.yaml", *settings(own_graph, tmp_path / name, "--max_steps=1"))
+        seconds.append((tmp_path / name / "metrics.jsonl").stat().st_mtime - begun)
+    print(f"first step after {min(seconds):.1f} s")
+    assert min(seconds) < 15
 
 
 def test_cache_is_told_of_wrong_flags(own_graph: Path) -> None:

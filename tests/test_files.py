@@ -1,0 +1,64 @@
+"""Files that several processes make: once, whole, with and without locks."""
+
+import errno
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from mmgraph import files
+from mmgraph.files import claimed, make_once, write_durably
+
+
+def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
+    if not locks:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.ENOSYS, "no locks")
+
+        files.fcntl.lockf = refuse
+
+    def make(file: object) -> None:
+        for _ in range(50):
+            file.write(byte * 1000)  # type: ignore[attr-defined]
+            file.flush()  # type: ignore[attr-defined]
+            time.sleep(0.005)
+
+    make_once(path, make)
+    assert set(path.read_bytes()) == {path.read_bytes()[0]} and path.stat().st_size == 50_000
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_several_makers_leave_one_whole_file(tmp_path: Path, locks: bool) -> None:
+    path = tmp_path / "made"
+    makers = [multiprocessing.Process(target=make_slowly, args=(path, bytes([i]), locks)) for i in range(3)]
+    for maker in makers:
+        maker.start()
+        time.sleep(0.05)
+    for maker in makers:
+        maker.join()
+        assert maker.exitcode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), claimed(tmp_path / "a") as file:
+        assert file is not None
+        file.write(b"half")
+        raise RuntimeError
+    for shared in (False, True):
+        with pytest.raises(RuntimeError):
+            write_durably(tmp_path / "b", fail, shared)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("there")
+    with claimed(tmp_path / "a") as file:
+        assert file is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
