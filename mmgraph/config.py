@@ -174,7 +174,7 @@ GROUPS = {  # how --help_all sets the flags out
 }  # fmt: skip
 COMMON = {  # what --help shows
     "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "num_workers", "tower_cache", "output_dir", "resume", "report_to", "check",
+    "seed", "num_workers", "output_dir", "resume", "report_to", "check",
 }  # fmt: skip
 
 

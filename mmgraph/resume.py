@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from mmgraph.checkpoints import TrainedState, read_checkpoint, tower_configs, trained_state
+from mmgraph.checkpoints import TrainedState, read_checkpoint, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.state import Progress, newest_state, read_record, read_state
 from mmgraph.text_log import log
+from mmgraph.towers import load_tower_configs
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
 
@@ -93,7 +94,7 @@ def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[
     if epoch >= config.epochs:
         raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
     with torch.device("meta"):
-        d_text, d_vis = (tower.hidden_size for tower in tower_configs(config.model_name))
+        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
         module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
     return trained_state(checkpoint, [name for name, _ in module.named_parameters()], path), epoch
 

@@ -21,7 +21,6 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from mmgraph import estimate
-from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
 from mmgraph.contents import HASH, Contents, image_hash
 from mmgraph.errors import UserError
@@ -31,7 +30,7 @@ from mmgraph.images import read_file
 from mmgraph.loader.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.text_log import log
 from mmgraph.tower_store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
-from mmgraph.towers import Towers, load_towers
+from mmgraph.towers import Towers, load_tower_configs, load_towers
 from mmgraph.world import from_main_process, together
 
 FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
@@ -67,7 +66,7 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
     dtype = config.tower_cache_dtype
     if dtype == "auto":
         dtype = "float32" if precision == "no" else "float16"
-    text, vision = tower_configs(config.model_name)
+    text, vision = load_tower_configs(config.model_name)
     both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
             "layer_norm_eps")  # fmt: skip
     tokenizer = json.loads(inputs.tokenizer.backend_tokenizer.to_str())
@@ -123,7 +122,7 @@ class Cost(NamedTuple):
 
 def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
     """Texts are as long as those of up to 256 of the nodes, in tokens."""
-    text, vision = tower_configs(config.model_name)
+    text, vision = load_tower_configs(config.model_name)
     counts = {kind: sum(len(shard.rows) for shard in shards if shard.kind == kind) for kind in ("text", "image")}
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
     _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in drawn])

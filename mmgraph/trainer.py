@@ -27,7 +27,14 @@ from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import flush_log, log
 from mmgraph.tower_cache import StoredTokens, open_store
-from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor, load_towers, read_tower_state
+from mmgraph.towers import (
+    LiveTowers,
+    fingerprint,
+    load_tokenizer_and_processor,
+    load_tower_configs,
+    load_towers,
+    read_tower_state,
+)
 from mmgraph.world import compute_dtype, from_main_process, on_main_process, peak_memory_gb, together
 
 
@@ -88,7 +95,7 @@ class Trainer:
     def _build(self, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)
-        d_text, d_vis = (tower.hidden_size for tower in checkpoints.tower_configs(config.model_name))
+        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
         module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
         self.trained_parameters = sum(parameter.numel() for parameter in module.parameters())
         if trained is not None:

@@ -23,13 +23,14 @@ def test_check_says_all_and_leaves_nothing(graph: Path, tmp_path: Path) -> None:
     done = launch("cpu_2proc.yaml", *settings(graph, tmp_path / "run", "--check", "--micro_batch_size=2"))
     expected = [
         r"2 processes \(MULTI_CPU\), device cpu, \d thread\(s\) each, precision no, 12 edges a step, 6 a process",
-        r"2 process\(es\) on 1 host\(s\), as launched, met at 127.0.0.1:\d+",
+        r"2 process\(es\) on 1 host\(s\), as launched, met at (127.0.0.1|localhost):\d+",
         r"rank 0: \S+, cpu, \d thread\(s\), [\d.]+ of [\d.]+ GB free",
         r"rank 1: \S+, cpu, \d thread\(s\), [\d.]+ of [\d.]+ GB free",
         r"every rank has the same settings, precision, node table, edge table, towers, versions",
         r"12 edges a step, 6 a process, 2 at once; 16 steps an epoch, which leaves out 8 of 200 edges",
         r"\S+: writable, [\d.]+ GB free; a whole run takes up to [\d.]+ GB",
         r"about [\d.]+ GB of memory a process, by estimate",
+        r"each node goes through the towers once, before the first step; the tokens take up to [\d.]+ MB",
         r"about [\d.e-]+ s a step at full text length, by estimate \(60% of the [\d,]+ GFLOP/s measured in a matrix .*",
         r"checked: 40 nodes, 200 edges; nothing was trained",
     ]

@@ -93,8 +93,8 @@ def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
-    read = node_inputs.read_image
-    monkeypatch.setattr(node_inputs, "read_image", lambda path, how: reads.append(path) or read(path, how))
+    read = node_inputs.read_file
+    monkeypatch.setattr(node_inputs, "read_file", lambda path: reads.append(path) or read(path))
     return reads
 
 

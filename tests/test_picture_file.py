@@ -24,6 +24,7 @@ from mmgraph import trainer
 from mmgraph.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.cli import train_main
 from mmgraph.config import parse_config
+from mmgraph.files import cache_folder
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES, Preprocessing
 from mmgraph.loader import picture_file
@@ -269,7 +270,9 @@ Case = namedtuple("Case", "config preprocessing")
 @pytest.fixture
 def case(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))
-    config = parse_config(settings(graph, tmp_path / "run", "--max_steps=3", "--report_to=none", "--cache_size=0"))
+    config = parse_config(
+        settings(graph, tmp_path / "run", "--max_steps=3", "--report_to=none", "--cache_size=0", "--tower_cache=off")
+    )
     yield Case(config, Preprocessing(load_tokenizer_and_processor(config.model_name)[1]))
 
 
@@ -280,10 +283,11 @@ def replaced(config: Any, **values: Any) -> Any:
 def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = slot_bytes((3, 72, 72))
     graph = load_graph(case.config)
+    capsys.readouterr()
     names = set()
     for pictures in (0.5, 7.9, 8, 39.9, 40, 1000):
         config = replaced(case.config, image_cache_gb=pictures * one / 1e9 * (1 + 1e-9))
-        file = shared_pictures(config, graph, case.preprocessing)
+        file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
         room = min(int(pictures), 40)
         assert (file.slots >= 0).sum() == room and file.path.stat().st_size == room * one
         assert file.path.parent == tmp_path / "cache" and file.path.stat().st_blocks == 0  # sparse
@@ -297,9 +301,9 @@ def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: py
         (config, graph._replace(nodes_fingerprint="other")),
         (config, graph._replace(edges_fingerprint="other")),
     ):
-        names.add(shared_pictures(*other, case.preprocessing).path.name)
+        names.add(shared_pictures(*other, case.preprocessing, cache_folder(config.nodes)).path.name)
     case.preprocessing.short_side += 8
-    names.add(shared_pictures(config, graph, case.preprocessing).path.name)
+    names.add(shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes)).path.name)
     assert len(names) == 9
 
 
@@ -311,16 +315,16 @@ def test_the_trainer_decodes_each_image_once(case: Case, tmp_path: Path) -> None
     first = decoded_in_an_epoch(case.config)
     assert len(first) == 16 and all(isinstance(decoded, int) for decoded in first) and 30 <= sum(first) <= 40
     assert sum(decoded_in_an_epoch(replaced(case.config, num_workers=2))) == 0
-    for path in (tmp_path / "cache").iterdir():
+    for path in (tmp_path / "cache").glob("pictures-*"):
         path.unlink()
     assert sum(decoded_in_an_epoch(replaced(case.config, image_cache_gb=0.0))) > 100
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("pictures-*"))
 
 
 def train(config: Any, tmp_path: Path, *flags: str) -> list[float]:
     folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
     graph = Path(config.nodes).parent
-    more = ("--max_steps=3", "--report_to=none", "--cache_size=0", *flags)
+    more = ("--max_steps=3", "--report_to=none", "--cache_size=0", "--tower_cache=off", *flags)
     assert train_main(settings(graph, folder, *more)) == 0
     return [row["loss"] for row in read_metrics(folder)]
 
@@ -342,7 +346,7 @@ def test_training_goes_on_without_it(
     assert train(case.config, tmp_path) == expected
     out = capsys.readouterr().out
     assert out.count("image cache") == 1 and "lacks 1.00 GB" in out and "smaller --image_cache_gb" in out
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("pictures-*"))
 
 
 def test_room_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,12 +389,12 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
 
     def batches(file: PictureFile | None, worker: bool) -> list[dict[str, Any]]:
         inputs = NodeInputs(tokenizer, processor, 0, picture_file=file)
-        collator = BatchCollator(NodesDataset(graph.nodes), graph.paths, inputs)
+        collator = BatchCollator(graph.nodes, graph.paths, inputs)
         start = {"num_workers": 1, "multiprocessing_context": method} if worker else {}
         return list(DataLoader(EdgeRows(graph.rows), 20, collate_fn=collator, **start))
 
     expected = batches(None, worker=False)
-    file = shared_pictures(config, graph, case.preprocessing)
+    file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
     for worker, decoded in ((True, 40), (False, 0)):
         found = batches(file, worker)
         assert sum(batch["decoded"] for batch in found) == decoded

@@ -16,7 +16,6 @@ from torch import nn
 from mmgraph import estimate
 from mmgraph.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.bench.report import report
-from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
@@ -35,6 +34,7 @@ from mmgraph.towers import (
     Tokens,
     fingerprint,
     load_tokenizer_and_processor,
+    load_tower_configs,
     load_towers,
     run_towers,
     tower_state,
@@ -85,7 +85,7 @@ class Steps:
         self.live = LiveTowers(
             load_towers(config.model_name), self.inputs.preprocessing, accelerator.device, compute_dtype(accelerator)
         )
-        widths = (tower.hidden_size for tower in tower_configs(config.model_name))
+        widths = (tower.hidden_size for tower in load_tower_configs(config.model_name))
         d_text, d_vis = widths
         self.modules, self.optimizers = {}, {}
         for kind in ("plain", "live", "stored"):
@@ -245,7 +245,7 @@ def _figures(steps: Steps, times: dict[str, list[dict[str, float]]], batches: li
         live = statistics.median(t["data"] + t["towers"] for t in times["live"][1:])
         build_seconds = live * steps.entries / 2 / nodes
     fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in times["stored"][1:]]
-    shape = estimate.shape(*tower_configs(steps.config.model_name), steps.config)
+    shape = estimate.shape(*load_tower_configs(steps.config.model_name), steps.config)
     distinct = statistics.median(len(np.unique(steps.graph.rows[np.array(batch)])) for batch in batches)
     device, dtype = steps.accelerator.device, compute_dtype(steps.accelerator)
     speed = estimate.matmul_flops_per_s(device, dtype)
