@@ -234,12 +234,12 @@ def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str], tmp_path
     script.write_text(
         "import os, sys\n"
         "from mmgraph import batches, cli\n"
-        "call = batches.BatchCollator.__call__\n"
+        "call = batches.EdgeCollator.__call__\n"
         "def broken(self, items):\n"
         "    if os.environ['RANK'] == '1' and items[0][0] % 7 == 0:\n"
         "        raise ValueError('a broken collator')\n"
         "    return call(self, items)\n"
-        "batches.BatchCollator.__call__ = broken\n"
+        "batches.EdgeCollator.__call__ = broken\n"
         "sys.exit(cli.train_main())\n".replace("\\\n", "\n")
     )
     start = time.monotonic()
