@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 from test_tables import BAD_TABLES, HEADER
 
-from mmgraph import table_cache
+from mmgraph import files, table_cache
 from mmgraph import tables as tables_module
 from mmgraph.batches import EdgeRows
 from mmgraph.edge_table import EdgeTable, EdgeWriter
@@ -337,7 +337,7 @@ def test_a_cache_without_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = nodes_csv(tmp_path)
-    claimed = table_cache.claimed
+    claimed = files.claimed
 
     class Full:
         closed = False
@@ -352,7 +352,7 @@ def test_a_cache_without_room(
         with claimed(path) as file:
             yield file if tmp_path not in path.parents or file is None else Full()
 
-    monkeypatch.setattr(table_cache, "claimed", full)
+    monkeypatch.setattr(files, "claimed", full)
     monkeypatch.setattr(table_cache, "_stand_ins", {})
     assert len(open_nodes(path)) == len(open_nodes(path)) == 40
     assert capsys.readouterr().out.count("cannot be written (No space left on device)") == 1
@@ -366,7 +366,7 @@ def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(table_cache, "claimed", refuse)
+    monkeypatch.setattr(files, "claimed", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert open_nodes(path).path == converted
 
