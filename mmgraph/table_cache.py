@@ -2,7 +2,7 @@
 
 Beside a table (see :func:`mmgraph.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
 ``tables/edges-<hash>.npy``, its edges as rows, with what is to be told of them in ``.json``. A hash is that of the
-files' bytes: a changed table is converted anew. What is found there is complete and was checked.
+files' bytes and of the conversion: a changed table is converted anew. What is found there is complete and was checked.
 """
 
 import atexit
@@ -27,6 +27,7 @@ from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.text_log import log
 
+FORMAT = 1  # raised where the same table would be converted otherwise
 ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
 EDGES_AT_ONCE = 1 << 20  # looked up in one go
 
@@ -42,7 +43,7 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
     Raises:
         UserError: as :func:`mmgraph.tables.read_nodes`.
     """
-    name = f"nodes-{digest[:16]}"
+    name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
         _made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
         table.release()
@@ -59,12 +60,16 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
     Raises:
         UserError: as :func:`mmgraph.tables.read_edges` and :func:`mmgraph.tables.known_edges`.
     """
-    name = f"edges-{hashlib.sha256(f'{digest} {nodes_digest}'.encode()).hexdigest()[:16]}.npy"
+    name = f"edges-{_hash(digest, nodes_digest)}.npy"
     made = _made(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes))
     dropped = json.loads(made.with_suffix(".json").read_text())
     if dropped[0]:
         check_dropped(path, *dropped)
     return EdgeTable(made)
+
+
+def _hash(*digests: str) -> str:
+    return hashlib.sha256(" ".join([str(FORMAT), *digests]).encode()).hexdigest()[:16]
 
 
 def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
