@@ -38,7 +38,7 @@ def test_in_parts_is_exact(monkeypatch: pytest.MonkeyPatch, at_once: int) -> Non
     found.total.backward()
     expected = float64_losses(exact, 0.07, 0.5)
     expected.backward()
-    assert float(found.total) == pytest.approx(float(expected), rel=1e-6)
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, theirs in zip(z, exact, strict=True):
         assert (ours.grad.double() - theirs.grad).norm() < 1e-6 * theirs.grad.norm()
 
