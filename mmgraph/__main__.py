@@ -1,7 +1,5 @@
 """``python -m mmgraph VERB``, and so ``accelerate launch -m mmgraph VERB``."""
 
-import sys
+from mmgraph.cli import leave, main
 
-from mmgraph.cli import main
-
-sys.exit(main())
+leave(main())

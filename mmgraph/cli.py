@@ -1,11 +1,13 @@
 """The command lines: ``launch.py`` trains, ``mmgraph VERB`` does the rest. Errors become one line here."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +26,21 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """``mmgraph VERB``: demo, cache, encode, convert, bench."""
     return _run(lambda: _verb(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; a rank without Python's own teardown, after all that is registered for the exit.
+
+    DeepSpeed never lets go of its process groups. Where a thread of gloo gives back a collective's tensors while Python
+    is torn down, the process aborts (pytorch issue 190489), and a run that is done would be told as failed.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _train(arguments: list[str]) -> int:

@@ -79,6 +79,24 @@ def test_exit_code_of_the_process_itself(tmp_path: Path) -> None:
     assert done.stderr == expected
 
 
+LEAVE = """
+import atexit
+from mmgraph.cli import leave
+class Kept:
+    def __del__(self):
+        print("torn down")
+kept = Kept()
+atexit.register(print, "at exit")
+leave(5)
+"""
+
+
+def test_a_rank_ends_without_the_teardown_that_can_abort_it() -> None:
+    alone, rank = (run([sys.executable, "-c", LEAVE], **environment) for environment in ({}, {"RANK": "0"}))
+    assert (alone.returncode, alone.stdout) == (5, "at exit\ntorn down\n"), alone.stderr
+    assert (rank.returncode, rank.stdout) == (5, "at exit\n"), rank.stderr
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--help", "--help_all"):
         with pytest.raises(SystemExit) as caught:

@@ -23,8 +23,8 @@ from mmgraph.text_log import log
 LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin
 NODES, EDGES = 640, 20_000  # of the part that is trained on: 64 edges of it have as many distinct nodes as of a graph
 SCRIPT = """import sys
-from mmgraph.cli import main, train_main
-sys.exit(main(sys.argv[1:]) if sys.argv[1] == "cache" else train_main(sys.argv[1:]))
+from mmgraph.cli import leave, main, train_main
+leave(main(sys.argv[1:]) if sys.argv[1] == "cache" else train_main(sys.argv[1:]))
 """
 
 
