@@ -1,5 +1,6 @@
 """The trainer's own batches: tower inputs of a batch's distinct nodes, and which edge each belongs to."""
 
+import gc
 import os
 import signal
 from collections.abc import Sequence
@@ -146,11 +147,13 @@ def build_loader(graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSa
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
 
 
-def _start_worker(_: int) -> None:
-    """A stop reaches the whole process group: the rank finishes its step, and needs its workers for that."""
+def start_worker(_: int) -> None:
+    """What a DataLoader's worker begins with."""
+    gc.freeze()  # else its garbage collector writes to what the fork shares: a copy of all of Python's objects, 0.1 GB
+    # A stop reaches the whole process group: the rank finishes its step, and needs its workers for that.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

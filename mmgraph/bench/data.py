@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from mmgraph.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures
+from mmgraph.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures, start_worker
 from mmgraph.bench.report import report
 from mmgraph.config import Config
 from mmgraph.graph import Graph, load_graph
@@ -115,7 +115,11 @@ def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, floa
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
     workers = max(1, config.num_workers)
     loader = DataLoader(
-        EdgeRows(graph.rows), batch_sampler=sampler, collate_fn=_NodeReader(graph.nodes), num_workers=workers
+        EdgeRows(graph.rows),
+        batch_sampler=sampler,
+        collate_fn=_NodeReader(graph.nodes),
+        num_workers=workers,
+        worker_init_fn=start_worker,
     )
     begun, seen = time.perf_counter(), dict[int, list[tuple[float, float]]]()
     for process, *memory in loader:
