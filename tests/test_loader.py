@@ -180,7 +180,5 @@ def test_a_worker_copies_nothing_of_its_parent() -> None:
         return float(after)
 
     as_it_is, started = own(), own(worker_init_fn=start_worker)
-    print(
-        f"a worker's own memory, its garbage collected: {started:.1f} MB; {as_it_is:.1f} MB without freezing"
-    )
+    print(f"a worker's own memory, its garbage collected: {started:.1f} MB; {as_it_is:.1f} MB without freezing")
     assert started < as_it_is / 2
