@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, run, settings
+from conftest import REPOSITORY, launch_command, run, settings
 
 from mmgraph.bench.loss import compare_losses
 from mmgraph.bench.step import PlainModule
@@ -25,13 +25,27 @@ def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[
 def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench(graph, tmp_path, "step", "--repeats=3")
     rows = {row["step"]: row for row in found["rows"]}
-    assert list(rows) == ["plain", "live", "stored"]
+    assert list(rows) == ["float32, plain", "float32, live", "float32, stored"]
     for row in rows.values():
         phases = [row[phase] for phase in ("data", "towers", "forward", "backward", "optimizer")]
         assert min(phases) > 0 and sum(phases) == pytest.approx(row["whole"], rel=0.5)
-    assert found["figures"]["stored against plain"] > 1
-    assert 12 < found["figures"]["distinct nodes a step"] < 24
-    assert f"{rows['plain']['whole']:.3g}" in (said := capsys.readouterr().out) and "edges/s" in said
+    assert found["figures"]["float32: stored against plain in float32"] > 1
+    assert 12 < found["figures"]["float32: distinct nodes a step"] < 24
+    assert f"{rows['float32, plain']['whole']:.3g}" in (said := capsys.readouterr().out) and "edges/s" in said
+
+
+def test_step_in_bf16_is_measured_beside_float32(graph: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    command = [*launch_command("cpu.yaml --mixed_precision bf16")[:-1], "-m", "mmgraph", "bench", "step"]
+    done = run([*command, f"--json={path}", "--repeats=2", *settings(graph, tmp_path / "unused")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(path.read_text())
+    rows = {row["step"]: row["whole"] for row in found["rows"]}
+    assert len(rows) == 6
+    for name in ("float32", "bf16"):  # medians of two are means of two
+        ratio = found["figures"][f"bf16: stored against plain in {name}"]
+        assert ratio == pytest.approx(rows[f"{name}, plain"] / rows["bf16, stored"], rel=0.5)
+    assert "float32: stored against plain in bf16" not in found["figures"]
 
 
 def test_the_plain_module_is_the_original() -> None:

@@ -1,10 +1,14 @@
-"""``bench step``: the original's kind of step, the live one and the stored one, in turn on the same edges."""
+"""``bench step``: the original's kind of step, the live one and the stored one, in turn on the same edges.
 
-import statistics
+In float32, and beside it in the launch's precision.
+"""
+
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from mmgraph.tower_store import TowerStore
 from mmgraph.towers import (
     LiveTowers,
     Tokens,
+    Towers,
     fingerprint,
     load_tokenizer_and_processor,
     load_tower_configs,
@@ -41,7 +46,9 @@ from mmgraph.towers import (
 )
 from mmgraph.world import compute_dtype
 
+KINDS = ("plain", "live", "stored")
 PHASES = ("data", "towers", "forward", "backward", "optimizer")
+Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
 
 
 class PlainModule(nn.Module):
@@ -73,22 +80,33 @@ class PlainModule(nn.Module):
 
 
 class Steps:
-    """The three kinds of step over the same batches, each with parameters and an optimizer of its own."""
+    """The three kinds of step in one precision over the same batches, each with its own parameters and optimizer.
 
-    def __init__(self, config: Config, accelerator: Accelerator, graph: Graph, batches: list[list[int]]):
-        self.config, self.accelerator, self.graph = config, accelerator, graph
+    Args:
+        batches: numbers of edges.
+        towers: shared by the live and the plain kind, whatever the precision.
+        dtype: what all kinds compute in; 16-bit ones by autocast.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        graph: Graph,
+        batches: list[list[int]],
+        towers: Towers,
+        dtype: torch.dtype,
+    ):
+        self.config, self.accelerator, self.graph, self.dtype = config, accelerator, graph, dtype
         self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
         self.inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
         self.live_collator = BatchCollator(graph.nodes, graph.paths, self.inputs)
-        self.live = LiveTowers(
-            load_towers(config.model_name), self.inputs.preprocessing, accelerator.device, compute_dtype(accelerator)
-        )
-        widths = (tower.hidden_size for tower in load_tower_configs(config.model_name))
-        d_text, d_vis = widths
+        self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
+        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
         self.modules, self.optimizers = {}, {}
-        for kind in ("plain", "live", "stored"):
+        for kind in KINDS:
             torch.manual_seed(config.seed)
             module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim).to(accelerator.device)
             self.modules[kind] = module
@@ -96,13 +114,13 @@ class Steps:
                 module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=kind != "plain"
             )
 
-    def prepare_store(self, folder: Path) -> None:
-        """The run's own store if it has all nodes; else one of the measured nodes alone, built in ``folder``."""
+    def prepare_store(self, folder: Path, precision: str) -> None:
+        """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
         config, graph, accelerator = self.config, self.graph, self.accelerator
         contents = read_contents(
             graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
-        made_by = recipe(config, accelerator.mixed_precision, self.inputs, fingerprint(tower_state(self.live.towers)))
+        made_by = recipe(config, precision, self.inputs, fingerprint(tower_state(self.live.towers)))
         self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), contents))  # of all nodes
         store, self.build_seconds = TowerStore(made_by.folder), float("nan")
         shards = missing_shards(store, contents)
@@ -135,7 +153,7 @@ class Steps:
         """One step of a kind; seconds by phase. ``data`` is the time that the step waits for its batch."""
         clock = _Clock(self.accelerator.device)
         embed = self._plain(number, clock) if kind == "plain" else self._distinct(kind, number, clock)
-        with self.accelerator.autocast():
+        with self._autocast():
             z_graph, z_text, z_vis = embed()
         temperature, edges = self.config.temperature, len(z_graph) // 2
         if kind == "plain":
@@ -151,11 +169,14 @@ class Steps:
         clock.done("optimizer")
         return clock.seconds
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def _plain(self, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
         pairs = [(self._node(source), self._node(destination)) for _, source, destination in self._edges(number)]
         inputs = self._to_device(self.plain_collator(pairs))
         clock.done("data")
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             tokens, _, _ = run_towers(self.live.towers, **inputs)
         clock.done("towers")
         return lambda: PlainModule(self.modules["plain"])(*tokens)
@@ -208,60 +229,73 @@ def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: 
     batches = [batch for _, batch in zip(range(repeats + 1), sampler, strict=False)]
     if not batches:
         raise UserError(f"--global_batch_size {config.global_batch_size} is larger than the graph's edges")
-    steps = Steps(config, accelerator, graph, batches)
+    towers = load_towers(config.model_name)
+    dtypes = {"no": torch.float32, accelerator.mixed_precision: compute_dtype(accelerator)}
+    every = {name: Steps(config, accelerator, graph, batches, towers, dtype) for name, dtype in dtypes.items()}
+    times: Times = {(precision, kind): [] for precision in every for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        steps.prepare_store(Path(folder))
-        times: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", "live", "stored")}
+        for precision, steps in every.items():
+            steps.prepare_store(Path(folder) / precision, precision)
         for number in range(repeats + 1):
-            for kind, of_kind in times.items():
-                of_kind.append(steps.step(kind, number))
-    rows = [_row(kind, config.global_batch_size, of_kind[1:]) for kind, of_kind in times.items()]
+            for (precision, kind), of_kind in times.items():
+                of_kind.append(every[precision].step(kind, number))
+    times = {step: of_kind[1:] for step, of_kind in times.items()}
     report(
-        f"step: {config.model_name}, {config.global_batch_size} edges, {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision}, medians of {repeats}, ms",
-        rows,
-        _figures(steps, times, batches),
+        f"step: {config.model_name}, {config.global_batch_size} edges, {accelerator.device.type}, medians of "
+        f"{repeats}, ms",
+        [_row(*step, config.global_batch_size, of_kind) for step, of_kind in times.items()],
+        {name: value for precision in every for name, value in _figures(every, times, precision).items()},
         path,
     )
 
 
-def _row(kind: str, edges: int, times: list[dict[str, float]]) -> dict[str, Any]:
-    phases = {phase: 1000 * statistics.median(t[phase] for t in times) for phase in PHASES}
-    whole = statistics.median(sum(t.values()) for t in times)
-    return {"step": kind, **phases, "whole": 1000 * whole, "edges/s": edges / whole}
+def _row(precision: str, kind: str, edges: int, of_kind: list[dict[str, float]]) -> dict[str, Any]:
+    phases = {phase: 1000 * median(t[phase] for t in of_kind) for phase in PHASES}
+    whole = median(_whole(of_kind))
+    return {"step": f"{_name(precision)}, {kind}", **phases, "whole": 1000 * whole, "edges/s": edges / whole}
 
 
-def _figures(steps: Steps, times: dict[str, list[dict[str, float]]], batches: list[list[int]]) -> dict[str, Any]:
-    whole = {kind: [sum(t.values()) for t in of_kind[1:]] for kind, of_kind in times.items()}
-    ratios = {
-        kind: statistics.median(p / s for p, s in zip(whole["plain"], whole[kind], strict=True))
-        for kind in ("live", "stored")
-    }
-    plain, stored = (statistics.median(whole[kind]) for kind in ("plain", "stored"))
-    count = steps.config.epochs * (len(steps.graph.rows) // steps.config.global_batch_size)
+def _name(precision: str) -> str:
+    return "float32" if precision == "no" else precision
+
+
+def _whole(of_kind: list[dict[str, float]]) -> list[float]:
+    return [sum(t.values()) for t in of_kind]
+
+
+def _figures(every: dict[str, Steps], times: Times, precision: str) -> dict[str, Any]:
+    """What is to be told of a precision. Its steps are compared with the plain ones in it, and in float32."""
+    steps = every[precision]
+    config, rows = steps.config, steps.graph.rows
+    distinct = median(len({row for _, *ends in edges for row in ends}) for edges in steps.edges)
     build_seconds = steps.build_seconds
-    if build_seconds != build_seconds:  # the store was there: what live towers took for as many nodes
-        nodes = statistics.median(len(np.unique(steps.graph.rows[np.array(batch)])) for batch in batches)
-        live = statistics.median(t["data"] + t["towers"] for t in times["live"][1:])
-        build_seconds = live * steps.entries / 2 / nodes
-    fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in times["stored"][1:]]
-    shape = estimate.shape(*load_tower_configs(steps.config.model_name), steps.config)
-    distinct = statistics.median(len(np.unique(steps.graph.rows[np.array(batch)])) for batch in batches)
-    device, dtype = steps.accelerator.device, compute_dtype(steps.accelerator)
-    speed = estimate.matmul_flops_per_s(device, dtype)
-    return {
-        "live against plain": ratios["live"],
-        "stored against plain": ratios["stored"],
-        f"{steps.config.epochs} epochs, building the store ({build_seconds:,.0f} s) included": (
-            count * plain / (count * stored + build_seconds)
+    if math.isnan(build_seconds):  # the store was there: what live towers took for as many nodes
+        live = median(t["data"] + t["towers"] for t in times["no", "live"])
+        build_seconds = live * steps.entries / 2 / distinct
+    count = config.epochs * (len(rows) // config.global_batch_size)
+    stored = times[precision, "stored"]
+    figures: dict[str, Any] = {}
+    for other in dict.fromkeys((precision, "no")):
+        plain = _whole(times[other, "plain"])
+        for kind in KINDS[1:]:
+            ratios = (p / k for p, k in zip(plain, _whole(times[precision, kind]), strict=True))
+            figures[f"{kind} against plain in {_name(other)}"] = median(ratios)
+        epochs = f"{config.epochs} epochs, building the store ({build_seconds:,.0f} s) included, against plain"
+        figures[f"{epochs} in {_name(other)}"] = (
+            count * median(plain) / (count * median(_whole(stored)) + build_seconds)
+        )
+    fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in stored]
+    speed = estimate.matmul_flops_per_s(steps.accelerator.device, steps.dtype)
+    flops = 3 * distinct * estimate.shape(*load_tower_configs(config.model_name), config).fusion_flops
+    figures |= {
+        "share of fusion and optimizer in the stored step": median(
+            f / w for f, w in zip(fusion, _whole(stored), strict=True)
         ),
-        "share of fusion and optimizer in the stored step": statistics.median(
-            f / w for f, w in zip(fusion, whole["stored"], strict=True)
-        ),
-        "share of waiting for data in the stored step": statistics.median(
-            t["data"] / w for t, w in zip(times["stored"][1:], whole["stored"], strict=True)
+        "share of waiting for data in the stored step": median(
+            t["data"] / w for t, w in zip(stored, _whole(stored), strict=True)
         ),
         "distinct nodes a step": distinct,
         "matrix product, GFLOP/s": speed / 1e9,
-        "of which the fusion reaches": 3 * distinct * shape.fusion_flops / statistics.median(fusion) / speed,
+        "of which the fusion reaches": flops / median(fusion) / speed,
     }
+    return {f"{_name(precision)}: {what}": value for what, value in figures.items()}
