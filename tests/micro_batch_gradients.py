@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from mmgraph.cli import leave
 from mmgraph.config import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.losses import contrastive_losses
@@ -34,3 +35,4 @@ for parts in (1, 2, 4, 8):
         trainer.optimizer.zero_grad()
 if accelerator.is_main_process:
     torch.save(gradients, target)
+leave(0)

@@ -55,7 +55,7 @@ def test_ranks_that_differ_are_named(graph: Path, tmp_path: Path, differ: str, m
     other = f"OTHER = {str(graph / 'nodes.csv')!r}"
     script.write_text(
         f"import os, sys\nrank = os.environ['RANK']\n{other}\n{differ}\n"
-        "from mmgraph.cli import train_main\nsys.exit(train_main())\n"
+        "from mmgraph.cli import leave, train_main\nleave(train_main())\n"
     )
     done = run([*launch_command("cpu_2proc.yaml")[:-1], str(script), *settings(graph, tmp_path / "run")])
     assert done.returncode != 0 and re.search(message, done.stderr), done.stderr

@@ -179,7 +179,7 @@ def slow_write_state(folder, progress, *more):
         time.sleep(4)
     return write_state(folder, progress, *more)
 Trainer.step, state.write_state = slow_step, slow_write_state
-sys.exit(cli.train_main())
+cli.leave(cli.train_main())
 """
 
 
@@ -240,7 +240,7 @@ def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str], tmp_path
         "        raise ValueError('a broken collator')\n"
         "    return call(self, items)\n"
         "batches.EdgeCollator.__call__ = broken\n"
-        "sys.exit(cli.train_main())\n".replace("\\\n", "\n")
+        "cli.leave(cli.train_main())\n".replace("\\\n", "\n")
     )
     start = time.monotonic()
     done = run([*launch_command("cpu_2proc.yaml")[:-1], str(script), *endless])

@@ -236,8 +236,8 @@ def test_two_runs_build_one_store(graph: Path, own_graph: Path, tmp_path: Path) 
 HOSTS = """
 import os, sys
 os.environ["MMGRAPH_CACHE"] = sys.argv[1] + os.environ["RANK"]
-from mmgraph.cli import train_main
-sys.exit(train_main(sys.argv[2:]))
+from mmgraph.cli import leave, train_main
+leave(train_main(sys.argv[2:]))
 """
 
 
