@@ -31,8 +31,15 @@ class CrossAttention(nn.MultiheadAttention):
             for x, weight, bias in zip((query, context, context), weights, biases, strict=True)
         )
         mask = mask[:, None, None, :] if mask is not None else None  # (B, 1, 1, K)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = _attend(q, k, v, mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, heads, Q, width) -> (B, Q, d_model)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if q.device.type != "cpu" or q.dtype.itemsize > 2:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):  # the CPU's backward kernel takes twice as long in bf16 as in float32
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
 
 
 class CrossAttentionFusion(nn.Module):
