@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from mmgraph.world import together
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
-AT_ONCE = 4096  # image files that are asked for ahead
+AT_ONCE = 4096  # image files that are looked at together
 SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
 
 
@@ -79,29 +80,37 @@ def read_contents(
 
 
 def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
-    return np.array([text_hash(node_text(node)) for node in nodes.scan(rows, ("short_name", "summary"))], HASH)
+    texts = (node_text(node) for node in nodes.scan(rows, ("short_name", "summary")))
+    return np.fromiter(map(text_hash, texts), HASH, len(rows))
 
 
 def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.ndarray:
     """SEEN of the rows' image files; those that are as they were seen before are not read."""
     before = np.sort(_read(seen, SEEN), order="signature")
-    files = [paths.resolve(node["image_path"]) for node in nodes.scan(rows, ("image_path",))]
     found = np.zeros(len(rows), SEEN)
+    scanned = nodes.scan(rows, ("image_path",))
+    with ThreadPoolExecutor(8) as readers:
+        for start in range(0, len(rows), AT_ONCE):  # the paths of all rows would be a list as large as the table
+            files = [paths.resolve(node["image_path"]) for node in islice(scanned, AT_ONCE)]
+            found[start : start + AT_ONCE] = _look(files, before, readers)
+    return found
+
+
+def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecutor) -> np.ndarray:
+    """SEEN of some files; ``before`` is sorted by signature."""
+    found = np.zeros(len(files), SEEN)
     found["signature"] = [_signature(file) for file in files]
     places = np.searchsorted(before["signature"], found["signature"])
     places[places == len(before)] = 0
-    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(rows), bool)
+    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(files), bool)
     same &= found["signature"] != b""
     found["hash"][same] = before["hash"][places[same]]
     others = np.flatnonzero(~same).tolist()
-    with ThreadPoolExecutor(8) as readers:
-        for start in range(0, len(others), AT_ONCE):
-            part = others[start : start + AT_ONCE]
-            for i, (found_hash, cause) in zip(part, readers.map(lambda i: _hash_file(files[i]), part), strict=True):
-                found["hash"][i] = found_hash
-                passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
-                if passing or _signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
-                    found["signature"][i] = b""  # to be read again then
+    for i, (found_hash, cause) in zip(others, readers.map(lambda i: _hash_file(files[i]), others), strict=True):
+        found["hash"][i] = found_hash
+        passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
+        if passing or _signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
+            found["signature"][i] = b""  # to be read again then
     return found
 
 
