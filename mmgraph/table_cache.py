@@ -6,6 +6,7 @@ files' bytes and of the conversion: a changed table is converted anew. What is f
 """
 
 import atexit
+import ctypes
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,9 +92,17 @@ def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
-    make_once(path, lambda file: write(file, path))
-    pa.default_memory_pool().release_unused()
+    if not path.exists():
+        make_once(path, lambda file: write(file, path))
+        _give_back_memory()
     return path
+
+
+def _give_back_memory() -> None:
+    """What a conversion worked in, which allocators keep otherwise: more than a run needs of its tables."""
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _remove(folder: Path, owner: int) -> None:
