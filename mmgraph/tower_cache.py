@@ -53,7 +53,8 @@ class StoredTokens:
         if min(self.texts.min(), self.images.min()) < 0:
             raise UserError(f"tower store: {store.folder} lacks entries; start again, and they are made")
         distinct, inverse = np.unique(self.images, return_inverse=True)
-        self.image_causes = store.images.gather("causes", distinct).numpy()[inverse]  # (N,)
+        causes = [shard["causes"][entries] for shard, entries in store.images.by_shard(distinct)]
+        self.image_causes = torch.cat(causes).numpy()[inverse]  # (N,)
         self.resident: ResidentTokens | None = None
         if resident:  # from here, places are numbers of what lies on the device
             texts, self.texts = np.unique(self.texts, return_inverse=True)

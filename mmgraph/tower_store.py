@@ -9,15 +9,17 @@ of nodes or rows, several graphs can share one, and an entry is never of another
   float32; ``causes`` (K,) uint8, as :data:`mmgraph.images.CAUSES`.
 """
 
+import ctypes
 import hashlib
+import json
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from mmgraph.contents import HASH
 from mmgraph.errors import UserError
@@ -26,7 +28,12 @@ from mmgraph.towers import Tokens
 SHARD = 512  # entries: what a build that is killed computes again
 MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
 
+DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # safetensors' names
+
 Kind = Literal["text", "image"]
+Shard = dict[str, torch.Tensor]
+
+libc = ctypes.CDLL(None)
 
 
 def shard_name(kind: Kind, hashes: np.ndarray) -> str:
@@ -43,6 +50,8 @@ class Shards:
         hashes = [shard["hashes"].numpy().reshape(-1).view(HASH) for shard in self.tensors]
         self.starts = np.cumsum([0, *map(len, hashes)])
         self._hashes = np.concatenate([np.empty(0, HASH), *hashes])
+        for shard in self.tensors:
+            _release(shard)
         self._order = np.argsort(self._hashes, kind="stable")
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
@@ -53,32 +62,62 @@ class Shards:
         places = self._order[np.minimum(ranked, len(self._order) - 1)]
         return np.where(self._hashes[places] == hashes, places, -1)
 
-    def locate(self, places: np.ndarray) -> Sequence[tuple[dict[str, torch.Tensor], int]]:
-        """The shard of each place, and the entry in it."""
-        shards = np.searchsorted(self.starts, places, side="right") - 1
+    def locate(self, places: np.ndarray) -> Sequence[tuple[Shard, int]]:
+        """The shard of each place, and the entry in it. Call :meth:`release` when they are read."""
+        shards = self._numbers(places)
         entries = places - self.starts[shards]
         return [(self.tensors[s], e) for s, e in zip(shards.tolist(), entries.tolist(), strict=True)]
 
-    def by_shard(self, places: np.ndarray) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def release(self, places: np.ndarray) -> None:
+        """Let go of what was read of the shards of ``places`` (see :func:`_release`)."""
+        for shard in np.unique(self._numbers(places)).tolist():
+            _release(self.tensors[shard])
+
+    def _numbers(self, places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, places, side="right") - 1
+
+    def by_shard(self, places: np.ndarray) -> Iterator[tuple[Shard, torch.Tensor]]:
         """The shards that hold ascending ``places``, and which of their entries these are."""
         cuts = np.searchsorted(places, self.starts)
         for shard, start, begin, end in zip(self.tensors, self.starts[:-1], cuts[:-1], cuts[1:], strict=True):
             if end > begin:
                 yield shard, torch.from_numpy(places[begin:end] - start)
+                _release(shard)
 
     def gather(self, name: str, places: np.ndarray) -> torch.Tensor:
         """A tensor of one row an entry (``pooled``, ``causes``, ``patches``), at ``places``: (U, ...)."""
-        rows = [shard[name][entry] for shard, entry in self.locate(places)]
-        return torch.stack(rows)
+        rows = torch.stack([shard[name][entry] for shard, entry in self.locate(places)])
+        self.release(places)
+        return rows
 
 
-def _mapped(file: Path) -> dict[str, torch.Tensor]:
+def _mapped(file: Path) -> Shard:
+    """A shard's tensors where they lie in the file, which the kernel reads when they are used."""
     try:
-        return load_file(file)  # reads the header; the kernel reads the rest when it is used
+        with safe_open(file, "pt"):  # checks the header against the file's size
+            pass
+        # Mapped here and not by safetensors, so that letting go of pages is known to be safe. Keeps no descriptor open.
+        whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
     except (SafetensorError, OSError, RuntimeError) as error:  # the last where the kernel maps no more files
         raise UserError(
             f"tower store: {file} cannot be read ({error}); remove it, and its entries are made anew"
         ) from None
+    start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")  # the format: a length, a header in JSON, bytes
+    header = json.loads(whole[8:start].numpy().tobytes())
+    return {
+        name: whole[start:][slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _release(shard: Shard) -> None:
+    """Let go of the shard's pages that were read, as :meth:`mmgraph.node_table.NodeTable.release` does.
+
+    The mapping is of a file and nothing writes to it: what is read again comes from the page cache, the same bytes.
+    """
+    storage = shard["hashes"].untyped_storage()
+    libc.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
 
 
 class TowerStore:
@@ -114,6 +153,8 @@ class TowerStore:
         parts = [shard["patches"][entry] for shard, entry in self.images.locate(images)]
         patches = torch.empty((len(parts), *parts[0].shape), dtype=parts[0].dtype, pin_memory=pin)  # (U, P, d_vis)
         torch.stack(parts, out=patches)
+        self.texts.release(texts)
+        self.images.release(images)
         mask = (torch.arange(shape[1]) < lengths[:, None]).long()  # (U, L)
         return Tokens(text, mask, patches)
 
