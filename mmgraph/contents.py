@@ -123,7 +123,7 @@ def _signature(path: str | None) -> bytes:
     """Of a file's path, size and times; zeros where there is no file, or one that changed a moment ago."""
     try:
         status = os.stat(str(path)) if path is not None else None  # noqa: PTH116 - of many files
-    except OSError:
+    except (OSError, ValueError):  # the latter of a NUL byte
         status = None
     if status is None or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
         return bytes(HASH.itemsize)

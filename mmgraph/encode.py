@@ -70,7 +70,7 @@ def encode(
         num_workers=num_workers,
     )
     accelerator = build_accelerator()
-    nodes, paths = together(accelerator, lambda: _open_nodes(config))
+    nodes, paths, digest = together(accelerator, lambda: _open_nodes(config))
     together(accelerator, lambda: _make_folder(output))
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
@@ -78,7 +78,8 @@ def encode(
         accelerator,
         lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=config.model_name),
     )
-    stored = existing_store(config, accelerator, nodes, paths, inputs, fingerprint(encoder.state_dict()))
+    towers = fingerprint(encoder.state_dict())
+    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
     if stored is not None:
@@ -97,9 +98,10 @@ def encode(
     accelerator.end_training()
 
 
-def _open_nodes(config: Config) -> tuple[NodeTable, ImagePaths]:
-    nodes = open_nodes(config.nodes, file_fingerprint(config.nodes))
-    return nodes, find_images(nodes, config.nodes, config.image_root, seed=0)
+def _open_nodes(config: Config) -> tuple[NodeTable, ImagePaths, str]:
+    digest = file_fingerprint(config.nodes)
+    nodes = open_nodes(config.nodes, digest)
+    return nodes, find_images(nodes, config.nodes, config.image_root, seed=0), digest
 
 
 def _make_folder(folder: Path) -> None:

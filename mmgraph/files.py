@@ -44,14 +44,15 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
     """An empty file to fill, which is synced and renamed to ``path`` when the block ends without an error.
 
     None where ``path`` is there already, or another process is making it: a claim is a lock on the temporary file, so
-    it ends with its process, killed or not, and the next claim begins the same file anew. On a file system without
-    locks each makes a file of its own; the last to rename wins.
+    it ends with its process, killed or not, and the next claim begins the same file anew. Where there are no locks, or
+    another user's claim cannot be opened, each makes a file of its own; the first to be done wins.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    publish: Callable[[Path, Path], object] = Path.replace
     try:
         file = _locked(temporary)
     except NotImplementedError:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary, publish = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), _publish_first
         file = temporary.open("w+b")
     if file is None or path.exists():
         if file is not None:
@@ -64,21 +65,37 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)
+            publish(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     sync(path.parent)
 
 
+def _publish_first(temporary: Path, path: Path) -> None:
+    """Give a file its name if no other has it: one that is mapped already must stay, also on a network file system."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError:  # no links here
+        temporary.replace(path)
+        return
+    temporary.unlink()
+
+
 def _locked(path: Path) -> BinaryIO | None:
     """Open ``path`` empty, for this process alone; None where another has it.
 
     Raises:
-        NotImplementedError: there are no locks here.
+        NotImplementedError: there are no locks here, or it is another user's.
     """
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what was written can be gone back to
+        created = not path.exists()
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what was written can be read again
+        except PermissionError as error:
+            raise NotImplementedError from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -86,7 +103,8 @@ def _locked(path: Path) -> BinaryIO | None:
             return None
         except OSError as error:
             file.close()
-            path.unlink(missing_ok=True)
+            if created:
+                path.unlink(missing_ok=True)
             raise NotImplementedError from error
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:

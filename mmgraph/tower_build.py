@@ -1,17 +1,15 @@
-"""Filling a tower store: what it is of, what it lacks, and the building by all ranks."""
+"""Filling a tower store, by all ranks."""
 
-import hashlib
 import json
-import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,131 +20,19 @@ from tqdm import tqdm
 
 from mmgraph import estimate
 from mmgraph.config import Config
-from mmgraph.contents import HASH, Contents, image_hash
+from mmgraph.contents import HASH, image_hash, text_hash
 from mmgraph.errors import UserError
-from mmgraph.files import POLL_SECONDS, cache_folder, claimed, write_durably
+from mmgraph.files import POLL_SECONDS, claimed, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
-from mmgraph.loader.node_inputs import TEXT_LENGTH, NodeInputs, node_text
+from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.text_log import log
-from mmgraph.tower_store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
-from mmgraph.towers import Towers, load_tower_configs, load_towers
-from mmgraph.world import from_main_process, together
+from mmgraph.tower_plan import Cost, Recipe, Shard
+from mmgraph.towers import Towers, load_towers
+from mmgraph.world import from_main_process, on_main_process, together
 
-FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
-PROGRESS_SECONDS = 60
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-class Recipe(NamedTuple):
-    """All that tokens depend on but the text or image itself."""
-
-    folder: Path  # of the store; its name is a hash of the description
-    description: dict[str, Any]
-    dtype: torch.dtype
-
-
-class Shard(NamedTuple):
-    """A file to make."""
-
-    kind: Kind
-    name: str
-    rows: np.ndarray  # (K,) nodes that have these texts, or images
-    hashes: np.ndarray  # (K,) HASH
-
-
-def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> Recipe:
-    """The recipe of a run.
-
-    Args:
-        precision: the launch's; ``no`` stores float32, so that default behaviour stays exact.
-        towers: the fingerprint of the towers' weights.
-    """
-    dtype = config.tower_cache_dtype
-    if dtype == "auto":
-        dtype = "float32" if precision == "no" else "float16"
-    text, vision = load_tower_configs(config.model_name)
-    both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-            "layer_norm_eps")  # fmt: skip
-    tokenizer = json.loads(inputs.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["truncation"], tokenizer["padding"]  # the last call's
-    preprocessing = inputs.preprocessing
-    description = {
-        "format": FORMAT,
-        "towers": towers,
-        "text": {name: getattr(text, name) for name in (*both, "max_position_embeddings", "eos_token_id")},
-        "vision": {name: getattr(vision, name) for name in (*both, "image_size", "patch_size")},
-        "tokenizer": hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
-        "text_length": TEXT_LENGTH,
-        "preprocessing": {
-            "short_side": preprocessing.short_side,
-            "crop": preprocessing.crop,
-            "mean": preprocessing.mean.flatten().tolist(),
-            "std": preprocessing.std.flatten().tolist(),
-        },
-        "truncated_images": config.truncated_images,
-        "dtype": dtype,
-    }
-    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
-    root = cache_folder(config.nodes) if config.tower_cache in ("auto", "off") else Path(config.tower_cache)
-    return Recipe(root / f"towers-{key}", description, DTYPES[dtype])
-
-
-def missing_shards(store: TowerStore, contents: Contents, among: np.ndarray | None = None) -> list[Shard]:
-    """What a store lacks of some nodes: each text and image once, in the order of the nodes.
-
-    Where some shards of a build are there, the rest are those that it would have made: all but the last are full.
-
-    Args:
-        among: ascending rows; default: of all nodes.
-    """
-    among = np.arange(len(contents.texts)) if among is None else among
-    shards: dict[Kind, list[Shard]] = {}
-    every: dict[Kind, np.ndarray] = {"text": contents.texts, "image": contents.images}
-    for kind, hashes in every.items():
-        distinct, first = np.unique(hashes[among], return_index=True)
-        rows = np.sort(among[first][store.shards(kind).find(distinct) < 0])
-        size = max(SHARD, -(-len(distinct) // MOST_SHARDS))
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        shards[kind] = [Shard(kind, shard_name(kind, hashes[part]), part, hashes[part]) for part in parts]
-    return [*shards["image"], *shards["text"]]
-
-
-class Cost(NamedTuple):
-    """Of building some shards, by estimate."""
-
-    bytes: int
-    flops: float
-
-
-def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
-    """Texts are as long as those of up to 256 of the nodes, in tokens."""
-    text, vision = load_tower_configs(config.model_name)
-    counts = {kind: sum(len(shard.rows) for shard in shards if shard.kind == kind) for kind in ("text", "image")}
-    drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
-    _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in drawn])
-    length = float(mask.sum(dim=1).float().mean())
-    patches = (int(vision.image_size) // int(vision.patch_size)) ** 2  # type: ignore[arg-type]
-    width = recipe.dtype.itemsize
-    text_bytes = counts["text"] * (text.hidden_size * (length * width + 4) + 24)
-    image_bytes = counts["image"] * (vision.hidden_size * (patches * width + 4) + 17)
-    flops = counts["text"] * estimate.tower_flops(text, mask.shape[1])
-    flops += counts["image"] * estimate.tower_flops(vision, patches + 1)
-    return Cost(int(text_bytes + image_bytes), flops)
-
-
-def refusal(folder: Path, needed: int) -> str | None:
-    """Why ``needed`` bytes cannot be built in a folder; None where they can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return f"{folder} cannot be written ({error.strerror})"
-    if needed > 0.95 * free:
-        return f"{folder} has room for {estimate.size(free)}, and the tower store takes {estimate.size(needed)}"
-    return None
+PROGRESS_SECONDS, STRIDE_SECONDS = 60, 5
 
 
 def build(
@@ -171,20 +57,51 @@ def build(
         f"{estimate.size(expected.bytes)} and {estimate.duration(seconds)} (--tower_cache off runs the towers live)"
     )
     index, size = _place(accelerator, folder)
-    if index == 0:
-        description = json.dumps(recipe.description, indent=2) + "\n"
-        write_durably(folder / "store.json", lambda path: path.write_text(description), shared=True)
+    description = json.dumps(recipe.description, indent=2) + "\n"
+    together(accelerator, lambda: _describe(folder, description) if index == 0 else None)
     begun = time.perf_counter()
-    towers = Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
+    towers = together(
+        accelerator, lambda: Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
+    )
     own = shards[index::size]
     queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % size != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
         maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
-        # In step with the others, a shard at a time: no rank waits longer for another, and all learn of a failure.
-        while any(gather_object([bool(queue)])):
-            made = together(accelerator, lambda: maker.make_next(queue, folder))
-            progress.add(sum(gather_object([made])) - made)  # what others made; its own the maker tells
+        with closing(_in_strides(maker.work(queue, folder))) as work:
+            made: list[int | None] = [0]
+            while any(count is not None for count in made):  # all learn of a failure, and no rank waits for long
+                own_count = together(accelerator, lambda: _stride(work, folder))
+                made = gather_object([own_count])
+                progress.add(sum(filter(None, made)) - (own_count or 0))  # what others made; its own the maker tells
     log(f"tower store: built in {estimate.duration(time.perf_counter() - begun)}")
+
+
+def _describe(folder: Path, description: str) -> None:
+    write_durably(folder / "store.json", lambda path: path.write_text(description), shared=True)
+
+
+def _in_strides(counts: Iterator[int]) -> Generator[int, None, None]:
+    """Sums of counts over ``STRIDE_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
+
+    A shard would be too long: images of large towers take minutes where another rank's texts take seconds.
+    """
+    total, begun = 0, time.monotonic()
+    for count in counts:
+        total += count
+        if count == 0 or time.monotonic() - begun > STRIDE_SECONDS:
+            yield total
+            total, begun = 0, time.monotonic()
+    yield total
+
+
+def _stride(work: Iterator[int], folder: Path) -> int | None:
+    """The next count; None where all is made."""
+    try:
+        return next(work, None)
+    except OSError as error:
+        raise UserError(
+            f"tower store: {folder}: {error.strerror or error}; make room, or --tower_cache off runs the towers live"
+        ) from None
 
 
 class _Progress:
@@ -216,8 +133,7 @@ def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     name = from_main_process(accelerator, lambda: _touched(probe).name)
     shared = all(gather_object([(folder / name).exists()]))
-    if accelerator.is_main_process:
-        probe.unlink()
+    on_main_process(accelerator, probe.unlink)
     if shared:
         return accelerator.process_index, accelerator.num_processes
     together(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))  # each host has a folder of its own
@@ -239,47 +155,55 @@ class _Maker(NamedTuple):
     readers: ThreadPoolExecutor
     progress: "_Progress"
 
-    def make_next(self, queue: "deque[Shard]", folder: Path) -> int:
-        """Make the first shard of the queue that nobody has made or is making; 0, or how many entries it has.
+    def work(self, queue: "deque[Shard]", folder: Path) -> Iterator[int]:
+        """Make the shards of the queue that nobody has made or is making. Yields counts of made entries.
 
-        What is there leaves the queue; what others are at goes to its end, for they may be killed.
+        What is there leaves the queue; what others are at goes to its end, for they may be killed. Where that is all
+        that is left, yields 0 from time to time.
         """
-        for _ in range(len(queue)):
-            shard = queue.popleft()
-            with claimed(folder / shard.name) as file:
-                if file is not None:
-                    file.write(self.make(shard))
-                    return len(shard.rows)
-            if not (folder / shard.name).exists():
-                queue.append(shard)
-        time.sleep(POLL_SECONDS if queue else 0)
-        return 0
+        while queue:
+            for _ in range(len(queue)):
+                shard = queue.popleft()
+                if (folder / shard.name).exists():
+                    continue
+                with claimed(folder / shard.name) as file:
+                    if file is not None:
+                        file.write((yield from self.make(shard)))
+                if not (folder / shard.name).exists():
+                    queue.append(shard)
+            time.sleep(POLL_SECONDS if queue else 0)
+            yield 0
 
-    @torch.no_grad()
-    def make(self, shard: Shard) -> bytes:
-        """The bytes of a shard's file."""
+    def make(self, shard: Shard) -> Generator[int, None, bytes]:
+        """Yields how many entries each batch has, and returns the bytes of the shard's file."""
         parts: dict[str, list[torch.Tensor]] = {}
         for entries in self._texts(shard) if shard.kind == "text" else self._images(shard):
             for name, tensor in entries.items():
                 parts.setdefault(name, []).append(tensor.cpu())
-            self.progress.add(len(entries["pooled"]))
+            count = len(entries["pooled"])
+            self.progress.add(count)
+            yield count
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if shard.kind == "text":
             tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors.pop("lengths").cumsum(0)])
-        tensors["hashes"] = torch.from_numpy(shard.hashes.view(np.uint8).reshape(-1, HASH.itemsize).copy())
+        tensors["hashes"] = torch.from_numpy(_bytes(shard.hashes).copy())
         return save(tensors, metadata={"format": "pt"})
 
     def _texts(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:
+        hashes = iter(_bytes(shard.hashes))
         for rows in _batches(shard.rows):
-            input_ids, mask = self.inputs.texts([node_text(self.graph.nodes[int(row)]) for row in rows])
+            texts = [node_text(self.graph.nodes[int(row)]) for row in rows]
+            if any(text_hash(text) != expected.tobytes() for text, expected in zip(texts, hashes, strict=False)):
+                raise UserError("the node table changed while the tower store was built; start again, and it goes on")
+            input_ids, mask = self.inputs.texts(texts)
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text_model(input_ids=input_ids, attention_mask=mask)
             tokens = output.last_hidden_state[mask.bool()]  # (k, L, d_text) -> (t, d_text)
             yield {"tokens": self._cast(tokens), "lengths": mask.sum(dim=1), "pooled": output.pooler_output}
 
     def _images(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:
-        hashes = shard.hashes.view(np.uint8).reshape(-1, HASH.itemsize)
-        read = self.readers.map(self._picture, shard.rows.tolist(), [row.tobytes() for row in hashes])
+        hashes = [expected.tobytes() for expected in _bytes(shard.hashes)]
+        read = self.readers.map(self._picture, shard.rows.tolist(), hashes)
         for rows in _batches(shard.rows):
             pictures, causes = zip(*(next(read) for _ in rows), strict=True)
             pixels = self.inputs.preprocessing.normalize(torch.stack(pictures).to(self.device))
@@ -300,6 +224,11 @@ class _Maker(NamedTuple):
         if not tokens.isfinite().all():
             raise UserError("tokens of these towers are beyond float16: --tower_cache_dtype float32")
         return tokens
+
+
+def _bytes(hashes: np.ndarray) -> np.ndarray:
+    """(K,) HASH -> (K, 16) uint8."""
+    return hashes.view(np.uint8).reshape(-1, HASH.itemsize)
 
 
 def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:

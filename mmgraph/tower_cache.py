@@ -25,10 +25,10 @@ from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.node_table import NodeTable
-from mmgraph.table_files import fingerprint as file_fingerprint
 from mmgraph.tables import ImagePaths
 from mmgraph.text_log import log
-from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
+from mmgraph.tower_build import build
+from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
 from mmgraph.world import together
@@ -152,16 +152,22 @@ def _built(folder: Path, contents: Contents) -> TowerStore:
 
 
 def existing_store(
-    config: Config, accelerator: Accelerator, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, towers: str
+    config: Config,
+    accelerator: Accelerator,
+    nodes: NodeTable,
+    paths: ImagePaths,
+    digest: str,
+    inputs: NodeInputs,
+    towers: str,
 ) -> StoredTokens | None:
     """The store of some nodes' exact tokens, if there is one and it has all of them. Called by all ranks.
 
     Args:
+        digest: the node table's fingerprint when it was opened.
         towers: the fingerprint of the towers' weights.
     """
     config = dataclasses.replace(config, tower_cache_dtype="float32")
     made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
-    digest = together(accelerator, lambda: file_fingerprint(config.nodes))
     if not all(gather_object([made_by.folder.is_dir()])):
         return None  # and nothing is hashed for it
     contents = read_contents(nodes, paths, config.nodes, digest, cache_folder(config.nodes), accelerator)

@@ -31,7 +31,7 @@ MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kerne
 DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # safetensors' names
 
 Kind = Literal["text", "image"]
-Shard = dict[str, torch.Tensor]
+ShardTensors = dict[str, torch.Tensor]
 
 libc = ctypes.CDLL(None)
 
@@ -46,12 +46,14 @@ class Shards:
 
     def __init__(self, folder: Path, kind: Kind):
         self.files = sorted(folder.glob(f"{kind}-*.safetensors"))
-        self.tensors = [_mapped(file) for file in self.files]
-        hashes = [shard["hashes"].numpy().reshape(-1).view(HASH) for shard in self.tensors]
+        self.tensors: list[ShardTensors] = []
+        hashes: list[np.ndarray] = []
+        for file in self.files:
+            self.tensors.append(shard := _mapped(file))
+            hashes.append(shard["hashes"].numpy().reshape(-1).view(HASH).copy())
+            _release(shard)
         self.starts = np.cumsum([0, *map(len, hashes)])
         self._hashes = np.concatenate([np.empty(0, HASH), *hashes])
-        for shard in self.tensors:
-            _release(shard)
         self._order = np.argsort(self._hashes, kind="stable")
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
@@ -62,7 +64,7 @@ class Shards:
         places = self._order[np.minimum(ranked, len(self._order) - 1)]
         return np.where(self._hashes[places] == hashes, places, -1)
 
-    def locate(self, places: np.ndarray) -> Sequence[tuple[Shard, int]]:
+    def locate(self, places: np.ndarray) -> Sequence[tuple[ShardTensors, int]]:
         """The shard of each place, and the entry in it. Call :meth:`release` when they are read."""
         shards = self._numbers(places)
         entries = places - self.starts[shards]
@@ -76,7 +78,7 @@ class Shards:
     def _numbers(self, places: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, places, side="right") - 1
 
-    def by_shard(self, places: np.ndarray) -> Iterator[tuple[Shard, torch.Tensor]]:
+    def by_shard(self, places: np.ndarray) -> Iterator[tuple[ShardTensors, torch.Tensor]]:
         """The shards that hold ascending ``places``, and which of their entries these are."""
         cuts = np.searchsorted(places, self.starts)
         for shard, start, begin, end in zip(self.tensors, self.starts[:-1], cuts[:-1], cuts[1:], strict=True):
@@ -91,17 +93,17 @@ class Shards:
         return rows
 
 
-def _mapped(file: Path) -> Shard:
+def _mapped(file: Path) -> ShardTensors:
     """A shard's tensors where they lie in the file, which the kernel reads when they are used."""
     try:
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
         # Mapped here and not by safetensors, so that letting go of pages is known to be safe. Keeps no descriptor open.
         whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last where the kernel maps no more files
-        raise UserError(
-            f"tower store: {file} cannot be read ({error}); remove it, and its entries are made anew"
-        ) from None
+    except SafetensorError as error:
+        raise UserError(f"tower store: {file} is damaged ({error}); remove it, and its entries are made anew") from None
+    except (OSError, RuntimeError) as error:  # such as a limit of the kernel's on maps or memory
+        raise UserError(f"tower store: {file} cannot be mapped ({error}); --tower_cache off does without") from None
     start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")  # the format: a length, a header in JSON, bytes
     header = json.loads(whole[8:start].numpy().tobytes())
     return {
@@ -111,7 +113,7 @@ def _mapped(file: Path) -> Shard:
     }
 
 
-def _release(shard: Shard) -> None:
+def _release(shard: ShardTensors) -> None:
     """Let go of the shard's pages that were read, as :meth:`mmgraph.node_table.NodeTable.release` does.
 
     The mapping is of a file and nothing writes to it: what is read again comes from the page cache, the same bytes.
@@ -127,7 +129,7 @@ class TowerStore:
         folder: the store's; one that does not exist holds nothing.
 
     Raises:
-        UserError: a shard is damaged.
+        UserError: a shard is damaged, or cannot be mapped.
     """
 
     def __init__(self, folder: Path):

@@ -42,6 +42,42 @@ def test_several_makers_leave_one_whole_file(tmp_path: Path, locks: bool) -> Non
     assert [file.name for file in tmp_path.iterdir()] == ["made"]
 
 
+@pytest.mark.parametrize("why", ["no locks", "another user's"])
+def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """What is there may be mapped by then: it must stay the same file."""
+    path, makers_own = tmp_path / "made", tmp_path / ".made.tmp"
+    if why == "no locks":
+        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    else:
+        makers_own.touch()
+        opened = files.os.open
+        refused = PermissionError(errno.EACCES, "")
+        monkeypatch.setattr(
+            files.os, "open", lambda p, *more: (_ for _ in ()).throw(refused) if p == makers_own else opened(p, *more)
+        )
+    with claimed(path) as first:
+        assert first is not None
+        with claimed(path) as second:
+            assert second is not None
+            second.write(b"done first")
+        inode = path.stat().st_ino
+    assert path.read_bytes() == b"done first" and path.stat().st_ino == inode
+    assert makers_own.exists() == (why != "no locks") and len(list(tmp_path.iterdir())) == 1 + makers_own.exists()
+
+
+def test_a_lock_that_fails_removes_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that got one: such as where a table of locks is full."""
+    path = tmp_path / "made"
+    with claimed(path) as first:
+        assert first is not None
+        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+        with claimed(path) as second:
+            assert second is not None
+            second.write(b"whole")
+        first.write(b"whole")
+    assert path.read_bytes() == b"whole" and [file.name for file in tmp_path.iterdir()] == ["made"]
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")

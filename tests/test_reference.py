@@ -110,6 +110,25 @@ def test_no_valid_text_gives_finite_gradients() -> None:
     assert torch.equal(outputs[1][0], torch.zeros(16))  # the mask's sum is clamped at 1: 0 / 1
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_attention_in_bf16_is_that_in_float32(autocast: bool) -> None:
+    """On a CPU it is computed in float32; the mask, as everything else, counts as before."""
+    torch.manual_seed(0)
+    fusion = CrossAttentionFusion(8, 8, 64)
+    inputs = torch.randn(3, 5, 8), torch.randn(3, 7, 8)
+    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [0] * 5])
+    expected = fusion(inputs[0], mask, inputs[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if autocast:
+            found = fusion(inputs[0], mask, inputs[1])
+        else:
+            found = fusion.bfloat16()(inputs[0].bfloat16(), mask, inputs[1].bfloat16())
+    sum(output.float().sum() for output in found).backward()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+    assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
+
+
 def test_pooling_clamps_the_mask_sum_at_one() -> None:
     """A mask of weights below 1 in sum would be scaled up by the 1e-6 of old; the sum counts as at least 1."""
     fusion = CrossAttentionFusion(8, 8, 16)

@@ -1,5 +1,7 @@
 """The tower store: exact tokens, each text and image once, never a stale one, whoever builds it and however it ends."""
 
+import errno
+import itertools
 import os
 import random
 import shutil
@@ -7,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from mmgraph import tower_build, tower_cache, trainer
+from mmgraph import checkpoints, tower_build, tower_cache, tower_plan, trainer
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.config import parse_config
@@ -137,7 +141,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
     make = tower_build._Maker.make
 
-    def record(self: tower_build._Maker, shard: tower_build.Shard) -> bytes:
+    def record(self: tower_build._Maker, shard: tower_plan.Shard) -> Generator[int, None, bytes]:
         seen.extend((shard.kind, row) for row in shard.rows.tolist())
         return make(self, shard)
 
@@ -189,9 +193,9 @@ def test_what_tokens_depend_on_makes_another_store(own_graph: Path, what: str) -
 
 SMALL_SHARDS = """
 import sys
-from mmgraph import tower_build
+from mmgraph import tower_plan
 from mmgraph.cli import main
-tower_build.SHARD = 3
+tower_plan.SHARD = 3
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -274,6 +278,61 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
     assert CAUSES[3] not in capsys.readouterr().out
 
 
+def test_a_text_is_never_kept_as_another(
+    own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes are hashed, and read again to be built; encode hashes them under the digest that it opened them with."""
+    monkeypatch.setattr(tower_build, "text_hash", lambda text: bytes(16))
+    assert main(["cache", *flags(own_graph)]) == 2
+    assert "the node table changed" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert train_main(settings(own_graph, own_graph / "run", "--max_steps=2")) == 0
+    nodes = pd.read_csv(own_graph / "nodes.csv", dtype=str, keep_default_na=False)
+    nodes.loc[7, "summary"] = "an old bright square of blue"
+    load = checkpoints.load_pretrained_encoder
+
+    def edit_and_load(*arguments: Any, **more: Any) -> Any:
+        nodes.to_csv(own_graph / "nodes.csv", index=False)
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints, "load_pretrained_encoder", edit_and_load)
+    assert main(["encode", str(own_graph / "run")]) == 0
+    monkeypatch.undo()
+    seen = computed(monkeypatch)
+    assert main(["cache", *flags(own_graph)]) == 0 and seen == [("text", 7)]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
+    own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace = Path.replace
+
+    def no_room(path: Path, target: Path) -> Path:
+        if target.name.startswith("text-"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", no_room)
+    assert main(["cache", *flags(own_graph)]) == 2
+    said = capsys.readouterr().err
+    assert "No space left" in said and "--tower_cache off" in said and str(store_of(own_graph)) in said
+    monkeypatch.undo()
+    assert not [name for name in files_of(store_of(own_graph)) if name.endswith(".tmp")]
+    seen = computed(monkeypatch)
+    assert main(["cache", *flags(own_graph)]) == 0
+    assert {kind for kind, _ in seen} == {"text"}  # the images were kept
+
+
+def test_a_rank_works_in_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a shard takes, ranks meet; and one that has nothing to do says so at once."""
+    now = itertools.count()
+    monkeypatch.setattr(tower_build.time, "monotonic", lambda: next(now))
+    counts = list(tower_build._in_strides(iter([64] * 20 + [0, 3])))
+    assert sum(counts) == 20 * 64 + 3 and counts[-1] == 3
+    assert 4 < len(counts) < 8 and max(counts) <= 64 * (tower_build.STRIDE_SECONDS + 1)
+
+
 def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path) -> None:
     assert main(["cache", *flags(own_graph)]) == 0
     for resident in (False, True):
@@ -296,9 +355,9 @@ def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
     assert "cannot be written" in capsys.readouterr().err
     monkeypatch.delenv("MMGRAPH_CACHE")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(tower_build.shutil, "disk_usage", lambda _: usage)
-    assert tower_build.refusal(tmp_path / "small", 100_000) is not None
-    assert "has room for" in str(tower_build.refusal(tmp_path / "small", 100_000))
+    monkeypatch.setattr(tower_plan.shutil, "disk_usage", lambda _: usage)
+    assert tower_plan.refusal(tmp_path / "small", 100_000) is not None
+    assert "has room for" in str(tower_plan.refusal(tmp_path / "small", 100_000))
 
 
 def test_flags_of_the_store(
@@ -334,7 +393,7 @@ def test_a_damaged_shard_is_told(own_graph: Path, tmp_path: Path, capsys: pytest
 
 def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in a device's memory whole (here, the CPU's) gives what is read from the shards."""
-    monkeypatch.setattr(tower_build, "SHARD", 7)
+    monkeypatch.setattr(tower_plan, "SHARD", 7)
     assert main(["cache", *flags(own_graph)]) == 0
     stored = open_stored(own_graph)
     resident = StoredTokens(stored.store, contents_of(own_graph), torch.device("cpu"), resident=True)

@@ -30,8 +30,9 @@ from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.order import GlobalBatchSampler
-from mmgraph.tower_build import build, cost, missing_shards, recipe, refusal
+from mmgraph.tower_build import build
 from mmgraph.tower_cache import StoredTokens
+from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import TowerStore
 from mmgraph.towers import (
     LiveTowers,
