@@ -92,9 +92,8 @@ def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
-    if not path.exists():
-        make_once(path, lambda file: write(file, path))
-        _give_back_memory()
+    make_once(path, lambda file: write(file, path))
+    _give_back_memory()
     return path
 
 

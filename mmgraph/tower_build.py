@@ -190,10 +190,9 @@ class _Maker(NamedTuple):
         return save(tensors, metadata={"format": "pt"})
 
     def _texts(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:
-        hashes = iter(_bytes(shard.hashes))
-        for rows in _batches(shard.rows):
+        for rows, hashes in zip(_batches(shard.rows), _batches(_bytes(shard.hashes)), strict=True):
             texts = [node_text(self.graph.nodes[int(row)]) for row in rows]
-            if any(text_hash(text) != expected.tobytes() for text, expected in zip(texts, hashes, strict=False)):
+            if any(text_hash(text) != expected.tobytes() for text, expected in zip(texts, hashes, strict=True)):
                 raise UserError("the node table changed while the tower store was built; start again, and it goes on")
             input_ids, mask = self.inputs.texts(texts)
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
@@ -231,6 +230,6 @@ def _bytes(hashes: np.ndarray) -> np.ndarray:
     return hashes.view(np.uint8).reshape(-1, HASH.itemsize)
 
 
-def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
+def _batches(entries: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(entries), BATCH):
+        yield entries[start : start + BATCH]

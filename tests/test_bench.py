@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY, launch_command, run, settings
 
 from mmgraph.bench.loss import compare_losses
-from mmgraph.bench.step import PlainModule
+from mmgraph.bench.step_kinds import PlainModule
 from mmgraph.cli import main
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import Tokens

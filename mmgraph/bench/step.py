@@ -5,219 +5,24 @@ In float32, and beside it in the launch's precision.
 
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
 
 from mmgraph import estimate
-from mmgraph.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.bench.report import report
+from mmgraph.bench.step_kinds import KINDS, PHASES, Steps
 from mmgraph.config import Config
-from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
-from mmgraph.loader.multimodal_collator import MultimodalCollator
-from mmgraph.loader.node_inputs import NodeInputs
-from mmgraph.losses import contrastive_losses, info_nce_loss
-from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.order import GlobalBatchSampler
-from mmgraph.tower_build import build
-from mmgraph.tower_cache import StoredTokens
-from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
-from mmgraph.tower_store import TowerStore
-from mmgraph.towers import (
-    LiveTowers,
-    Tokens,
-    Towers,
-    fingerprint,
-    load_tokenizer_and_processor,
-    load_tower_configs,
-    load_towers,
-    run_towers,
-    tower_state,
-)
+from mmgraph.towers import load_tower_configs, load_towers
 from mmgraph.world import compute_dtype
 
-KINDS = ("plain", "live", "stored")
-PHASES = ("data", "towers", "forward", "backward", "optimizer")
 Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
-
-
-class PlainModule(nn.Module):
-    """Fusion and heads as the original computes them, with a :class:`TrainedModule`'s parameters.
-
-    Attention through ``nn.MultiheadAttention.forward``, each layer on each token.
-    """
-
-    def __init__(self, trained: TrainedModule):
-        super().__init__()
-        self.trained = trained
-
-    def forward(self, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(N, L, d_text), (N, L), (N, P, d_vis) -> ``z_graph``, ``z_text``, ``z_vis``, each (N, proj_dim)."""
-        fusion = self.trained.fusion
-        text, patches = fusion.text_proj(text), fusion.vis_proj(patches)
-        attend = nn.MultiheadAttention.forward
-        to_vis, _ = attend(fusion.text2vis_attn, text, patches, patches, need_weights=False)
-        to_text, _ = attend(fusion.vis2text_attn, patches, text, text, key_padding_mask=mask == 0, need_weights=False)
-        text, vis = fusion.text_ffn(to_vis + text), fusion.vis_ffn(to_text + patches)
-        weights = mask[:, :, None].to(text.dtype)
-        text_pool = (text * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
-        vis_pool = vis.mean(dim=1)
-        fused = fusion.fusion_mlp(torch.cat([text_pool, vis_pool], dim=-1))
-        heads = (self.trained.graph_proj, self.trained.text_proj, self.trained.vis_proj)
-        return tuple(
-            F.normalize(head(x).float(), dim=-1) for head, x in zip(heads, (fused, text_pool, vis_pool), strict=True)
-        )
-
-
-class Steps:
-    """The three kinds of step in one precision over the same batches, each with its own parameters and optimizer.
-
-    Args:
-        batches: numbers of edges.
-        towers: shared by the live and the plain kind, whatever the precision.
-        dtype: what all kinds compute in; 16-bit ones by autocast.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        graph: Graph,
-        batches: list[list[int]],
-        towers: Towers,
-        dtype: torch.dtype,
-    ):
-        self.config, self.accelerator, self.graph, self.dtype = config, accelerator, graph, dtype
-        self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
-        tokenizer, processor = load_tokenizer_and_processor(config.model_name)
-        self.inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
-        self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
-        self.live_collator = BatchCollator(graph.nodes, graph.paths, self.inputs)
-        self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
-        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
-        self.modules, self.optimizers = {}, {}
-        for kind in KINDS:
-            torch.manual_seed(config.seed)
-            module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim).to(accelerator.device)
-            self.modules[kind] = module
-            self.optimizers[kind] = torch.optim.AdamW(
-                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=kind != "plain"
-            )
-
-    def prepare_store(self, folder: Path, precision: str) -> None:
-        """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
-        config, graph, accelerator = self.config, self.graph, self.accelerator
-        contents = read_contents(
-            graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
-        )
-        made_by = recipe(config, precision, self.inputs, fingerprint(tower_state(self.live.towers)))
-        self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), contents))  # of all nodes
-        store, self.build_seconds = TowerStore(made_by.folder), float("nan")
-        shards = missing_shards(store, contents)
-        if shards:
-            rows = np.unique([ends for batch in self.edges for _, *ends in batch])
-            shards = missing_shards(TowerStore(folder), contents, rows)
-            made_by = made_by._replace(folder=folder)
-            expected = cost(config, made_by, graph, self.inputs, shards)
-            if (reason := refusal(folder, expected.bytes)) is not None:
-                raise UserError(reason)
-            begun = time.perf_counter()
-            build(config, accelerator, graph, self.inputs, made_by, shards, expected)
-            self.build_seconds = (time.perf_counter() - begun) * self.entries / sum(len(shard.rows) for shard in shards)
-            store = TowerStore(folder)
-            measured = np.isin(np.arange(len(graph.nodes)), rows)  # nobody reads the others
-            contents = Contents(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in contents))
-        self.stored = StoredTokens(store, contents, accelerator.device, resident=accelerator.device.type == "cuda")
-        edges = EdgeCollator()
-        self.stored_batches = self.stored.batches(self._to_device(edges(items)) for items in self._endless())
-
-    def _endless(self) -> Iterator[list[Any]]:
-        while True:
-            yield from self.edges
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.accelerator.device
-        return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-
-    def step(self, kind: str, number: int) -> dict[str, float]:
-        """One step of a kind; seconds by phase. ``data`` is the time that the step waits for its batch."""
-        clock = _Clock(self.accelerator.device)
-        embed = self._plain(number, clock) if kind == "plain" else self._distinct(kind, number, clock)
-        with self._autocast():
-            z_graph, z_text, z_vis = embed()
-        temperature, edges = self.config.temperature, len(z_graph) // 2
-        if kind == "plain":
-            loss = info_nce_loss(z_text @ z_vis.T / temperature)
-            loss = loss + info_nce_loss(z_graph[:edges] @ z_graph[edges:].T / temperature)
-        else:
-            loss = contrastive_losses(z_graph, z_text, z_vis, temperature, 1.0).total
-        clock.done("forward")
-        self.optimizers[kind].zero_grad(set_to_none=True)
-        loss.backward()
-        clock.done("backward")
-        self.optimizers[kind].step()
-        clock.done("optimizer")
-        return clock.seconds
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _plain(self, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        pairs = [(self._node(source), self._node(destination)) for _, source, destination in self._edges(number)]
-        inputs = self._to_device(self.plain_collator(pairs))
-        clock.done("data")
-        with torch.no_grad(), self._autocast():
-            tokens, _, _ = run_towers(self.live.towers, **inputs)
-        clock.done("towers")
-        return lambda: PlainModule(self.modules["plain"])(*tokens)
-
-    def _distinct(self, kind: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        source: StoredTokens | LiveTowers = self.stored if kind == "stored" else self.live
-        if kind == "stored":
-            batch = next(self.stored_batches)
-        else:
-            batch = self._to_device(self.live_collator(self._edges(number)))
-        clock.done("data")
-        tokens: Tokens = source.tokens(batch)
-        clock.done("towers")
-        module = self.modules[kind]
-        return lambda: tuple(z.index_select(0, batch["inverse"]) for z in module(tokens))
-
-    def _node(self, row: int) -> dict[str, Any]:
-        node = self.graph.nodes[row]
-        return {**node, "image_path": self.graph.paths.resolve(node["image_path"])}
-
-    def _edges(self, number: int) -> list[Any]:
-        return self.edges[number % len(self.edges)]
-
-
-class _Clock:
-    """Seconds between calls; waits for the device, so that each phase has its own work."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
-        self.last = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def done(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] += now - self.last
-        self.last = now
 
 
 def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: int, path: Path | None) -> None:
