@@ -44,6 +44,10 @@ def final_file(output: Path) -> Path:
     return output / "checkpoints" / "multimodal_encoder_final.pt"
 
 
+def best_file(output: Path) -> Path:
+    return output / "checkpoints" / "multimodal_encoder_best.pt"
+
+
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write an epoch file, or, where there is no epoch, a final file: the bare ``model_state_dict``."""
     content: dict[str, Any] = checkpoint.model_state_dict

@@ -19,6 +19,7 @@ DEMO_FOLDER = Path("data/demo")
 DEMO_SETTINGS: dict[str, Any] = {
     "nodes": str(DEMO_FOLDER / "nodes.csv"),
     "edges": str(DEMO_FOLDER / "edges.csv"),
+    "eval_edges": str(DEMO_FOLDER / "eval_edges.csv"),
     "model_name": str(DEMO_FOLDER / "towers"),
     "run_name": "demo",
     "fused_dim": 128,
@@ -28,6 +29,11 @@ DEMO_SETTINGS: dict[str, Any] = {
     "num_workers": 0,  # 72-pixel images, all of them cached: workers would only cost their start
     "cache_size": 2048,
 }
+
+
+BEST_METRICS = tuple(
+    f"{embedding}/{metric}" for embedding in ("z_graph", "fused") for metric in ("mrr", "hits@1", "hits@3", "hits@10")
+)
 
 
 def _flag(default: Any, help: str, aliases: tuple[str, ...] = ()) -> Any:
@@ -70,6 +76,14 @@ class Config:
     max_grad_norm: float = _flag(0.0, "clip gradients to this L2 norm; 0 does not clip")
     temperature: float = _flag(0.07, "divides the cosine similarities in both losses")
     graph_loss_weight: float = _flag(1.0, "weight of the graph loss; the text-image loss has weight 1")
+    false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = _flag(
+        "keep",
+        "what leaves the losses' denominators: nothing (as the original); the query's own nodes and nodes of the same "
+        "image; and also neighbours that are trained on",
+    )
+    missing_image: Literal["black", "mask"] = _flag(
+        "black", "nodes without an image: have a black one (as the original), or are left out of the text-image loss"
+    )
     seed: int = _flag(42, "everything random comes from it")
     num_workers: int = _flag(4, "DataLoader workers in each process")
     cache_size: int = _flag(128, "images kept decoded in each worker, least recently used go first")
@@ -90,6 +104,17 @@ class Config:
     )
     tower_cache_device: Literal["auto", "cpu", "cuda"] = _flag(
         "auto", "where the tokens are kept in a run; auto: on the GPU where they take up to half of its free memory"
+    )
+    eval_fraction: float = _flag(0.0, "share of the edges, whole pairs by seed, to hold out and evaluate on")
+    eval_edges: str | None = _flag(
+        None, "edge table to evaluate on: src_id, dst_id, and rel_id for a table by relation"
+    )
+    eval_every: int = _flag(500, "steps between evaluations; there is one before the first step and one at the end")
+    keep_best: str | None = _flag(
+        None, "metric whose best evaluation's weights are kept in multimodal_encoder_best.pt, such as z_graph/mrr"
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "end after this many evaluations without a better --keep_best (z_graph/mrr)"
     )
     output_dir: str | None = _flag(None, "where everything the run makes lies (default: runs/RUN_NAME)")
     run_name: str | None = _flag(None, "the run's name (default: demo, or the folder of the node table)")
@@ -135,6 +160,7 @@ class Config:
             "cache_size",
             "image_cache_gb",
             "save_every",
+            "eval_every",
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -144,11 +170,28 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: must be below 2^63")
-        for name in ("max_steps", "micro_batch_size"):
+        if self.eval_fraction and self.eval_edges is not None:
+            raise UserError("--eval_fraction splits the edges, --eval_edges names others: give one of the two")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction {self.eval_fraction}: must be 0 or more, and below 1")
+        self._check_best()
+        for name in ("max_steps", "micro_batch_size", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.fused_dim % 8:
             raise UserError(f"--fused_dim {self.fused_dim}: must be a multiple of 8, the number of attention heads")
+
+    def _check_best(self) -> None:
+        if self.keep_best is not None and self.keep_best not in BEST_METRICS:
+            raise UserError(f"--keep_best {self.keep_best}: must be one of {', '.join(BEST_METRICS)}")
+        if not self.evaluates and (self.keep_best is not None or self.early_stopping_patience is not None):
+            flag = "keep_best" if self.keep_best is not None else "early_stopping_patience"
+            raise UserError(f"--{flag} needs edges to evaluate on: give --eval_fraction or --eval_edges")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are edges to evaluate on."""
+        return self.eval_fraction > 0 or self.eval_edges is not None
 
     @property
     def output_folder(self) -> Path:
@@ -165,7 +208,9 @@ GROUPS = {  # how --help_all sets the flags out
     "data": ("nodes", "edges", "image_root", "demo", "truncated_images"),
     "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
     "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
-                 "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "seed"),
+                 "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "false_negatives",
+                 "missing_image", "seed"),
+    "evaluation": ("eval_fraction", "eval_edges", "eval_every", "keep_best", "early_stopping_patience"),
     "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
     "loading": ("num_workers", "cache_size", "image_cache_gb"),
     "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size"),
@@ -174,7 +219,7 @@ GROUPS = {  # how --help_all sets the flags out
 }  # fmt: skip
 COMMON = {  # what --help shows
     "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "num_workers", "output_dir", "resume", "report_to", "check",
+    "seed", "eval_fraction", "eval_edges", "num_workers", "output_dir", "resume", "report_to", "check",
 }  # fmt: skip
 
 
@@ -273,7 +318,8 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(f"--config {given.config}: {error}") from None
     given = parser.parse(from_file + arguments)
     if given.demo:
-        given = parser.parse(_as_arguments(DEMO_SETTINGS) + from_file + arguments)
+        demo = {**DEMO_SETTINGS, "eval_edges": None} if given.eval_fraction else DEMO_SETTINGS
+        given = parser.parse(_as_arguments(demo) + from_file + arguments)
         if given.nodes != DEMO_SETTINGS["nodes"] or given.edges != DEMO_SETTINGS["edges"]:
             raise UserError("--demo trains on the demo graph: leave out --nodes and --edges, or leave out --demo")
     return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})

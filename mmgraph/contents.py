@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.files import write_durably
+from mmgraph.files import save_array
 from mmgraph.images import CAUSES, read_file
 from mmgraph.loader.node_inputs import node_text
 from mmgraph.node_table import NodeTable
@@ -42,6 +42,11 @@ def image_hash(data: bytes | None, cause: int) -> bytes:
     if data is None:
         return hashlib.blake2b(CAUSES[cause].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
     return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()
+
+
+def without_file(images: np.ndarray) -> np.ndarray:
+    """Which of :class:`Contents`' image hashes are of no file's bytes: (N,) bool."""
+    return np.isin(images, np.array([image_hash(None, cause) for cause in range(len(CAUSES))], HASH))
 
 
 def read_contents(
@@ -74,8 +79,8 @@ def read_contents(
         with suppress(OSError):  # a folder that can only be read
             folder.mkdir(parents=True, exist_ok=True)
             if not known:
-                _write(kept, texts)
-            _write(seen, images)
+                save_array(kept, texts)
+            save_array(seen, images)
     return Contents(texts, images["hash"])
 
 
@@ -136,11 +141,3 @@ def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         return np.empty(0, kind)
     return found if found.dtype == kind else np.empty(0, kind)
-
-
-def _write(path: Path, hashes: np.ndarray) -> None:
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, hashes)
-
-    write_durably(path, save, shared=True)

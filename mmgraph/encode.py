@@ -133,7 +133,7 @@ def _from_towers(encoder: MultimodalGraphEncoder, loader: Iterable[Any], device:
 def _from_store(stored: StoredTokens, rows: Sequence[int], batch_size: int) -> Iterator[Outputs]:
     for start in range(0, len(rows), batch_size):
         part = np.array(rows[start : start + batch_size])
-        yield stored.outputs(part), torch.from_numpy(stored.image_causes[part])
+        yield stored.outputs(part, part), torch.from_numpy(stored.image_causes[part])
 
 
 def _encode(encoder: MultimodalGraphEncoder, batches: Iterator[Outputs], bar: "tqdm[Any]") -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def _encode(encoder: MultimodalGraphEncoder, batches: Iterator[Outputs], bar: "t
     found: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "image_causes")}
     for outputs, causes in batches:
         found["image_causes"].append(causes)
-        features = encoder.encode_outputs(*outputs)
+        features = encoder.embeddings(*outputs)
         for name in FEATURES:
             found[name].append(features[name].float().cpu())
         bar.update(len(causes))

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 POLL_SECONDS = 0.2
 
 
@@ -26,6 +28,16 @@ def write_durably(path: Path, write: Callable[[Path], object], shared: bool = Fa
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file durably, which other processes may write at the same time."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+
+    write_durably(path, save, shared=True)
 
 
 def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:

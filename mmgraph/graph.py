@@ -8,6 +8,7 @@ import pyarrow as pa
 from mmgraph.config import DEFAULT_TABLES, Config
 from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
+from mmgraph.held_out import HeldOut, read_held_out, split_edges
 from mmgraph.node_table import NodeTable
 from mmgraph.table_cache import open_edges, open_nodes
 from mmgraph.table_files import fingerprint
@@ -16,17 +17,19 @@ from mmgraph.tables import ImagePaths
 
 class Graph(NamedTuple):
     nodes: NodeTable  # N rows
-    rows: EdgeTable  # E edges, as rows of nodes: source, destination
+    rows: EdgeTable  # E edges to train on, as rows of nodes: source, destination
     paths: ImagePaths
     nodes_fingerprint: str
     edges_fingerprint: str
+    held_out: HeldOut | None  # edges to evaluate on
 
 
 def load_graph(config: Config) -> Graph:
     """Open the tables of a run, which are converted and checked where that was not done yet; look for its images.
 
     Raises:
-        UserError: as :func:`mmgraph.table_cache.open_nodes`, :func:`open_edges`, :meth:`ImagePaths.check`.
+        UserError: as :func:`mmgraph.table_cache.open_nodes`, :func:`open_edges`, :func:`mmgraph.held_out.split_edges`,
+            :meth:`ImagePaths.check`.
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
@@ -35,9 +38,15 @@ def load_graph(config: Config) -> Graph:
         )
     nodes_fingerprint, edges_fingerprint = fingerprint(config.nodes), fingerprint(config.edges)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
-    rows = open_edges(config.edges, edges_fingerprint, nodes, nodes_fingerprint)
+    edges = open_edges(config.edges, edges_fingerprint, nodes, nodes_fingerprint)
+    rows, held_out = edges.rows, None
+    if config.eval_edges is not None:
+        held_out = read_held_out(config.eval_edges, nodes, nodes_fingerprint)
+    elif config.eval_fraction:
+        digests = edges_fingerprint, nodes_fingerprint
+        rows, held_out = split_edges(config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed)
     paths = find_images(nodes, config.nodes, config.image_root, config.seed)
-    return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint)
+    return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint, held_out)
 
 
 def find_images(nodes: NodeTable, nodes_path: str, image_root: str | None, seed: int) -> ImagePaths:

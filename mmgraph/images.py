@@ -101,6 +101,12 @@ def describe_causes(codes: Sequence[int]) -> str:
     return ", ".join(f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if cause and i in codes)
 
 
+def is_black(causes: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:
+    """Whether nodes have no picture at all, from their indices into ``CAUSES``; bool of the same shape."""
+    partial = (causes == CAUSES.index("truncated")) & (truncated == "partial")
+    return (causes != 0) & ~partial
+
+
 def black_image() -> torch.Tensor:
     """What a node without a readable picture has: (3, 224, 224) uint8."""
     return torch.zeros(3, 224, 224, dtype=torch.uint8)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mmgraph.false_negatives import FalseNegatives, Square
+
 LOGITS_AT_ONCE = 1 << 24  # 64 MB; a larger square is worked through in parts
 
 
@@ -15,6 +17,14 @@ class Losses(NamedTuple):
     total: torch.Tensor
     mm: torch.Tensor  # text against image of the same node
     graph: torch.Tensor  # anchor against positive
+    left_out: tuple[torch.Tensor, ...] = ()  # of mm and graph: false negatives left out, in the mean of the queries
+
+
+class BatchNodes(NamedTuple):
+    """Which nodes this rank's embeddings are of: its b anchors, then its b positives."""
+
+    rows: torch.Tensor  # (2b,) int64, rows of the node table
+    missing_image: torch.Tensor  # (2b,) bool
 
 
 def info_nce_loss(logits: torch.Tensor) -> torch.Tensor:
@@ -31,7 +41,13 @@ def info_nce_loss(logits: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_losses(
-    z_graph: torch.Tensor, z_text: torch.Tensor, z_vis: torch.Tensor, temperature: float, graph_loss_weight: float
+    z_graph: torch.Tensor,
+    z_text: torch.Tensor,
+    z_vis: torch.Tensor,
+    temperature: float,
+    graph_loss_weight: float,
+    false_negatives: FalseNegatives | None = None,
+    nodes: BatchNodes | None = None,
 ) -> Losses:
     """This rank's share of the loss over the global batch.
 
@@ -43,6 +59,9 @@ def contrastive_losses(
             Every rank has the same b.
         temperature: divides the cosine similarities.
         graph_loss_weight: weight of the graph loss.
+        false_negatives: leaves known ones out of the denominators (false negative elimination, Huynh et al., 2022);
+            None is the original's loss.
+        nodes: the embeddings' nodes, for ``false_negatives``.
     """
     own = [z.float().unflatten(0, (2, -1)) for z in (z_graph, z_text, z_vis)]  # (2, b, proj_dim) each
     everyone, first, edges = own, 0, own[0].shape[1]  # b
@@ -50,15 +69,57 @@ def contrastive_losses(
         everyone = list(gather_with_gradients(torch.stack(own), dim=2))  # (2, B, proj_dim): all anchors, all positives
         first = edges * dist.get_rank()
     labels = torch.arange(first, first + edges, device=own[0].device)  # (b,) where this rank's edges stand among all
-    graph_loss = _info_nce(tuple(own[0]), tuple(everyone[0]), labels, temperature)
-    labels = torch.cat([labels, labels + everyone[0].shape[1]])  # (2b,) the same for nodes: the positives come last
+    node_labels = torch.cat([labels, labels + everyone[0].shape[1]])  # (2b,) the same for nodes: the positives are last
+    out = _LeftOut() if false_negatives is None else _left_out(false_negatives, nodes, labels, node_labels)
+    graph_loss = _info_nce(tuple(own[0]), tuple(everyone[0]), labels, temperature, out.graph)
     text, vis, all_text, all_vis = (z.flatten(0, 1) for z in (*own[1:], *everyone[1:]))  # (2b or 2B, proj_dim)
-    mm_loss = _info_nce((text, vis), (all_text, all_vis), labels, temperature)
-    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss)
+    mm_loss = _info_nce((text, vis), (all_text, all_vis), node_labels, temperature, out.mm, out.mm_weights)
+    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss, out.counts())
+
+
+class _LeftOut(NamedTuple):
+    """What leaves the denominators, of this rank's rows and columns; nothing by default."""
+
+    graph: tuple[Square, Square] | None = None
+    mm: tuple[Square, Square] | None = None
+    mm_weights: torch.Tensor | None = None  # (2b,) of each node's cross-entropies in their mean
+
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        """Once the squares were read."""
+        return tuple(
+            sum(square.count / (2 * len(square.labels)) for square in squares)  # type: ignore[misc]
+            for squares in (self.mm, self.graph)
+            if squares is not None and squares[0].own
+        )
+
+
+def _left_out(
+    false_negatives: FalseNegatives, nodes: BatchNodes | None, labels: torch.Tensor, node_labels: torch.Tensor
+) -> _LeftOut:
+    if nodes is None:
+        raise ValueError("false negatives are told by nodes")
+    told = torch.stack([nodes.rows, nodes.missing_image.long()]).unflatten(1, (2, -1))  # (2, 2, b)
+    every_told = gather_with_gradients(told, dim=2)  # (2, 2, B)
+    own, every = told[0], every_told[0]  # (2, b), (2, B)
+    absent = weights = None
+    if false_negatives.missing_images:
+        absent = every_told[1].flatten().bool()  # (2B,)
+        present = ~nodes.missing_image
+        weights = present * (len(absent) / (~absent).sum().clamp(min=1))  # the mean is over those of all ranks
+    return _LeftOut(
+        false_negatives.graph_squares(own, every, labels),
+        false_negatives.mm_squares(own.flatten(), every.flatten(), node_labels, absent),
+        weights,
+    )
 
 
 def _info_nce(
-    own: tuple[torch.Tensor, ...], everyone: tuple[torch.Tensor, ...], labels: torch.Tensor, temperature: float
+    own: tuple[torch.Tensor, ...],
+    everyone: tuple[torch.Tensor, ...],
+    labels: torch.Tensor,
+    temperature: float,
+    squares: tuple[Square, Square] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`info_nce_loss` of some rows and columns of a square that is never whole where it is large.
 
@@ -66,14 +127,28 @@ def _info_nce(
         own: left and right, (n, d) each, on this rank.
         everyone: the same of all ranks, (N, d) each.
         labels: (n,) where the own ones stand among all.
+        squares: entries that leave the denominators, of the rows and of the columns.
+        weights: (n,) of the cross-entropies in their mean; default: 1.
     """
     if len(own[0]) * len(everyone[0]) > LOGITS_AT_ONCE:
         alone = own[0].data_ptr() == everyone[0].data_ptr()
-        return _InfoNCEInParts.apply(*own, *((None, None) if alone else everyone), labels, temperature)
+        others = (None, None) if alone else everyone
+        return _InfoNCEInParts.apply(*own, *others, labels, temperature, squares, weights)
     (left, right), (all_left, all_right) = own, everyone
-    rows = F.cross_entropy(left @ all_right.T / temperature, labels)
-    columns = F.cross_entropy(right @ all_left.T / temperature, labels)
+    of_rows, of_columns = squares or (None, None)
+    rows = _cross_entropy(left @ all_right.T / temperature, labels, of_rows, weights)
+    columns = _cross_entropy(right @ all_left.T / temperature, labels, of_columns, weights)
     return (rows + columns) / 2
+
+
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, square: Square | None, weights: torch.Tensor | None
+) -> torch.Tensor:
+    if square is not None:
+        logits = logits.masked_fill(square.part(0, len(logits)), -torch.inf)
+    if weights is None:
+        return F.cross_entropy(logits, labels)
+    return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
 class _InfoNCEInParts(torch.autograd.Function):
@@ -92,6 +167,8 @@ class _InfoNCEInParts(torch.autograd.Function):
         all_right: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: float,
+        squares: tuple[Square, Square] | None,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
         of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
         of_all_left, of_all_right = of_left, of_right
@@ -99,8 +176,10 @@ class _InfoNCEInParts(torch.autograd.Function):
             all_left, all_right = left, right
         else:
             of_all_left, of_all_right = torch.zeros_like(all_left), torch.zeros_like(all_right)
-        loss = _cross_entropy_in_parts(left, of_left, all_right, of_all_right, labels, temperature)
-        loss += _cross_entropy_in_parts(right, of_right, all_left, of_all_left, labels, temperature)
+        of_rows, of_columns = squares or (None, None)
+        shared = labels, temperature, weights
+        loss = _cross_entropy_in_parts(left, of_left, all_right, of_all_right, *shared, of_rows)
+        loss += _cross_entropy_in_parts(right, of_right, all_left, of_all_left, *shared, of_columns)
         alone = all_left is left
         ctx.save_for_backward(of_left, of_right, *((None, None) if alone else (of_all_left, of_all_right)))
         ctx.scale = 1 / (2 * len(left) * temperature)
@@ -109,7 +188,7 @@ class _InfoNCEInParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = gradient * ctx.scale
-        return *(None if part is None else part * scale for part in ctx.saved_tensors), None, None
+        return *(None if part is None else part * scale for part in ctx.saved_tensors), None, None, None, None
 
 
 def _cross_entropy_in_parts(
@@ -119,6 +198,8 @@ def _cross_entropy_in_parts(
     every_gradient: torch.Tensor,
     labels: torch.Tensor,
     temperature: float,
+    weights: torch.Tensor | None,
+    square: Square | None,
 ) -> torch.Tensor:
     """The sum over rows of the cross-entropy of ``own @ every.T / temperature``, (n, N); a scalar.
 
@@ -129,10 +210,16 @@ def _cross_entropy_in_parts(
     for start in range(0, len(own), size):
         part, places = own[start : start + size], labels[start : start + size]  # (s, d), (s,)
         logits = part / temperature @ every.T  # (s, N)
+        if square is not None:
+            logits.masked_fill_(square.part(start, start + len(part)), -torch.inf)
         normalizer = logits.logsumexp(dim=1, keepdim=True)  # (s, 1)
-        loss += (normalizer - logits.gather(1, places[:, None])).sum()
+        losses = normalizer - logits.gather(1, places[:, None])  # (s, 1)
+        weight = None if weights is None else weights[start : start + len(part), None]  # (s, 1)
+        loss += losses.sum() if weight is None else (losses * weight).sum()
         difference = logits.sub_(normalizer).exp_()  # the softmax, and then what it is off the labels by
         difference[torch.arange(len(part), device=own.device), places] -= 1
+        if weight is not None:
+            difference *= weight
         own_gradient[start : start + size].addmm_(difference, every)
         every_gradient.addmm_(difference.T, part)
     return loss

@@ -1,6 +1,7 @@
 """What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
 
 import fcntl
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.evaluation import Table, metrics, one_line
 from mmgraph.files import sync, write_durably
 from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
@@ -91,6 +93,16 @@ class Recorder:
                 f"{row['loss_mm']:.4f}, graph {row['loss_graph']:.4f}), lr {row['lr']:.3g}, "
                 f"{row['edges_per_s']:,.0f} edges/s"
             )
+
+    def evaluation(self, step: int, table: Table) -> None:
+        """Log an evaluation, and write all of it to ``evaluation.json``. Called on the main process alone."""
+        log(f"evaluation at step {step:,}: {one_line(table)}")
+        content = json.dumps({"step": step, **table}, indent=1)
+        write_durably(self.output / "evaluation.json", lambda path: path.write_text(content, encoding="utf-8"))
+        if step == 0:  # later ones are in their step's row
+            row = {"step": 0, "epoch": self.progress.epoch, **metrics(table)}
+            self.metrics.write(row)
+            self.trackers.write(row)
 
     def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
         """Sum an epoch up in the log, and flush it."""

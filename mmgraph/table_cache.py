@@ -1,8 +1,9 @@
 """Tables converted once, to files that are memory-mapped from then on.
 
 Beside a table (see :func:`mmgraph.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
-``tables/edges-<hash>.npy``, its edges as rows, with what is to be told of them in ``.json``. A hash is that of the
-files' bytes and of the conversion: a changed table is converted anew. What is found there is complete and was checked.
+``tables/edges-<hash>.npy``, its edges as rows, with relations in ``.relations.npy`` where it has a ``rel_id``, and what
+is to be told of them in ``.json``. A hash is that of the files' bytes and of the conversion: a changed table is
+converted anew. What is found there is complete and was checked.
 """
 
 import atexit
@@ -16,22 +17,33 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmgraph.edge_table import EdgeTable, EdgeWriter
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder, make_once, write_durably
+from mmgraph.files import cache_folder, make_once, save_array, write_durably
 from mmgraph.node_table import NodeTable
 from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.text_log import log
 
-FORMAT = 1  # raised where the same table would be converted otherwise
+FORMAT = 2  # raised where the same table would be converted otherwise
+RELATION = "rel_id"
 ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
 EDGES_AT_ONCE = 1 << 20  # looked up in one go
+
+
+class Edges(NamedTuple):
+    """An edge table's edges whose two ends are nodes, in its order."""
+
+    rows: EdgeTable  # E edges
+    relations: np.ndarray | None  # (E,) int32, memory-mapped: the place of each edge's relation among the names
+    names: list[str]  # of relations, as ``rel_id`` has them; empty where the table has none
+
 
 _stand_ins: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
 
@@ -47,13 +59,13 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
     """
     name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
-        _made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
+        made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
         table.release()
         return table
-    return NodeTable(_made(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest)))
+    return NodeTable(made(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest)))
 
 
-def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> EdgeTable:
+def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> Edges:
     """The edges whose two ends are nodes, in the order of the edge table; others are counted in the log.
 
     Args:
@@ -63,19 +75,20 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
         UserError: as :func:`mmgraph.tables.read_edges` and :func:`mmgraph.tables.known_edges`.
     """
     name = f"edges-{_hash(digest, nodes_digest)}.npy"
-    made = _made(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes))
-    dropped = json.loads(made.with_suffix(".json").read_text())
-    if dropped[0]:
-        check_dropped(path, *dropped)
-    return EdgeTable(made)
+    path_made = made(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes))
+    told = json.loads(path_made.with_suffix(".json").read_text())
+    if told["dropped"][0]:
+        check_dropped(path, *told["dropped"])
+    relations = np.load(path_made.with_suffix(".relations.npy"), mmap_mode="r") if told["relations"] else None
+    return Edges(EdgeTable(path_made), relations, told["relations"])
 
 
 def _hash(*digests: str) -> str:
     return hashlib.sha256(" ".join([str(FORMAT), *digests]).encode()).hexdigest()[:16]
 
 
-def _made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
-    """The file ``name`` of a table's cache, which ``write`` fills where it is not there yet.
+def made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
+    """The file ``name`` of a table's cache, which ``write`` (given the file, open, and its path) fills where it is new.
 
     Where the cache cannot be written, it is made in a temporary folder that is removed at the exit.
     """
@@ -173,7 +186,7 @@ def _plain(path: str | Path, table: pa.Table) -> pa.Table:
 
 def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, nodes: NodeTable) -> None:
     start = time.monotonic()
-    ids, writer = _ids(nodes), EdgeWriter(file, len(nodes))
+    ids, writer, relations = _ids(nodes), EdgeWriter(file, len(nodes)), _Relations()
     total, unknown = 0, None
     # Each look-up indexes the ids anew: fewer edges than this at once, and that would be most of the work.
     for part in _gathered(
@@ -186,6 +199,8 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
             first = int(np.argmin(known))
             unknown = part[EDGE_COLUMNS[0 if ends[first, 0] < 0 else 1]][first].as_py()
         writer.write(ends[known])
+        if RELATION in part.column_names:
+            relations.add(path, part[RELATION], known)
         total += len(part)
     nodes.release()
     writer.finish()
@@ -193,19 +208,39 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     if not writer.count:
         check_dropped(path, *dropped)  # an error, of which nothing is kept
     _end(path, digest, start)
-    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(dropped)), shared=True)
+    if relations.names:
+        save_array(target.with_suffix(".relations.npy"), np.concatenate(relations.codes))
+    told = json.dumps({"dropped": dropped, "relations": list(relations.names)})
+    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(told), shared=True)
+
+
+class _Relations:
+    """The relations of edges that come in parts, as numbers; a missing one is the empty name."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.codes: list[np.ndarray] = []  # int32
+
+    def add(self, path: str | Path, column: pa.ChunkedArray, known: np.ndarray) -> None:
+        try:
+            text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
+        except pa.ArrowException:
+            raise UserError(f"{path}: column '{RELATION}' holds {column.type}, which is not text") from None
+        encoded = text.filter(pa.array(known)).dictionary_encode()
+        numbers = [self.names.setdefault(name, len(self.names)) for name in encoded.dictionary.to_pylist()]
+        self.codes.append(np.array(numbers, np.int32)[encoded.indices.to_numpy()])
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The edge columns of tables, put together to ``rows`` rows or more."""
     waiting: list[pa.Table] = []
     for table in tables:
-        waiting.append(table.select(EDGE_COLUMNS))
+        waiting.append(table.select([name for name in (*EDGE_COLUMNS, RELATION) if name in table.column_names]))
         if sum(map(len, waiting)) >= rows:
-            yield pa.concat_tables(waiting)
+            yield pa.concat_tables(waiting, promote_options="permissive")
             waiting = []
     if waiting:
-        yield pa.concat_tables(waiting)
+        yield pa.concat_tables(waiting, promote_options="permissive")
 
 
 def _end(path: str | Path, digest: str, start: float) -> None:

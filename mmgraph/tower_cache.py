@@ -52,6 +52,7 @@ class StoredTokens:
         self.texts, self.images = store.texts.find(contents.texts), store.images.find(contents.images)  # (N,) places
         if min(self.texts.min(), self.images.min()) < 0:
             raise UserError(f"tower store: {store.folder} lacks entries; start again, and they are made")
+        self.places = self.texts, self.images
         distinct, inverse = np.unique(self.images, return_inverse=True)
         causes = [shard["causes"][entries] for shard, entries in store.images.by_shard(distinct)]
         self.image_causes = torch.cat(causes).numpy()[inverse]  # (N,)
@@ -73,8 +74,8 @@ class StoredTokens:
             while waiting:
                 yield self._finish(*waiting.popleft())
 
-    def _read(self, rows: np.ndarray) -> Tokens:
-        texts, images = self.texts[rows], self.images[rows]
+    def _read(self, rows: np.ndarray, image_rows: np.ndarray | None = None) -> Tokens:
+        texts, images = self.texts[rows], self.images[rows if image_rows is None else image_rows]
         if self.resident is None:
             return self.store.tokens(texts, images, pin=self.device.type == "cuda")
         text, image = (torch.from_numpy(places).to(self.device) for places in (texts, images))
@@ -87,20 +88,37 @@ class StoredTokens:
         """Tokens of the batch's U distinct nodes, on the device."""
         return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
 
-    def outputs(self, rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """Of U nodes, on the device, what :func:`mmgraph.towers.run_towers` gives: tokens and both pooled outputs."""
-        texts, images = self.texts[rows], self.images[rows]
-        tokens = Tokens(*(tensor.to(self.device) for tensor in self.store.tokens(texts, images)))
-        text_only = self.store.texts.gather("pooled", texts).to(self.device)
-        return tokens, text_only, self.store.images.gather("pooled", images).to(self.device)
+    def outputs(self, rows: np.ndarray, image_rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
+        """What :func:`mmgraph.towers.run_towers` gives: tokens and both pooled outputs, on the device.
+
+        Args:
+            rows, image_rows: (U,) the nodes whose texts, and those whose images are meant.
+        """
+        tokens = Tokens(*(tensor.to(self.device) for tensor in self._read(rows, image_rows)))
+        texts, images = self.places
+        text_only = self.store.texts.gather("pooled", texts[rows]).to(self.device)
+        return tokens, text_only, self.store.images.gather("pooled", images[image_rows]).to(self.device)
+
+
+def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
+    """What a graph's texts and images hold (see :func:`mmgraph.contents.read_contents`). Called by all ranks."""
+    folder = cache_folder(config.nodes)
+    return read_contents(graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
 
 def open_store(
-    config: Config, accelerator: Accelerator, graph: Graph, inputs: NodeInputs, towers: str, planned_nodes: int
+    config: Config,
+    accelerator: Accelerator,
+    graph: Graph,
+    contents: Contents,
+    inputs: NodeInputs,
+    towers: str,
+    planned_nodes: int,
 ) -> StoredTokens | None:
     """Open the store of a run's tokens, after building what it lacks. Called by all ranks.
 
     Args:
+        contents: of the graph's nodes.
         inputs: what live training would make tower inputs with.
         towers: the fingerprint of the towers' weights.
         planned_nodes: how many nodes the run would send through live towers.
@@ -111,11 +129,6 @@ def open_store(
     Raises:
         UserError: a store that was asked for by its folder cannot be built there.
     """
-    if config.tower_cache == "off":
-        return None
-    contents = read_contents(
-        graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
-    )
     made_by = together(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
     store = together(accelerator, lambda: TowerStore(made_by.folder))
     shards = missing_shards(store, contents)
@@ -189,7 +202,7 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     check_towers(towers)
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    stored = open_store(config, accelerator, graph, inputs, towers, planned_nodes=0)
+    stored = open_store(config, accelerator, graph, contents_of(config, accelerator, graph), inputs, towers, 0)
     if stored is not None:
         told = describe_causes(stored.image_causes.tolist())
         log("the store is whole" + (f"; images that are black or in part: {told}" if told else ""))

@@ -11,22 +11,28 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints, state, zero
 from mmgraph.batches import build_loader, shared_pictures
+from mmgraph.best import Best
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
+from mmgraph.evaluation import Evaluation, metrics
+from mmgraph.false_negatives import FalseNegatives, picture_numbers
 from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
+from mmgraph.images import is_black
 from mmgraph.loader.node_inputs import NodeInputs
-from mmgraph.losses import contrastive_losses
+from mmgraph.losses import BatchNodes, contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.neighbors import Neighbors, pair_keys
+from mmgraph.node_outputs import NodeOutputs
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import flush_log, log
-from mmgraph.tower_cache import StoredTokens, open_store
+from mmgraph.tower_cache import StoredTokens, contents_of, open_store
 from mmgraph.towers import (
     LiveTowers,
     fingerprint,
@@ -42,7 +48,7 @@ class _Pending(NamedTuple):
     """A step whose losses the device may still be working on."""
 
     row: dict[str, Any]
-    values: torch.Tensor  # (5,): step()'s, and whether a rank was asked to stop; means over ranks
+    values: torch.Tensor  # (5,) or (7,): step()'s, and whether a rank was asked to stop; means over ranks
 
 
 class Trainer:
@@ -74,8 +80,12 @@ class Trainer:
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         self.cache_failure = ""  # of the shared image cache
+        self.false_negatives: FalseNegatives | None = None
+        self.evaluation: Evaluation | None = None
         self.source = self._open_source(inputs)
+        self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, self.source, config.num_workers)
         self._build(inputs, trained)
+        self.best = Best(config, self.progress.components, graph.held_out.fingerprint if graph.held_out else "")
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
@@ -83,14 +93,35 @@ class Trainer:
 
     def _open_source(self, inputs: NodeInputs) -> StoredTokens | LiveTowers:
         config, accelerator = self.config, self.accelerator
-        planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
-        stored = open_store(config, accelerator, self.graph, inputs, self.identity["towers"], planned_nodes)
-        if stored is not None:
-            return stored
+        if config.tower_cache != "off" or config.false_negatives != "keep":
+            contents = contents_of(config, accelerator, self.graph)
+        self._know_nodes(picture_numbers(contents) if config.false_negatives != "keep" else None)
+        if config.tower_cache != "off":
+            planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
+            towers = self.identity["towers"]
+            stored = open_store(config, accelerator, self.graph, contents, inputs, towers, planned_nodes)
+            if stored is not None:
+                return stored
         if config.image_cache_gb > 0:
             inputs.picture_file = shared_pictures(config, self.graph, inputs.preprocessing, cache_folder(config.nodes))
-        towers = together(accelerator, lambda: load_towers(config.model_name))
-        return LiveTowers(towers, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
+        loaded = together(accelerator, lambda: load_towers(config.model_name))
+        return LiveTowers(loaded, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
+
+    def _know_nodes(self, pictures: torch.Tensor | None) -> None:
+        """What is to be known of all nodes: which negatives are none, and how to evaluate."""
+        config, device, num_nodes = self.config, self.accelerator.device, len(self.graph.nodes)
+        masks_neighbors = config.false_negatives == "mask_neighbors"
+        if masks_neighbors or self.graph.held_out is not None:
+            neighbors = Neighbors(torch.from_numpy(pair_keys(self.graph.rows, num_nodes)), num_nodes).to(device)
+        if config.false_negatives != "keep" or config.missing_image == "mask":
+            self.false_negatives = FalseNegatives(
+                (torch.zeros(num_nodes, dtype=torch.int64) if pictures is None else pictures).to(device),
+                same=pictures is not None,
+                neighbors=neighbors if masks_neighbors else None,
+                missing_images=config.missing_image == "mask",
+            )
+        if self.graph.held_out is not None:
+            self.evaluation = Evaluation(self.accelerator, neighbors, self.graph.held_out, config.seed)
 
     def _build(self, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
         config, accelerator = self.config, self.accelerator
@@ -128,18 +159,23 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        return self.progress.step >= self.total_steps
+        return self.progress.step >= self.total_steps or self.best.exhausted
 
     def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
         if self.done:
-            log(f"finished: {self.output} is at step {self.progress.step:,}; raise --epochs or --max_steps to go on")
+            limit = "--early_stopping_patience" if self.best.exhausted else "--epochs or --max_steps"
+            log(f"finished: {self.output} is at step {self.progress.step:,}; raise {limit} to go on")
             return 0
         with self.stop.listening(), self.recorder.opened():  # not to be cut off in writing its last lines
             self._say_hello()
+            if self.progress.step == 0:
+                self.evaluate()
             while not (self.done or self.stopping):
                 for batch in self.batches():
                     self.record(self.step(batch))
+                    if self.evaluation_is_due:
+                        self.evaluate()
                     if self.done or self.stopping:
                         break
                     if self.save_is_due:
@@ -167,14 +203,23 @@ class Trainer:
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.
 
-        The norm (L2, over all parameters and ranks, before clipping) is NaN where the backend does not tell it.
+        The norm (L2, over all parameters and ranks, before clipping) is NaN where the backend does not tell it. Where
+        false negatives are left out, (6,): how many for a query in mm and graph loss, on average.
         """
         config = self.config
         self.image_causes[batch["distinct"]] = batch["image_causes"]
         tokens = self.source.tokens(batch, self.micro_batches)
         distinct = self.trained(tokens, self.micro_batches)  # (U, proj_dim) three times
         z_graph, z_text, z_vis = (z.index_select(0, batch["inverse"]) for z in distinct)  # (2b, proj_dim) each
-        losses = contrastive_losses(z_graph, z_text, z_vis, config.temperature, config.graph_loss_weight)
+        losses = contrastive_losses(
+            z_graph,
+            z_text,
+            z_vis,
+            config.temperature,
+            config.graph_loss_weight,
+            self.false_negatives,
+            self._nodes(batch),
+        )
 
         self.progress.step += 1
         self.progress.samples_in_epoch += config.global_batch_size
@@ -184,7 +229,13 @@ class Trainer:
         self.accelerator.backward(losses.total)  # under DeepSpeed with clipping and the step
         norm = self._clip_gradients()
         self.optimizer.step()
-        return torch.stack([*losses, norm]).detach()
+        return torch.stack([losses.total, losses.mm, losses.graph, norm, *losses.left_out]).detach()
+
+    def _nodes(self, batch: dict[str, Any]) -> BatchNodes | None:
+        if self.false_negatives is None:
+            return None
+        black = torch.from_numpy(is_black(batch["image_causes"], self.config.truncated_images))  # (U,)
+        return BatchNodes(batch["rows"], black.to(batch["rows"].device)[batch["inverse"]])
 
     def _clip_gradients(self) -> torch.Tensor:
         if hasattr(self.trained, "get_global_grad_norm"):  # DeepSpeed (Accelerate's own call would wait for the device)
@@ -222,7 +273,7 @@ class Trainer:
             return
         row, values = self.pending
         self.pending = None
-        loss, loss_mm, loss_graph, norm, stop = values.tolist()
+        loss, loss_mm, loss_graph, norm, *left_out, stop = values.tolist()
         if not np.isfinite(loss):
             raise UserError(
                 f"step {row['step']}: the loss is {loss}; the last state stays as it is. Try a lower --learning_rate, "
@@ -236,7 +287,31 @@ class Trainer:
         for name, value in {**losses, "steps": 1}.items():
             sums[name] = sums.get(name, 0) + value
         row["grad_norm"] = norm if math.isfinite(norm) else None
+        row |= dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
         self.recorder.row({"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row})
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        every, step = self.config.eval_every, self.progress.step
+        return step >= self.total_steps or (every > 0 and step % every == 0)
+
+    def evaluate(self) -> None:
+        """Rank the held-out edges, if there are any: a line, metrics of the step's row, ``evaluation.json``."""
+        if self.evaluation is None:
+            return
+        step, accelerator = self.progress.step, self.accelerator
+        with self.stop.unhurried():
+            weights = state.consolidate(self.trained, self.optimizer.optimizer).weights
+            module = TrainedModule.from_weights(weights).to(accelerator.device)
+            table = self.evaluation.evaluate(module.embeddings, self.outputs)
+            on_main_process(accelerator, lambda: self.recorder.evaluation(step, table))
+            if self.pending is not None:
+                self.pending.row.update(metrics(table))
+            if self.best.improves(step, table["embeddings"]):
+                model = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, weights))
+                on_main_process(
+                    accelerator, lambda: checkpoints.write_checkpoint(checkpoints.best_file(self.output), model)
+                )
 
     @property
     def save_is_due(self) -> bool:

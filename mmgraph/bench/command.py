@@ -19,6 +19,19 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_argument("--steps", type=positive, default=8, help="of a run (8)")
     loss = kinds.add_parser("loss", help="InfoNCE in parts against the plain one, time and memory")
     loss.add_argument("--sizes", type=positive, nargs="+", default=[1024, 4096, 8192], help="edges (1024 4096 8192)")
+    study = kinds.add_parser(
+        "study", help="what training is worth on held-out edges: batch sizes, negatives, baselines"
+    )
+    study.add_argument("--batch_sizes", "--batch-sizes", type=positive, nargs="+", default=[64, 256, 1024])
+    study.add_argument("--seeds", type=positive, default=3, help="runs of each kind, from --seed on (3)")
+    study.add_argument(
+        "--variants", nargs="+", default=[], help="flags of further runs at the first batch size, quoted"
+    )
+    study.add_argument(
+        "--at_once", "--at-once", type=positive, default=2, help="runs at a time, of one thread each (2)"
+    )
+    study.add_argument("--folder", type=Path, help="keep the runs there, for a second start to find (default: nowhere)")
+    study.add_argument("--json", type=Path, help="file to write the figures to")
     for kind, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
         kind.add_argument("--repeats", type=positive, default=rounds, help=f"rounds that medians are of ({rounds})")
         kind.add_argument("--json", type=Path, help="file to write the figures to")
@@ -70,7 +83,12 @@ def _bench(given: argparse.Namespace) -> None:
         bench_data(config, given.tables, given.json)
     else:
         from mmgraph.bench.step import bench_step
+        from mmgraph.bench.study import bench_study
         from mmgraph.start import open_graph
 
         accelerator, graph = open_graph(config)
+        if given.what == "study":
+            runs = given.batch_sizes, given.seeds, given.variants, given.at_once, given.folder
+            bench_study(config, accelerator, graph, *runs, given.json)
+            return
         bench_step(config, accelerator, graph, given.repeats, given.json)

@@ -1,11 +1,7 @@
 """``bench scale``: one run on N processes against N runs on one each, all with one thread a process."""
 
-import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,17 +11,13 @@ import pandas as pd
 import torch
 
 from mmgraph.bench.report import report
+from mmgraph.bench.runs import finish, flags, launch
 from mmgraph.config import Config
-from mmgraph.errors import UserError
 from mmgraph.graph import Graph, load_graph
 from mmgraph.text_log import log
 
 LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin
 NODES, EDGES = 640, 20_000  # of the part that is trained on: 64 edges of it have as many distinct nodes as of a graph
-SCRIPT = """import sys
-from mmgraph.cli import leave, main, train_main
-leave(main(sys.argv[1:]) if sys.argv[1] == "cache" else train_main(sys.argv[1:]))
-"""
 
 
 def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Path | None) -> None:
@@ -43,7 +35,7 @@ def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Pa
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         settings = _sample(config, graph, place)
-        _finish(_launch(place, "cache", ["cache", *settings], 1, threads=None), place / "cache.log")
+        finish(launch(place, "cache", ["cache", *settings], 1, threads=None), place / "cache.log")
         for count in range(1, largest + 1):
             together, alone = [], []
             for repeat in range(repeats):
@@ -86,15 +78,18 @@ def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
     table.to_parquet(folder / "nodes.parquet")
     ends = pd.DataFrame(drawn[generator.integers(0, len(drawn), (EDGES, 2))], columns=["src_id", "dst_id"])
     ends.astype(str).to_parquet(folder / "edges.parquet")
-    settings = {
-        **dataclasses.asdict(config),
-        "nodes": folder / "nodes.parquet",
-        "edges": folder / "edges.parquet",
-        "image_root": None,
-        "demo": False,
-        "tower_cache": folder,
-    }
-    return [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    return flags(
+        config,
+        nodes=folder / "nodes.parquet",
+        edges=folder / "edges.parquet",
+        image_root=None,
+        demo=False,
+        eval_edges=None,
+        eval_fraction=0,
+        keep_best=None,
+        early_stopping_patience=None,
+        tower_cache=folder,
+    )
 
 
 def _start(
@@ -104,27 +99,10 @@ def _start(
     output, edges = folder / name, config.global_batch_size * processes
     own = [f"--global_batch_size={edges}", f"--output_dir={output}", f"--max_steps={steps}", "--report_to=none",
            "--resume=never", "--save_every=0"]  # fmt: skip
-    return _launch(folder, name, [*settings, *own], processes, threads=1), output, edges
-
-
-def _launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Any:
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with (folder / f"{name}.log").open("w") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-def _finish(process: Any, log_file: Path) -> None:
-    if process.wait() != 0:
-        lines = log_file.read_text().splitlines()
-        said = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
-        raise UserError(f"bench scale: a run failed: {said[0]}")
+    return launch(folder, name, [*settings, *own], processes, threads=1), output, edges
 
 
 def _edges_per_s(process: Any, output: Path, edges: int) -> float:
-    _finish(process, output.with_suffix(".log"))
+    finish(process, output.with_suffix(".log"))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["edges_per_s"] for row in rows[LEFT_OUT:])

@@ -27,6 +27,15 @@ class TrainedModule(nn.Module):
         super().__init__()
         self._build(d_text, d_vis, fused_dim, proj_dim)
 
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, torch.Tensor]) -> "TrainedModule":
+        """A module of these tensors (not copies), in eval mode; other tensors, such as the towers', are left out."""
+        widths = weights["fusion.text_proj.weight"].shape[1], weights["fusion.vis_proj.weight"].shape[1]
+        with torch.device("meta"):
+            module = TrainedModule(*widths, *weights["graph_proj.weight"].shape[::-1])
+        module.load_state_dict({name: weights[name] for name in module.state_dict()}, assign=True)
+        return module.requires_grad_(False).eval()
+
     def _build(self, d_text: int, d_vis: int, fused_dim: int, proj_dim: int) -> None:
         self.fusion = CrossAttentionFusion(d_text, d_vis, fused_dim)
         self.graph_proj = nn.Linear(fused_dim, proj_dim)
@@ -60,12 +69,35 @@ class TrainedModule(nn.Module):
     def _embed(
         self, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        fused, text_pool, vis_pool = self.fusion(text, mask, patches)  # (U, fused_dim) each
+        return self._project(*self.fusion(text, mask, patches))
+
+    def _project(
+        self, fused: torch.Tensor, text_pool: torch.Tensor, vis_pool: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return (
-            F.normalize(self.graph_proj(fused).float(), dim=-1),  # (U, proj_dim)
+            F.normalize(self.graph_proj(fused).float(), dim=-1),  # (U, fused_dim) -> (U, proj_dim)
             F.normalize(self.text_proj(text_pool).float(), dim=-1),
             F.normalize(self.vis_proj(vis_pool).float(), dim=-1),
         )
+
+    def embeddings(self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All that U nodes can be embedded as, by name.
+
+        Args:
+            tokens, text_only, image_only: of the nodes, as :func:`mmgraph.towers.run_towers` gives them.
+
+        Returns:
+            ``z_graph``, ``z_text``, ``z_vis``, as :meth:`forward`; ``fused`` (U, fused_dim); and the towers'
+            ``text_only``, ``image_only`` and ``concat``, the two side by side.
+        """
+        pooled = self.fusion(*tokens)
+        return {
+            **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
+            "fused": pooled[0],
+            "text_only": text_only,
+            "image_only": image_only,
+            "concat": torch.cat([text_only, image_only], dim=-1),
+        }
 
 
 class MultimodalGraphEncoder(TrainedModule):
@@ -126,19 +158,8 @@ class MultimodalGraphEncoder(TrainedModule):
             ``fused`` (B, fused_dim); ``text_only`` (B, d_text) and ``image_only`` (B, d_vis), the towers' pooled
             outputs; ``concat``, the two side by side.
         """
-        return self.encode_outputs(*run_towers(self.towers, input_ids, attention_mask, pixel_values))
-
-    @torch.no_grad()
-    def encode_outputs(
-        self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """:meth:`encode` from the towers' outputs, as :func:`mmgraph.towers.run_towers` gives them."""
-        return {
-            "fused": self.fusion(*tokens)[0],
-            "text_only": text_only,
-            "image_only": image_only,
-            "concat": torch.cat([text_only, image_only], dim=-1),
-        }
+        found = self.embeddings(*run_towers(self.towers, input_ids, attention_mask, pixel_values))
+        return {name: found[name] for name in ("fused", "text_only", "image_only", "concat")}
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The 32 parameters of fusion and heads, in the optimizer's order."""

@@ -1,0 +1,160 @@
+"""What ``bench study`` compares the encoder with: an MLP on the towers' pooled outputs, and a DistMult."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.evaluation import Evaluation, Ranks, Table
+from mmgraph.false_negatives import FalseNegatives, picture_numbers
+from mmgraph.graph import Graph
+from mmgraph.held_out import relation_names
+from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.losses import BatchNodes, contrastive_losses
+from mmgraph.neighbors import Neighbors, pair_keys
+from mmgraph.node_outputs import NodeOutputs
+from mmgraph.order import GlobalBatchSampler
+from mmgraph.ranking import filtered_ranks
+from mmgraph.schedule import lr_at
+from mmgraph.table_cache import open_edges
+from mmgraph.tower_cache import contents_of, open_store
+from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+
+DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
+
+
+class ConcatMLP(nn.Module):
+    """The encoder without cross-attention: text and image are the towers' pooled outputs, and meet in an MLP.
+
+    It has about as many parameters as the fusion and heads that it stands for, and the same heads.
+    """
+
+    def __init__(self, d_text: int, d_vis: int, fused_dim: int, proj_dim: int):
+        super().__init__()
+        hidden = 4 * fused_dim
+        self.text, self.vis = nn.Linear(d_text, fused_dim), nn.Linear(d_vis, fused_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_text + d_vis, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, fused_dim),
+        )  # fmt: skip
+        self.graph_proj, self.text_proj, self.vis_proj = (nn.Linear(fused_dim, proj_dim) for _ in range(3))
+
+    def embeddings(self, _: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings`."""
+        concat = torch.cat([text_only, image_only], dim=1)
+        fused = self.mlp(concat)
+        z_graph = F.normalize(self.graph_proj(fused), dim=1)
+        z_text, z_vis = self.text_proj(self.text(text_only)), self.vis_proj(self.vis(image_only))
+        return {
+            "z_graph": z_graph, "z_text": F.normalize(z_text, dim=1), "z_vis": F.normalize(z_vis, dim=1),
+            "fused": fused, "text_only": text_only, "image_only": image_only, "concat": concat,
+        }  # fmt: skip
+
+
+class Baselines:
+    """Trains and ranks them, in this process, from a tower store.
+
+    Args:
+        config: settings of the runs that they are compared with.
+        accelerator, graph: of the launch; the graph has held-out edges.
+
+    Raises:
+        UserError: as the run's start.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, graph: Graph):
+        self.config, self.accelerator, self.graph = config, accelerator, graph
+        inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
+        contents = contents_of(config, accelerator, graph)
+        towers = fingerprint(read_tower_state(config.model_name))
+        source = open_store(config, accelerator, graph, contents, inputs, towers, planned_nodes=2**62)
+        if source is None or graph.held_out is None:
+            raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
+        self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0)
+        self.pictures = picture_numbers(contents)
+        self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+        self.evaluation = Evaluation(accelerator, self.neighbors, graph.held_out, config.seed)
+        found = list(self.outputs.of(range(len(graph.nodes))))
+        self.text_only = torch.cat([part.text_only for part in found])  # (N, d_text)
+        self.image_only = torch.cat([part.image_only for part in found])  # (N, d_vis)
+
+    def mlp(self, batch_size: int, false_negatives: str, seed: int) -> Table:
+        """Train a :class:`ConcatMLP` as a run trains the encoder, and evaluate it."""
+        config, device = self.config, self.accelerator.device
+        masks = FalseNegatives(
+            self.pictures.to(device),
+            same=false_negatives != "keep",
+            neighbors=self.neighbors.to(device) if false_negatives == "mask_neighbors" else None,
+            missing_images=False,
+        )
+        torch.manual_seed(seed)
+        widths = self.text_only.shape[1], self.image_only.shape[1]
+        model = ConcatMLP(*widths, config.fused_dim, config.proj_dim).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        sampler = GlobalBatchSampler(len(self.graph.rows), batch_size, seed)
+        step, total_steps = 0, config.epochs * len(sampler)
+        for epoch in range(1, config.epochs + 1):
+            sampler.begin(epoch)
+            for edges in sampler:
+                rows = torch.from_numpy(self.graph.rows[np.array(edges)].T.reshape(-1)).to(device)  # (2B,)
+                z = model.embeddings(None, self.text_only[rows], self.image_only[rows])  # type: ignore[arg-type]
+                nodes = BatchNodes(rows, torch.zeros(len(rows), dtype=torch.bool, device=device))
+                losses = contrastive_losses(
+                    z["z_graph"], z["z_text"], z["z_vis"], config.temperature, config.graph_loss_weight, masks, nodes
+                )
+                step += 1
+                optimizer.param_groups[0]["lr"] = lr_at(step, config, total_steps)
+                optimizer.zero_grad(set_to_none=True)
+                losses.total.backward()
+                optimizer.step()
+        return self.evaluation.evaluate(model.embeddings, self.outputs)
+
+    def distmult(self, seed: int) -> Table:
+        """A DistMult (Yang et al., 2015) of PyTorch Geometric on the same edges, ranked by its own scores.
+
+        Unlike the encoder it is told each edge's relation, and it knows neither texts nor images.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                from torch_geometric.nn.kge import DistMult
+            except ImportError:
+                raise UserError("bench study needs PyTorch Geometric: pip install 'mmgraph[study]'") from None
+        triples, names = self._triples()
+        torch.manual_seed(seed)
+        model = DistMult(len(self.graph.nodes), len(names), DISTMULT_WIDTH)
+        optimizer = torch.optim.Adam(model.parameters(), DISTMULT_RATE)
+        for _ in range(DISTMULT_EPOCHS):
+            for part in torch.randperm(len(triples)).split(DISTMULT_BATCH):
+                optimizer.zero_grad(set_to_none=True)
+                model.loss(*triples[part].T).backward()
+                optimizer.step()
+        return self._rank_distmult(model, names)
+
+    def _triples(self) -> tuple[torch.Tensor, list[str]]:
+        """(E, 3) source, relation and destination of the training edges, and the relations' names."""
+        config, graph = self.config, self.graph
+        edges = open_edges(config.edges, graph.edges_fingerprint, graph.nodes, graph.nodes_fingerprint)
+        if config.eval_fraction or edges.relations is None:  # what a split leaves is kept without relations
+            raise UserError("bench study trains a DistMult on relations: give edges with rel_id, and --eval_edges")
+        ends = graph.rows[np.arange(len(graph.rows))]
+        triples = np.stack([ends[:, 0], edges.relations.astype(np.int64), ends[:, 1]], axis=1)
+        return torch.from_numpy(triples), relation_names(config.edges, edges.names)
+
+    def _rank_distmult(self, model: Any, names: list[str]) -> Table:
+        numbers = {name: number for number, name in enumerate(names)}
+        told = [numbers[self.evaluation.names[number]] for number in self.evaluation.relations]
+        nodes, relations = model.node_emb.weight.detach(), model.rel_emb.weight.detach()[told]
+        ends = self.evaluation.rows.T
+        ranks = [
+            filtered_ranks(nodes, ends[a], ends[b], self.evaluation.known, nodes[ends[a]] * relations)
+            for a, b in ((0, 1), (1, 0))
+        ]
+        filtered = torch.stack(ranks).numpy()
+        return self.evaluation.table({"z_graph": Ranks(filtered, filtered[0])})

@@ -1,0 +1,63 @@
+"""Which nodes are linked: the distinct pairs of an edge table, looked up by node and by pair."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from mmgraph.edge_table import EdgeTable
+
+EDGES_AT_ONCE = 1 << 20
+PAIRS_AT_ONCE = 1 << 21  # looked up together, 16 MB
+
+
+class Neighbors:
+    """The pairs of nodes with an edge, whatever its direction; 16 bytes of memory a distinct pair.
+
+    Args:
+        keys: (K,) int64, ascending, from :func:`pair_keys`.
+        num_nodes: N.
+    """
+
+    def __init__(self, keys: torch.Tensor, num_nodes: int):
+        self.keys, self.num_nodes = keys, num_nodes
+
+    def to(self, device: torch.device) -> "Neighbors":
+        return Neighbors(self.keys.to(device), self.num_nodes)
+
+    def of(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All neighbours of (Q,) nodes: which of the nodes each belongs to, and its row; (T,) int64 both."""
+        first = torch.searchsorted(self.keys, nodes * self.num_nodes)
+        count = torch.searchsorted(self.keys, (nodes + 1) * self.num_nodes) - first  # (Q,)
+        owners = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), count)  # (T,)
+        places = torch.arange(len(owners), device=nodes.device) + (first - (count.cumsum(0) - count))[owners]
+        return owners, self.keys[places] - nodes[owners] * self.num_nodes
+
+    def count(self, pairs: torch.Tensor) -> int:
+        """How many of (M, 2) pairs are linked."""
+        return int(torch.isin(pairs[:, 0] * self.num_nodes + pairs[:, 1], self.keys).sum())
+
+    def linked(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Whether there is an edge between each of (A,) and each of (B,) nodes: (A, B) bool."""
+        found = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
+        if not len(self.keys):
+            return found
+        for start in range(0, len(left), size := max(1, PAIRS_AT_ONCE // max(1, len(right)))):
+            pairs = left[start : start + size, None] * self.num_nodes + right  # (a, B)
+            places = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
+            torch.eq(self.keys[places], pairs, out=found[start : start + size])
+        return found
+
+
+def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
+    """The distinct (node, neighbour) pairs of (E, 2) edges in both directions, as ascending node * N + neighbour."""
+    found = [np.empty(0, np.int64)]
+    for part in _parts(rows):
+        source, destination = part.astype(np.int64).T
+        found.append(np.unique(np.concatenate([source * num_nodes + destination, destination * num_nodes + source])))
+    return np.unique(np.concatenate(found))
+
+
+def _parts(rows: np.ndarray | EdgeTable) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), EDGES_AT_ONCE):
+        yield rows[np.arange(start, min(start + EDGES_AT_ONCE, len(rows)))]

@@ -1,0 +1,88 @@
+"""What the towers say of a graph's nodes, one batch of rows after the other: from a store, or live."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from mmgraph.batches import start_worker
+from mmgraph.loader.node_inputs import NodeInputs, node_text
+from mmgraph.node_table import NodeTable
+from mmgraph.tables import ImagePaths
+from mmgraph.tower_cache import StoredTokens
+from mmgraph.towers import LiveTowers, Tokens, Towers, run_towers
+
+BATCH = 64  # nodes that are embedded at once; fixed, so that no number of processes changes an embedding
+
+
+class Outputs(NamedTuple):
+    """Of U nodes, on the device but for ``causes``."""
+
+    tokens: Tokens
+    text_only: torch.Tensor  # (U, d_text) pooled outputs of the text tower
+    image_only: torch.Tensor  # (U, d_vis) pooled outputs of the vision tower
+    causes: np.ndarray  # (U,) indices into mmgraph.images.CAUSES
+
+
+class NodeOutputs:
+    """The token source of whatever needs all nodes: evaluation and encoding.
+
+    Args:
+        nodes, paths: the graph's.
+        inputs: makes what live towers take.
+        source: the store that has the nodes, or live towers; these run in float32.
+        workers: DataLoader workers that read images for live towers.
+    """
+
+    def __init__(
+        self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, source: StoredTokens | LiveTowers, workers: int
+    ):
+        self.nodes, self.paths, self.inputs, self.source, self.workers = nodes, paths, inputs, source, workers
+
+    def of(self, rows: range, partners: np.ndarray | None = None) -> Iterator[Outputs]:
+        """Outputs of consecutive nodes, :data:`BATCH` at a time.
+
+        Args:
+            partners: (N,) nodes whose images are taken instead of the nodes' own.
+        """
+        batches = [np.arange(start, min(start + BATCH, rows.stop)) for start in range(rows.start, rows.stop, BATCH)]
+        pairs = [(part, part if partners is None else partners[part]) for part in batches]
+        if isinstance(self.source, StoredTokens):
+            return self._from_store(self.source, pairs)
+        return self._from_towers(self.source.towers, pairs)
+
+    def _from_store(self, stored: StoredTokens, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Outputs]:
+        for rows, image_rows in pairs:
+            yield Outputs(*stored.outputs(rows, image_rows), stored.image_causes[image_rows])
+
+    @torch.no_grad()
+    def _from_towers(self, towers: Towers, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Outputs]:
+        device = next(towers.text_model.parameters()).device
+        collate = partial(_collate, self.nodes, self.paths, self.inputs)
+        for batch in DataLoader(
+            pairs,  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=collate,
+            num_workers=self.workers,
+            worker_init_fn=start_worker,
+        ):
+            causes = batch.pop("image_causes")
+            yield Outputs(*run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), causes)
+
+
+def _collate(
+    nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, pair: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    rows, image_rows = pair
+    input_ids, attention_mask = inputs.texts([node_text(nodes[int(row)]) for row in rows])
+    image_paths = [paths.resolve(nodes[int(row)]["image_path"]) for row in image_rows]
+    pictures, causes = inputs.pictures(image_paths, image_rows)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": inputs.preprocessing.normalize(pictures),
+        "image_causes": np.array(causes),
+    }
