@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mmgraph.bench.command import add_bench_arguments, not_negative, positive
+from mmgraph.bench.command import add_bench_arguments, not_negative
 from mmgraph.errors import UserError
 from mmgraph.text_log import is_main_process
 
@@ -24,7 +24,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``mmgraph VERB``: demo, cache, encode, convert, bench."""
+    """``mmgraph VERB``: demo, cache, encode, evaluate, convert, bench."""
     return _run(lambda: _verb(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -92,18 +92,28 @@ def _build_parser() -> _Parser:
     cache = verbs.add_parser("cache", help="build the tower store of a run; takes the flags of launch.py")
     cache.set_defaults(run=_cache, flags=None)
 
-    encode = verbs.add_parser("encode", help="write the four feature files of a checkpoint")
+    encode = verbs.add_parser("encode", help="write the embeddings of all nodes")
     encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
-    encode.add_argument("--nodes", help="node table (default: the run's)")
-    for name, help in (
-        ("image_root", "folder that image paths start from (default: the run's)"),
-        ("model_name", "CLIP towers the checkpoint was trained with (default: the run's)"),
-    ):
-        encode.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
+    _add_run_arguments(encode)
     encode.add_argument("--output_dir", "--output-dir", type=Path, help="default: features in the run's folder")
-    encode.add_argument("--batch_size", "--batch-size", type=positive, default=64, help="nodes at a time (64)")
-    encode.add_argument("--num_workers", "--num-workers", type=not_negative, default=0, help="DataLoader workers (0)")
+    encode.add_argument("--features", nargs="+", help="z_graph, fused, text_only, image_only, concat (all)")
+    encode.add_argument("--format", default="pt", help="pt, safetensors, parquet or npy (pt)")
     encode.set_defaults(run=_encode)
+
+    evaluate = verbs.add_parser("evaluate", help="rank held-out edges by a checkpoint's embeddings, or by features")
+    evaluate.add_argument(
+        "source", type=Path, nargs="+", help="a run's folder, an epoch or final file; or feature files"
+    )
+    _add_run_arguments(evaluate)
+    for name, kind, help in (
+        ("edges", str, "edge table that was trained on (default: the run's)"),
+        ("eval_edges", str, "edge table to rank (default: the run's)"),
+        ("eval_fraction", float, "share of the edges that the run held out"),
+        ("seed", int, "of the split, and of what is drawn (default: the run's)"),
+        ("json", Path, "file to write all figures to"),
+    ):
+        evaluate.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=kind, help=help)
+    evaluate.set_defaults(run=_evaluate)
 
     bench = verbs.add_parser("bench", help="measure this machine on a graph; takes the flags of launch.py too")
     add_bench_arguments(bench)
@@ -114,6 +124,18 @@ def _build_parser() -> _Parser:
     convert.add_argument("target", type=Path)
     convert.set_defaults(run=_convert)
     return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, help in (
+        ("nodes", "node table (default: the run's)"),
+        ("image_root", "folder that image paths start from (default: the run's)"),
+        ("model_name", "CLIP towers the checkpoint was trained with (default: the run's)"),
+    ):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
+    parser.add_argument(
+        "--num_workers", "--num-workers", type=not_negative, default=0, help="DataLoader workers, where towers run (0)"
+    )
 
 
 def _demo(given: argparse.Namespace) -> None:
@@ -137,12 +159,37 @@ def _cache(given: argparse.Namespace) -> None:
 
 
 def _encode(given: argparse.Namespace) -> None:
-    from mmgraph.encode import encode
+    from mmgraph.checkpoints import run_settings
+    from mmgraph.encode import FEATURES, encode
+    from mmgraph.inference import find_checkpoint, settings_of, without_evaluation
+    from mmgraph.world import build_accelerator
 
-    encode(
-        given.source, given.nodes, given.image_root, given.model_name, given.output_dir, given.batch_size,
-        given.num_workers,
-    )  # fmt: skip
+    checkpoint = find_checkpoint(given.source)
+    config = without_evaluation(settings_of(checkpoint, _of_run(given)))
+    beside = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
+    accelerator = build_accelerator()
+    encode(checkpoint, config, accelerator, given.output_dir or beside, given.features or FEATURES, given.format)
+    accelerator.end_training()
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from mmgraph.evaluate import evaluate, find_features
+    from mmgraph.inference import find_checkpoint, settings_of
+    from mmgraph.world import build_accelerator
+
+    features = find_features(given.source)
+    if not features and len(given.source) > 1:
+        raise UserError("evaluate takes one run or checkpoint at a time")
+    checkpoint = None if features else find_checkpoint(given.source[0])
+    more = {name: getattr(given, name) for name in ("edges", "eval_edges", "eval_fraction", "seed")}
+    config = settings_of(checkpoint or features[0], {**_of_run(given), **more})
+    accelerator = build_accelerator()
+    evaluate(checkpoint, features, config, accelerator, given.json)
+    accelerator.end_training()
+
+
+def _of_run(given: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in ("nodes", "image_root", "model_name", "num_workers")}
 
 
 def _convert(given: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.
 def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecutor) -> np.ndarray:
     """SEEN of some files; ``before`` is sorted by signature."""
     found = np.zeros(len(files), SEEN)
-    found["signature"] = [_signature(file) for file in files]
+    found["signature"] = [file_signature(file) for file in files]
     places = np.searchsorted(before["signature"], found["signature"])
     places[places == len(before)] = 0
     same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(files), bool)
@@ -114,7 +114,7 @@ def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecut
     for i, (found_hash, cause) in zip(others, readers.map(lambda i: _hash_file(files[i]), others), strict=True):
         found["hash"][i] = found_hash
         passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
-        if passing or _signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
+        if passing or file_signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
             found["signature"][i] = b""  # to be read again then
     return found
 
@@ -124,7 +124,7 @@ def _hash_file(file: str | None) -> tuple[bytes, int]:
     return image_hash(data, cause), cause
 
 
-def _signature(path: str | None) -> bytes:
+def file_signature(path: str | None) -> bytes:
     """Of a file's path, size and times; zeros where there is no file, or one that changed a moment ago."""
     try:
         status = os.stat(str(path)) if path is not None else None  # noqa: PTH116 - of many files

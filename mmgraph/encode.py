@@ -1,162 +1,212 @@
-"""The original's four feature files, from any checkpoint."""
+"""All nodes' embeddings from any checkpoint, to files: by all ranks, in constant memory, resumed where it stopped."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, Subset
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
-from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.contents import file_signature
 from mmgraph.errors import UserError
-from mmgraph.files import write_durably
-from mmgraph.graph import find_images
-from mmgraph.images import describe_causes
-from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
-from mmgraph.node_table import NodeTable
-from mmgraph.table_cache import open_nodes
-from mmgraph.table_files import fingerprint as file_fingerprint
-from mmgraph.tables import ImagePaths
+from mmgraph.feature_files import FORMATS, write_features
+from mmgraph.files import locked, write_durably
+from mmgraph.images import CAUSES
+from mmgraph.inference import Inference, open_checkpoint
+from mmgraph.node_outputs import BATCH
 from mmgraph.text_log import log
-from mmgraph.tower_cache import StoredTokens, existing_store
-from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, run_towers
-from mmgraph.world import build_accelerator, on_main_process, together
+from mmgraph.world import from_main_process, on_main_process, together, work_together
 
-# Of some nodes: tokens and pooled outputs, as run_towers gives them; and an index into CAUSES for each.
-Outputs = tuple[tuple[Tokens, torch.Tensor, torch.Tensor], torch.Tensor]
-FEATURES = ("fused", "text_only", "image_only", "concat")
+FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
+BLOCK = 16 * BATCH  # nodes whose features are kept in a file until all are there: what is lost when it is stopped
 
 
 def encode(
-    source: Path,
-    nodes_path: str | None = None,
-    image_root: str | None = None,
-    model_name: str | None = None,
-    output: Path | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
+    checkpoint: Path, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
 ) -> None:
-    """Write ``features_{fused,text_only,image_only,concat}.pt``: one (N, d) float32 tensor each, in node order.
+    """Write ``features_<name>.<kind>``: one float32 vector a node, in node order. Called by all ranks.
+
+    Blocks of nodes are embedded by all ranks and kept beside the files to be; a second start goes on from those. Then
+    they are put together, a feature a rank.
 
     Args:
-        source: a run's output folder (its final file is used), or an epoch or final file.
-        nodes_path, image_root, model_name: default to those of the run that the checkpoint lies in.
-        output: folder to write to; default: ``features`` in the run's folder, else ``features``.
-        batch_size: nodes at a time in each process.
+        checkpoint: an epoch or final file, of mmgraph or the original.
+        output: folder to write to, which all ranks see.
+        features: names of :data:`FEATURES`.
+        kind: one of :data:`mmgraph.feature_files.FORMATS`.
 
     Raises:
-        UserError: no checkpoint, no node table, or towers that do not fit.
+        UserError: as :func:`mmgraph.inference.open_checkpoint`; or ``output`` cannot be written.
     """
-    checkpoint = checkpoints.final_file(source) if source.is_dir() else source
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder or an epoch or final file (.pt)")
-    settings = checkpoints.run_settings(checkpoint) or {}
-    nodes_path, image_root = nodes_path or settings.get("nodes"), image_root or settings.get("image_root")
-    if nodes_path is None:
-        raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
-    output = output or (checkpoint.parent.parent / "features" if settings else Path("features"))
+    _check(features, kind)
+    with ExitStack() as stack:
+        on_main_process(accelerator, lambda: _open_folder(output, stack))
+        _encode(open_checkpoint(checkpoint, config, accelerator), config, accelerator, output, features, kind)
 
-    config = Config(
-        nodes=nodes_path,
-        image_root=image_root,
-        model_name=model_name or settings.get("model_name") or checkpoints.DEFAULT_MODEL,
-        truncated_images=settings.get("truncated_images", "partial"),
-        tower_cache=settings.get("tower_cache", "auto"),
-        num_workers=num_workers,
-    )
-    accelerator = build_accelerator()
-    nodes, paths, digest = together(accelerator, lambda: _open_nodes(config))
-    together(accelerator, lambda: _make_folder(output))
-    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
-    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    encoder = together(
-        accelerator,
-        lambda: checkpoints.load_pretrained_encoder(checkpoint, accelerator.device, model_name=config.model_name),
-    )
-    towers = fingerprint(encoder.state_dict())
-    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
+
+def _encode(
+    inference: Inference, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
+) -> None:
+    blocks = Blocks(inference, output, features, config.truncated_images)
+    missing = from_main_process(accelerator, blocks.missing)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    if stored is not None:
-        log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
-        batches = _from_store(stored, rows, batch_size)
-    else:
-        collate = partial(_collate, inputs, paths)
-        loader = DataLoader(Subset(nodes, rows), batch_size, collate_fn=collate, num_workers=num_workers)
-        batches = _from_towers(encoder, loader, accelerator.device)
-    bar = tqdm(total=len(rows), unit="node", disable=None if accelerator.is_main_process else True)
-    part = output / f".part-{rank}.tmp"
-    with bar:
-        together(accelerator, lambda: torch.save(_encode(encoder, batches, bar), part))
-    on_main_process(accelerator, lambda: _join_parts(output, world_size))
-    log(f"features of {len(nodes):,} nodes: {output}")
-    accelerator.end_training()
+    total = len(inference.nodes)
+    done = total - sum(len(blocks.rows(number)) for number in missing)
+    if done:
+        log(f"goes on: {done:,} of {total:,} nodes were embedded before")
+    with _bar(accelerator, total, done, "node") as bar:
+        for others in work_together(accelerator, _telling(blocks.make(missing[rank::world_size]), bar)):
+            bar.update(others)
+    if not all(together(accelerator, lambda: _exist(blocks, missing))):
+        raise UserError(f"--output_dir {output}: must be one folder for all machines")
+    with _bar(accelerator, total * len(features), 0, "row") as bar:
+        written = blocks.write(features[rank::world_size], kind)
+        for others in work_together(accelerator, _telling(written, bar)):
+            bar.update(others)
+    on_main_process(accelerator, lambda: _finish(blocks, output, kind))
 
 
-def _open_nodes(config: Config) -> tuple[NodeTable, ImagePaths, str]:
-    digest = file_fingerprint(config.nodes)
-    nodes = open_nodes(config.nodes, digest)
-    return nodes, find_images(nodes, config.nodes, config.image_root, seed=0), digest
+def _check(features: Sequence[str], kind: str) -> None:
+    unknown = [name for name in features if name not in FEATURES]
+    if unknown:
+        raise UserError(f"--features {unknown[0]}: must be of {', '.join(FEATURES)}")
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: must be one of {', '.join(FORMATS)}")
 
 
-def _make_folder(folder: Path) -> None:
+def _open_folder(folder: Path, stack: ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not locked(folder, stack):
+            raise UserError(f"--output_dir {folder}: another process encodes into it")
     except OSError as error:
         raise UserError(f"--output_dir {folder}: {error.strerror}") from None
 
 
-def _collate(inputs: NodeInputs, paths: ImagePaths, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    input_ids, attention_mask = inputs.texts([node_text(node) for node in nodes])
-    pictures, causes = inputs.pictures([paths.resolve(node["image_path"]) for node in nodes])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "pixel_values": inputs.preprocessing.normalize(pictures),
-        "image_causes": torch.tensor(causes),
-    }
+def _bar(accelerator: Accelerator, total: int, initial: int, unit: str) -> "tqdm[Any]":
+    disable = None if accelerator.is_main_process else True
+    return tqdm(total=total, initial=initial, unit=unit, disable=disable, dynamic_ncols=True)
 
 
-@torch.no_grad()
-def _from_towers(encoder: MultimodalGraphEncoder, loader: Iterable[Any], device: torch.device) -> Iterator[Outputs]:
-    for batch in loader:
-        causes = batch.pop("image_causes")
-        tensors = {name: tensor.to(device) for name, tensor in batch.items()}
-        yield run_towers(encoder.towers, **tensors), causes
+def _telling(counts: Iterator[int], bar: "tqdm[Any]") -> Iterator[int]:
+    for count in counts:
+        bar.update(count)
+        yield count
 
 
-def _from_store(stored: StoredTokens, rows: Sequence[int], batch_size: int) -> Iterator[Outputs]:
-    for start in range(0, len(rows), batch_size):
-        part = np.array(rows[start : start + batch_size])
-        yield stored.outputs(part, part), torch.from_numpy(stored.image_causes[part])
+def _exist(blocks: "Blocks", numbers: Sequence[int]) -> list[bool]:
+    return [blocks.file(number).is_file() for number in numbers]
 
 
-def _encode(encoder: MultimodalGraphEncoder, batches: Iterator[Outputs], bar: "tqdm[Any]") -> dict[str, torch.Tensor]:
-    """Features and image causes of this rank's rows; empty tensors where it has none."""
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "image_causes")}
-    for outputs, causes in batches:
-        found["image_causes"].append(causes)
-        features = encoder.embeddings(*outputs)
-        for name in FEATURES:
-            found[name].append(features[name].float().cpu())
-        bar.update(len(causes))
-    return {name: torch.cat(parts) if parts else torch.empty(0) for name, parts in found.items()}
-
-
-def _join_parts(output: Path, world_size: int) -> None:
-    """Each rank took one run of rows: joining their files in rank order gives node order."""
-    files = [output / f".part-{rank}.tmp" for rank in range(world_size)]
-    parts = [torch.load(file, weights_only=True) for file in files]
-    for name in FEATURES:
-        joined = torch.cat([part[name] for part in parts if part[name].numel()])
-        write_durably(output / f"features_{name}.pt", partial(torch.save, joined))
-    told = describe_causes([int(code) for part in parts for code in part["image_causes"]])
+def _finish(blocks: "Blocks", output: Path, kind: str) -> None:
+    causes = blocks.causes()
+    told = ", ".join(
+        f"{count:,} {cause}" for cause, count in zip(CAUSES, causes.tolist(), strict=True) if cause and count
+    )
     if told:
         log(f"images that are black or in part: {told}")
-    for file in files:
-        file.unlink()
+    shutil.rmtree(blocks.folder)
+    log(f"{', '.join(blocks.features)} of {len(blocks.inference.nodes):,} nodes: {output}/features_*.{kind}")
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+class Blocks:
+    """Features of runs of nodes, each in a file of its own in a hidden folder of the output.
+
+    The folder's name is of all that features depend on but the images, whose times and sizes a block remembers: a block
+    of anything else is made anew.
+    """
+
+    def __init__(self, inference: Inference, output: Path, features: Sequence[str], truncated_images: str):
+        self.inference, self.features = inference, tuple(features)
+        key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated_images, features, BLOCK]
+        self.folder = output / f".blocks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return -(-len(self.inference.nodes) // BLOCK)
+
+    def rows(self, number: int) -> range:
+        return range(BLOCK * number, min(BLOCK * (number + 1), len(self.inference.nodes)))
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Numbers of blocks that are not there, or not of the images as they are now. Makes the folder."""
+        for other in self.folder.parent.glob(".blocks-*"):
+            if other != self.folder:
+                shutil.rmtree(other)
+        self.folder.mkdir(exist_ok=True)
+        return [number for number in range(len(self)) if not self._is_current(number)]
+
+    def _is_current(self, number: int) -> bool:
+        try:
+            with safe_open(self.file(number), "pt") as file:
+                return file.metadata()["images"] == self._images(number)
+        except (OSError, SafetensorError):
+            return False
+
+    def _images(self, number: int) -> str:
+        digest = hashlib.sha256()
+        for node in self.inference.nodes.scan(self.rows(number), ("image_path",)):
+            digest.update(file_signature(self.inference.paths.resolve(node["image_path"])))
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def make(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Embed and write these blocks. Yields how many nodes each batch has."""
+        outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
+        for number in numbers:
+            images = self._images(number)  # before they are read
+            found: dict[str, list[torch.Tensor]] = {}
+            left = len(self.rows(number))
+            while left:
+                tokens, text_only, image_only, causes = next(outputs)
+                embedded = self.inference.module.embeddings(tokens, text_only, image_only)
+                for name in self.features:
+                    found.setdefault(name, []).append(embedded[name].float().cpu())
+                found.setdefault("causes", []).append(torch.from_numpy(causes.astype(np.uint8)))
+                left -= len(causes)
+                yield len(causes)
+            tensors = {name: torch.cat(parts) for name, parts in found.items()}
+            content = save(tensors, metadata={"images": images})
+            write_durably(self.file(number), partial(_write, content))
+
+    def write(self, features: Sequence[str], kind: str) -> Iterator[int]:
+        """Put the blocks of some features together. Yields how many rows were written."""
+        for feature in features:
+            shape = len(self.inference.nodes), self._read(0, feature).shape[1]
+            blocks = (self._read(number, feature).numpy() for number in range(len(self)))
+            path = self.folder.parent / f"features_{feature}.{kind}"
+            yield from write_features(path, shape, blocks, self._ids())
+
+    def causes(self) -> np.ndarray:
+        """How many nodes there are of each of :data:`mmgraph.images.CAUSES`."""
+        counts = np.zeros(len(CAUSES), np.int64)
+        for number in range(len(self)):
+            counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(CAUSES))
+        return counts
+
+    def _read(self, number: int, name: str) -> torch.Tensor:
+        with safe_open(self.file(number), "pt") as file:
+            return file.get_tensor(name)
+
+    def _ids(self) -> Iterator[pa.ChunkedArray]:
+        nodes = self.inference.nodes
+        for number in range(len(self)):
+            yield nodes.column("node_id").slice(BLOCK * number, BLOCK)
+            nodes.release()

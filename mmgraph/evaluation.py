@@ -113,7 +113,7 @@ class Evaluation:
             (n, d) each, and ``whole`` (n,) uint8, 1 for nodes with words and a picture.
         """
         rows, parts = self.share(self.num_nodes, BATCH), dict[str, list[torch.Tensor]]()
-        for found in outputs.of(rows or range(1), partners):  # a rank without nodes has to know the widths
+        for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths
             embedded = embeddings(found.tokens, found.text_only, found.image_only)
             has_words = (found.tokens.mask.sum(1) > NO_WORDS).cpu()
             has_picture = torch.from_numpy(~is_black(found.causes, outputs.inputs.truncated_images))

@@ -5,11 +5,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from mmgraph.text_log import log
 
 POLL_SECONDS = 0.2
 
@@ -123,6 +125,21 @@ def _locked(path: Path) -> BinaryIO | None:
                 file.truncate(0)
                 return file
         file.close()  # its maker renamed or removed it before the lock was this process's
+
+
+def locked(folder: Path, stack: ExitStack) -> bool:
+    """Take ``folder`` for this process alone, until ``stack`` closes or the process ends, killed or not.
+
+    False where another process has it. Where there are no locks, a line in the log says so.
+    """
+    file = stack.enter_context((folder / ".lock").open("w"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        log(f"{folder} is on a file system without locks: start nothing else in it")
+    return True
 
 
 def cache_folder(table: str | Path) -> Path:

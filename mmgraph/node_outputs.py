@@ -1,12 +1,15 @@
 """What the towers say of a graph's nodes, one batch of rows after the other: from a store, or live."""
 
+import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.batches import start_worker
 from mmgraph.loader.node_inputs import NodeInputs, node_text
@@ -42,35 +45,54 @@ class NodeOutputs:
     ):
         self.nodes, self.paths, self.inputs, self.source, self.workers = nodes, paths, inputs, source, workers
 
-    def of(self, rows: range, partners: np.ndarray | None = None) -> Iterator[Outputs]:
-        """Outputs of consecutive nodes, :data:`BATCH` at a time.
+    def of(self, parts: Sequence[range], partners: np.ndarray | None = None) -> Iterator[Outputs]:
+        """Outputs of some parts of the nodes, up to :data:`BATCH` of consecutive ones at a time.
 
         Args:
+            parts: of consecutive rows.
             partners: (N,) nodes whose images are taken instead of the nodes' own.
         """
-        batches = [np.arange(start, min(start + BATCH, rows.stop)) for start in range(rows.start, rows.stop, BATCH)]
-        pairs = [(part, part if partners is None else partners[part]) for part in batches]
+        batches = _Batches(parts, partners)
         if isinstance(self.source, StoredTokens):
-            return self._from_store(self.source, pairs)
-        return self._from_towers(self.source.towers, pairs)
+            return self._from_store(self.source, batches)
+        return self._from_towers(self.source.towers, batches)
 
-    def _from_store(self, stored: StoredTokens, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Outputs]:
-        for rows, image_rows in pairs:
+    def _from_store(self, stored: StoredTokens, batches: "_Batches") -> Iterator[Outputs]:
+        for rows, image_rows in map(batches.__getitem__, range(len(batches))):
             yield Outputs(*stored.outputs(rows, image_rows), stored.image_causes[image_rows])
 
     @torch.no_grad()
-    def _from_towers(self, towers: Towers, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Outputs]:
+    def _from_towers(self, towers: Towers, batches: "_Batches") -> Iterator[Outputs]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
         device = next(towers.text_model.parameters()).device
-        collate = partial(_collate, self.nodes, self.paths, self.inputs)
-        for batch in DataLoader(
-            pairs,  # type: ignore[arg-type]
+        loader = DataLoader(
+            batches,
             batch_size=None,
-            collate_fn=collate,
+            collate_fn=partial(_collate, self.nodes, self.paths, self.inputs),
             num_workers=self.workers,
             worker_init_fn=start_worker,
-        ):
+        )
+        for batch in loader:
             causes = batch.pop("image_causes")
             yield Outputs(*run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), causes)
+
+
+class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """Rows of batches, and the rows of their images; never all at once."""
+
+    def __init__(self, parts: Sequence[range], partners: np.ndarray | None):
+        self.parts, self.partners = parts, partners
+        self.ends = list(accumulate(-(-len(part) // BATCH) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        place = bisect_right(self.ends, number)
+        part = self.parts[place]
+        start = part.start + BATCH * (number - (self.ends[place - 1] if place else 0))
+        rows = np.arange(start, min(start + BATCH, part.stop))
+        return rows, rows if self.partners is None else self.partners[rows]
 
 
 def _collate(

@@ -1,6 +1,5 @@
 """What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
-from mmgraph.files import sync, write_durably
+from mmgraph.files import locked, sync, write_durably
 from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.state import Progress
@@ -48,7 +47,8 @@ class Recorder:
         self.log_path, config = self.output / "training_log.txt", self.config
         try:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock(stack)
+            if not locked(self.output, stack):  # two runs that write to one folder would damage each other
+                raise UserError(f"{self.output}: another process is training in this folder")
             write_durably(self.output / "config.yaml", config.save)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
@@ -62,16 +62,6 @@ class Recorder:
         self.bar = stack.enter_context(
             tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
         )
-
-    def _lock(self, stack: ExitStack) -> None:
-        """Two runs that write to one folder would damage each other. The lock ends with the process, killed or not."""
-        file = stack.enter_context((self.output / ".lock").open("w"))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.output}: another process is training in this folder") from None
-        except OSError:
-            log(f"{self.output} is on a file system without locks: start no second run in it")
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""

@@ -7,7 +7,6 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +28,10 @@ from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.text_log import log
 from mmgraph.tower_plan import Cost, Recipe, Shard
 from mmgraph.towers import Towers, load_towers
-from mmgraph.world import from_main_process, on_main_process, together
+from mmgraph.world import from_main_process, on_main_process, together, work_together
 
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
-PROGRESS_SECONDS, STRIDE_SECONDS = 60, 5
+PROGRESS_SECONDS = 60
 
 
 def build(
@@ -67,12 +66,8 @@ def build(
     queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % size != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
         maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
-        with closing(_in_strides(maker.work(queue, folder))) as work:
-            made: list[int | None] = [0]
-            while any(count is not None for count in made):  # all learn of a failure, and no rank waits for long
-                own_count = together(accelerator, lambda: _stride(work, folder))
-                made = gather_object([own_count])
-                progress.add(sum(filter(None, made)) - (own_count or 0))  # what others made; its own the maker tells
+        for others in work_together(accelerator, _saying_why(maker.work(queue, folder), folder)):
+            progress.add(others)  # what is made here the maker tells
     log(f"tower store: built in {estimate.duration(time.perf_counter() - begun)}")
 
 
@@ -80,24 +75,10 @@ def _describe(folder: Path, description: str) -> None:
     write_durably(folder / "store.json", lambda path: path.write_text(description), shared=True)
 
 
-def _in_strides(counts: Iterator[int]) -> Generator[int, None, None]:
-    """Sums of counts over ``STRIDE_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
-
-    A shard would be too long: images of large towers take minutes where another rank's texts take seconds.
-    """
-    total, begun = 0, time.monotonic()
-    for count in counts:
-        total += count
-        if count == 0 or time.monotonic() - begun > STRIDE_SECONDS:
-            yield total
-            total, begun = 0, time.monotonic()
-    yield total
-
-
-def _stride(work: Iterator[int], folder: Path) -> int | None:
-    """The next count; None where all is made."""
+def _saying_why(counts: Iterator[int], folder: Path) -> Iterator[int]:
+    """The counts; a disk that fails is an error of one line."""
     try:
-        return next(work, None)
+        yield from counts
     except OSError as error:
         raise UserError(
             f"tower store: {folder}: {error.strerror or error}; make room, or --tower_cache off runs the towers live"

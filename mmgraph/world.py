@@ -3,7 +3,8 @@
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from mmgraph.errors import UserError
 
 Result = TypeVar("Result")
 
+STRIDE_SECONDS = 5
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
 
 
@@ -240,3 +242,37 @@ def from_main_process(accelerator: Accelerator, function: Callable[[], Result]) 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:
     """Call ``function`` on the main process alone; its failure is every rank's (see :func:`together`)."""
     together(accelerator, function if accelerator.is_main_process else lambda: None)
+
+
+def work_together(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[int]:
+    """Have each rank do work of its own, a few seconds between meetings, so that all learn of a failure at once.
+
+    Args:
+        counts: does the rank's work, and yields how much of it is done, or 0 where it waits for others.
+
+    Yields:
+        How much of their work the other ranks have done since, until all are done.
+
+    Raises:
+        UserError: a rank fails; as :func:`together`.
+    """
+    with closing(_in_strides(counts)) as work:  # type: ignore[type-var]
+        done: list[int | None] = [0]
+        while any(count is not None for count in done):
+            own = together(accelerator, lambda: next(work, None))
+            done = gather_object([own])
+            yield sum(filter(None, done)) - (own or 0)
+
+
+def _in_strides(counts: Iterator[int]) -> Iterator[int]:
+    """Sums of counts over ``STRIDE_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
+
+    Whole shards or blocks would be too long: with large towers one takes minutes where another rank's takes seconds.
+    """
+    total, begun = 0, time.monotonic()
+    for count in counts:
+        total += count
+        if count == 0 or time.monotonic() - begun > STRIDE_SECONDS:
+            yield total
+            total, begun = 0, time.monotonic()
+    yield total

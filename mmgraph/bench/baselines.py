@@ -80,7 +80,7 @@ class Baselines:
         self.pictures = picture_numbers(contents)
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(accelerator, self.neighbors, graph.held_out, config.seed)
-        found = list(self.outputs.of(range(len(graph.nodes))))
+        found = list(self.outputs.of([range(len(graph.nodes))]))
         self.text_only = torch.cat([part.text_only for part in found])  # (N, d_text)
         self.image_only = torch.cat([part.image_only for part in found])  # (N, d_vis)
 

@@ -1,0 +1,136 @@
+"""Files of one float32 vector a node, in node order: written and read without holding them in memory."""
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from mmgraph.errors import UserError
+from mmgraph.files import sync
+
+FORMATS = ("pt", "safetensors", "parquet", "npy")
+ID, VECTOR = "node_id", "vector"  # columns of a Parquet file
+
+
+def write_features(
+    path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray], ids: Iterable[pa.ChunkedArray]
+) -> Iterator[int]:
+    """Write (N, d) vectors that come in blocks to a file of the format that its ending names; yields rows done.
+
+    ``.pt`` is what ``torch.save`` gives; ``.safetensors`` has one tensor of the file's name; ``.npy`` an array;
+    ``.parquet`` columns ``node_id`` (text) and ``vector`` (a list of d). The file is there when it is whole.
+
+    Args:
+        shape: N and d.
+        blocks: (n, d) float32 each, N rows together.
+        ids: of the same blocks' nodes; read for Parquet alone.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            yield from _write_parquet(temporary, shape[1], blocks, ids)
+        else:
+            with temporary.open("w+b") as file:
+                _BEGINNINGS[path.suffix](file, temporary, path.stem, shape)
+                for block in blocks:
+                    file.write(np.ascontiguousarray(block, "<f4").data)
+                    yield len(block)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(
+    path: Path, width: int, blocks: Iterable[np.ndarray], ids: Iterable[pa.ChunkedArray]
+) -> Iterator[int]:
+    vector = pa.list_(pa.field("element", pa.float32(), nullable=False), width)
+    schema = pa.schema([(ID, pa.large_string()), (VECTOR, vector)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for block, of_block in zip(blocks, ids, strict=False):
+            values = pa.array(np.ascontiguousarray(block, np.float32).reshape(-1))
+            columns = [
+                of_block.cast(pa.large_string()).combine_chunks(),
+                pa.FixedSizeListArray.from_arrays(values, type=vector),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            yield len(block)
+
+
+def _begin_npy(file: BinaryIO, _: Path, __: str, shape: tuple[int, int]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+def _begin_safetensors(file: BinaryIO, _: Path, name: str, shape: tuple[int, int]) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}
+    header = json.dumps({name.removeprefix("features_"): entry, "__metadata__": {"format": "pt"}}).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+
+
+def _begin_pt(file: BinaryIO, path: Path, _: str, shape: tuple[int, int]) -> None:
+    """torch's own file with room for the data, which takes no memory; the file is left where the data begins."""
+    with FakeTensorMode():
+        tensor = torch.empty(shape)
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(tensor, path)
+    with zipfile.ZipFile(path) as archive:
+        [entry] = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+    file.seek(entry.header_offset + 26)
+    name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+    file.seek(entry.header_offset + 30 + name_length + extra_length)
+
+
+_BEGINNINGS = {".npy": _begin_npy, ".safetensors": _begin_safetensors, ".pt": _begin_pt}
+
+
+def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
+    """The (N, d) vectors of a file of any of the formats, float32, and their nodes' ids where it has them.
+
+    Raises:
+        UserError: no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        found, ids = _READERS[path.suffix](path)
+    except KeyError:
+        raise UserError(f"{path}: features are in .{', .'.join(FORMATS)} files") from None
+    except Exception as error:  # whatever broken files make torch, pyarrow, NumPy and safetensors raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a readable file of features ({type(error).__name__}: {reason})") from None
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or not found.is_floating_point():
+        raise UserError(f"{path}: holds no (nodes, width) tensor of floating-point numbers")
+    return found.float(), ids
+
+
+def _read_safetensors(path: Path) -> tuple[Any, None]:
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        if len(names) != 1:
+            raise SafetensorError(f"has {len(names)} tensors, not one")
+        return file.get_tensor(names[0]), None
+
+
+def _read_parquet(path: Path) -> tuple[Any, list[str]]:
+    table = pq.read_table(path, columns=[ID, VECTOR])
+    values = np.stack(table[VECTOR].to_numpy())
+    return torch.from_numpy(values), table[ID].cast(pa.large_string()).to_pylist()
+
+
+_READERS: dict[str, Any] = {
+    ".pt": lambda path: (torch.load(path, map_location="cpu", weights_only=True), None),
+    ".npy": lambda path: (torch.from_numpy(np.load(path)), None),
+    ".safetensors": _read_safetensors,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,105 @@
+"""What encode and evaluate begin with: a checkpoint of mmgraph or the original, and the nodes that it is to embed."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from mmgraph import checkpoints
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.graph import find_images
+from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.node_outputs import NodeOutputs
+from mmgraph.node_table import NodeTable
+from mmgraph.table_cache import open_nodes
+from mmgraph.table_files import fingerprint as file_fingerprint
+from mmgraph.tables import ImagePaths
+from mmgraph.text_log import log
+from mmgraph.tower_cache import existing_store
+from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor
+from mmgraph.world import together
+
+# Of the run that a checkpoint lies in, where nothing else is given.
+OF_THE_RUN = ("nodes", "edges", "image_root", "model_name", "truncated_images", "tower_cache", "eval_edges",
+              "eval_fraction", "seed")  # fmt: skip
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The file that is meant: ``source``, or the final file of the run in that folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoint = checkpoints.final_file(source) if source.is_dir() else source
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder or an epoch or final file (.pt)")
+    return checkpoint
+
+
+def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
+    """The settings of the run that a checkpoint lies in, but for those that are given (and not None).
+
+    Raises:
+        UserError: it lies in no run's folder, and no node table is given.
+    """
+    run = checkpoints.run_settings(checkpoint) or {}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "nodes" not in {**run, **given}:
+        raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
+    if "eval_edges" in given or "eval_fraction" in given:
+        run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
+    return Config(**{**{name: run[name] for name in OF_THE_RUN if name in run}, **given})
+
+
+class Inference(NamedTuple):
+    """A checkpoint's trained module over a graph's nodes, on this rank's device in float32."""
+
+    nodes: NodeTable
+    paths: ImagePaths
+    module: TrainedModule
+    outputs: NodeOutputs
+    nodes_fingerprint: str
+    checkpoint_fingerprint: str
+
+
+def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) -> Inference:
+    """Load a checkpoint, and open the nodes and the tower store of them, if there is one; else the file's own towers.
+
+    Called by all ranks.
+
+    Raises:
+        UserError: no node table, or towers that do not fit the file.
+    """
+    digest = together(accelerator, lambda: file_fingerprint(config.nodes))
+    nodes = together(accelerator, lambda: open_nodes(config.nodes, digest))
+    paths = together(accelerator, lambda: find_images(nodes, config.nodes, config.image_root, seed=0))
+    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
+    encoder = together(
+        accelerator, lambda: checkpoints.load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name)
+    )
+    weights = encoder.state_dict()
+    module = TrainedModule.from_weights(weights).to(accelerator.device)
+    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, fingerprint(weights))
+    if stored is not None:
+        log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
+    live = LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device) if stored is None else None
+    outputs = NodeOutputs(nodes, paths, inputs, stored or live, config.num_workers)  # type: ignore[arg-type]
+    return Inference(nodes, paths, module, outputs, digest, _fingerprint(weights))
+
+
+def _fingerprint(weights: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def without_evaluation(config: Config) -> Config:
+    """The same settings for who does not evaluate: the run's held-out edges need not be there any more."""
+    return dataclasses.replace(config, eval_edges=None, eval_fraction=0.0)

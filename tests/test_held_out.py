@@ -1,0 +1,110 @@
+"""Edges held out by seed, or from a table of their own."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.graph import Graph, load_graph
+from mmgraph.held_out import split
+
+DBPEDIA_LIKE = 12_842
+
+
+def drawn(seed: int, nodes: int = 60, edges: int = 400) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    rows = (nodes * generator.random((edges, 2)) ** 2).astype(np.int64)  # hubs, repeats, self-loops
+    return np.concatenate([rows, rows[:30, ::-1], rows[:20]])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
+def test_split_keeps_pairs_together_and_nodes_alive(seed: int, fraction: float) -> None:
+    rows = drawn(seed)
+    out = split(rows, 60, fraction, seed=42)
+    pairs = [tuple(sorted(edge)) for edge in rows.tolist()]
+    held, kept = ({pair for pair, flag in zip(pairs, out, strict=True) if flag == way} for way in (True, False))
+    assert not held & kept and not any(a == b for a, b in held)
+    assert 0 < out.sum() <= fraction * len(rows)
+    if fraction < 0.5:
+        assert out.sum() > 0.9 * fraction * len(rows)
+    linked = {node for a, b in pairs if a != b for node in (a, b)}
+    assert linked == {node for a, b in kept if a != b for node in (a, b)}  # none is left without an edge
+    assert np.array_equal(split(rows, 60, fraction, seed=42), out)
+    assert not np.array_equal(split(rows, 60, fraction, seed=43), out)
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(split(rows[order], 60, fraction, seed=42), out[order])  # whatever order the table has
+
+
+def test_split_is_uniform() -> None:
+    """Over seeds each pair that may be held out is, about equally often."""
+    rows = np.array([(a, b) for a in range(12) for b in range(a)])
+    counts = sum(split(rows, 12, 0.25, seed).astype(int) for seed in range(300))
+    assert counts.min() > 0.6 * 75 and counts.max() < 1.4 * 75
+
+
+def graph_with(folder: Path, tmp_path: Path, **flags: object) -> Graph:
+    return load_graph(Config(nodes=str(folder / "nodes.csv"), edges=str(tmp_path / "edges.csv"), **flags))  # type: ignore[arg-type]
+
+
+def write_edges(tmp_path: Path, nodes: int = 40) -> pd.DataFrame:
+    rows = drawn(1, nodes)
+    relations = np.array(["likes", "NA", "007", ""])[np.random.default_rng(2).integers(0, 4, len(rows))]
+    table = pd.DataFrame(
+        {"src_id": [f"{a:03d}" for a in rows[:, 0]], "dst_id": [f"{b:03d}" for b in rows[:, 1]], "rel_id": relations}
+    )
+    table.loc[5, "dst_id"] = "nobody"
+    table.to_csv(tmp_path / "edges.csv", index=False)
+    return table
+
+
+def test_a_run_trains_on_what_is_not_held_out(graph: Path, tmp_path: Path) -> None:
+    """Every edge is in one of the two, in order, with its own relation."""
+    table = write_edges(tmp_path).drop(index=5)
+    whole = graph_with(graph, tmp_path)
+    found = graph_with(graph, tmp_path, eval_fraction=0.2, seed=3)
+    assert whole.held_out is None and found.held_out is not None
+    rows = table[["src_id", "dst_id"]].astype(int).to_numpy()
+    out = split(rows, 40, 0.2, seed=3)
+    assert np.array_equal(found.rows[np.arange(len(found.rows))], rows[~out])
+    assert np.array_equal(found.held_out.rows, rows[out])
+    names = [found.held_out.names[number] for number in found.held_out.relations]
+    assert names == table["rel_id"][out].tolist()
+    again = graph_with(graph, tmp_path, eval_fraction=0.2, seed=3)  # from what is kept
+    assert np.array_equal(again.held_out.rows, rows[out]) and again.held_out.fingerprint == found.held_out.fingerprint
+    other = graph_with(graph, tmp_path, eval_fraction=0.2, seed=4)
+    assert not np.array_equal(other.held_out.rows, rows[out])
+
+
+def test_a_table_of_its_own(graph: Path, tmp_path: Path) -> None:
+    """With the names that relations.csv gives; edges to unknown nodes are dropped."""
+    table = write_edges(tmp_path)
+    table.iloc[:20].to_csv(tmp_path / "eval.csv", index=False)
+    pd.DataFrame({"rel_id": ["007", "likes"], "relation": ["is", "is fond of"]}).to_csv(
+        tmp_path / "relations.csv", index=False
+    )
+    found = graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.csv"))
+    expected = table.iloc[:20].drop(index=5)
+    assert np.array_equal(found.held_out.rows, expected[["src_id", "dst_id"]].astype(int).to_numpy())
+    names = {"007": "is", "likes": "is fond of"}
+    assert [found.held_out.names[n] for n in found.held_out.relations] == [names.get(r, r) for r in expected["rel_id"]]
+    assert len(found.rows) == len(table) - 1  # the training edges stay as they are
+    table[["src_id", "dst_id"]].iloc[:20].to_csv(tmp_path / "eval.csv", index=False)
+    assert graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.csv")).held_out.relations is None
+
+
+def test_nothing_to_hold_out(graph: Path, tmp_path: Path) -> None:
+    pd.DataFrame({"src_id": ["000", "002"], "dst_id": ["001", "003"]}).to_csv(tmp_path / "edges.csv", index=False)
+    with pytest.raises(UserError, match=r"--eval_fraction 0.5: no edge of .*edges.csv can be held out"):
+        graph_with(graph, tmp_path, eval_fraction=0.5)
+    with pytest.raises(UserError, match="give one of the two"):
+        Config(eval_fraction=0.1, eval_edges="x.csv")
+    with pytest.raises(UserError, match="must be 0 or more, and below 1"):
+        Config(eval_fraction=1.0)
+    with pytest.raises(UserError, match=r"--keep_best loss: must be one of z_graph/mrr"):
+        Config(keep_best="loss", eval_fraction=0.1)
+    with pytest.raises(UserError, match="--early_stopping_patience needs edges to evaluate on"):
+        Config(early_stopping_patience=3)

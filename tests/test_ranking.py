@@ -1,0 +1,151 @@
+"""Ranks and metrics against brute force, with ties, repeated edges, self-loops and several relations."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmgraph import ranking
+from mmgraph.errors import UserError
+from mmgraph.evaluation import Evaluation
+from mmgraph.held_out import HeldOut
+from mmgraph.neighbors import Neighbors, pair_keys
+
+Edges = list[tuple[int, int]]
+
+
+def neighbors(edges: Edges, nodes: int) -> Neighbors:
+    return Neighbors(torch.from_numpy(pair_keys(np.array(edges).reshape(-1, 2), nodes)), nodes)
+
+
+def exact_scores(vectors: torch.Tensor) -> list[list[Fraction]]:
+    """All similarities as exact rational numbers, from the rounded vectors' own digits."""
+    rows = [[Fraction(value) for value in row] for row in vectors.double().tolist()]
+    return [[sum((a * b for a, b in zip(left, right, strict=True)), Fraction()) for right in rows] for left in rows]
+
+
+def brute_force_rank(scores: list[Fraction], query: int, target: int, true: Edges) -> float:
+    """By the definition: one candidate after the other."""
+    others = {b for a, b in true if a == query} | {a for a, b in true if b == query}
+    candidates = [node for node in range(len(scores)) if node != query and (node == target or node not in others)]
+    above = sum(scores[node] > scores[target] for node in candidates)
+    equal = sum(scores[node] == scores[target] for node in candidates if node != target)
+    return 1 + above + equal / 2
+
+
+def random_graph(seed: int, nodes: int = 23) -> tuple[torch.Tensor, Edges, list[tuple[int, int, int]]]:
+    """Vectors of which many are equal, training edges, and held-out ones with relations."""
+    generator = np.random.default_rng(seed)
+    vectors = torch.from_numpy(generator.normal(size=(nodes, 5)).astype(np.float32))
+    copies = generator.integers(0, nodes, (nodes // 2, 2))
+    vectors[copies[:, 0]] = vectors[copies[:, 1]]
+    vectors[int(generator.integers(nodes))] = 0.0  # no direction at all: it is equal to all
+    train = [tuple(edge) for edge in generator.integers(0, nodes, (40, 2)).tolist()]
+    held_out = [
+        tuple(edge)
+        for edge in np.column_stack([generator.integers(0, nodes, (30, 2)), generator.integers(0, 3, 30)]).tolist()
+    ]
+    held_out += [
+        held_out[0],
+        (*held_out[1][:2], 2 - held_out[1][2]),
+        (held_out[2][1], held_out[2][0], held_out[2][2]),
+        (4, 4, 1),
+    ]
+    return vectors, train, held_out
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("at_once", [1, 70, 1 << 22], ids=["one score", "three rows", "whole"])
+def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, at_once: int) -> None:
+    """MRR and Hits, also by relation, in parts of any size."""
+    monkeypatch.setattr(ranking, "SCORES_AT_ONCE", at_once)
+    vectors, train, held_out = random_graph(seed)
+    rows = np.array(held_out)
+    evaluation = Evaluation(
+        Accelerator(cpu=True), neighbors(train, 23), HeldOut(rows[:, :2], rows[:, 2], ["r0", "r1", "r2"], "x"), seed=3
+    )
+    found = evaluation.table({"z": evaluation.ranks(vectors)})
+
+    scores = exact_scores(ranking.on_grid(vectors))
+    true = train + [(a, b) for a, b, _ in held_out]
+    asked = sorted({edge for edge in held_out if edge[0] != edge[1]})
+    expected = {
+        edge: [brute_force_rank(scores[a], a, b, true), brute_force_rank(scores[b], b, a, true)]
+        for edge in asked
+        for a, b in [edge[:2]]
+    }
+    ranks = [rank for pair in expected.values() for rank in pair]
+    assert any(rank % 1 for rank in ranks)  # ties there are
+    of_z = found["embeddings"]["z"]
+    assert of_z["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks), rel=1e-12)
+    for k in (1, 3, 10):
+        assert of_z[f"hits@{k}"] == pytest.approx(sum(rank <= k for rank in ranks) / len(ranks), rel=1e-12)
+    for relation in {edge[2] for edge in asked}:
+        own = [rank for edge, pair in expected.items() if edge[2] == relation for rank in pair]
+        assert found["relations"][f"r{relation}"]["z"] == pytest.approx(
+            sum(1 / rank for rank in own) / len(own), rel=1e-12
+        )
+        assert found["relations"][f"r{relation}"]["edges"] == len(own) / 2
+
+
+def test_scores_are_exact_in_any_order() -> None:
+    """Equal vectors have equal scores to the bit wherever they stand, and the sum is the exact one."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(301, 515, generator=generator)
+    vectors[1::2] = vectors[0]
+    grid = ranking.on_grid(vectors)
+    scores = ranking._scores(grid[:7], grid)
+    assert all(len(set(row[1::2].tolist())) == 1 for row in scores)
+    shuffled = torch.randperm(515, generator=generator)
+    assert torch.equal(ranking._scores(grid[:7, shuffled], grid[:, shuffled]), scores)
+    exact = sum(
+        (Fraction(a) * Fraction(b) for a, b in zip(grid[0].tolist(), grid[2].tolist(), strict=True)), Fraction()
+    )
+    assert Fraction(scores[0, 2].item()) == exact
+    assert (grid - torch.nn.functional.normalize(vectors, dim=1)).abs().max() < 2**-24
+
+
+def test_sampled_protocol() -> None:
+    """Ranks among 100 drawn nodes: against the definition, whatever part begins where; the target is never drawn."""
+    generator = torch.Generator().manual_seed(0)
+    grid = ranking.on_grid(torch.randn(50, 4, generator=generator))
+    queries, targets = (torch.randint(50, (3000,), generator=generator) for _ in range(2))
+    whole = ranking.sampled_ranks(grid, queries, targets, 0, seed=5)
+    assert torch.equal(
+        ranking.sampled_ranks(grid, queries[1500:2100], targets[1500:2100], 1500, seed=5), whole[1500:2100]
+    )
+    drawn = ranking._negatives(1020, 10, 49, seed=5)  # of two blocks
+    drawn += drawn >= targets[1020:1030, None]
+    assert not (drawn == targets[1020:1030, None]).any() and drawn.min() >= 0 and drawn.max() == 49
+    for i in range(10):
+        scores = [
+            float(grid[n].double() @ grid[queries[1020 + i]].double())
+            for n in [int(targets[1020 + i]), *drawn[i].tolist()]
+        ]
+        expected = 1 + sum(s > scores[0] for s in scores[1:]) + sum(s == scores[0] for s in scores[1:]) / 2
+        assert whole[1020 + i] == expected
+    counts = torch.bincount(ranking._negatives(0, 3000, 50, seed=5).flatten(), minlength=50)
+    assert counts.min() > 0.9 * counts.float().mean()  # uniform
+    assert not torch.equal(ranking.sampled_ranks(grid, queries, targets, 0, seed=6), whole)
+
+
+def test_neighbors_against_a_set() -> None:
+    edges: Edges = [(0, 1), (1, 0), (5, 5), (3, 6), (3, 2), (6, 3)]
+    known = neighbors(edges, 8)
+    either = {*edges, *((b, a) for a, b in edges)}
+    owners, found = known.of(torch.tensor([3, 7, 5, 3]))
+    assert sorted(zip(owners.tolist(), found.tolist(), strict=True)) == [(0, 2), (0, 6), (2, 5), (3, 2), (3, 6)]
+    left, right = torch.tensor([0, 3, 7, 5]), torch.arange(8)
+    expected = [[(a, b) in either for b in range(8)] for a in left.tolist()]
+    assert known.linked(left, right).tolist() == expected
+    empty = neighbors([], 8)
+    assert not empty.linked(left, right).any() and not len(empty.of(left)[0])
+
+
+def test_what_cannot_be_ranked() -> None:
+    with pytest.raises(UserError, match="row 1 is not finite"):
+        ranking.on_grid(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        Evaluation(Accelerator(cpu=True), neighbors([(0, 1)], 3), HeldOut(np.array([[2, 2]]), None, [], ""), 0)
