@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mmgraph.config import Config
 from mmgraph.contents import Contents, without_file
 from mmgraph.neighbors import Neighbors
 
@@ -95,3 +96,21 @@ def picture_numbers(contents: Contents) -> torch.Tensor:
     _, numbers = np.unique(contents.images, return_inverse=True)
     own = len(numbers) + np.arange(len(numbers))
     return torch.from_numpy(np.where(without_file(contents.images), own, numbers).astype(np.int64))
+
+
+def false_negatives_of(
+    config: Config, num_nodes: int, contents: Contents | None, neighbors: Neighbors | None, device: torch.device
+) -> FalseNegatives | None:
+    """What a run leaves out of its losses; None where that is nothing, as in the original.
+
+    Args:
+        contents: of the nodes, where the run masks false negatives.
+        neighbors: of the edges that are trained on, where it masks neighbours.
+    """
+    same = config.false_negatives != "keep" and contents is not None
+    missing_images = config.missing_image == "mask"
+    if not (same or missing_images):
+        return None
+    pictures = picture_numbers(contents) if same and contents is not None else torch.zeros(num_nodes, dtype=torch.int64)
+    linked = neighbors.to(device) if config.false_negatives == "mask_neighbors" and neighbors is not None else None
+    return FalseNegatives(pictures.to(device), same, linked, missing_images)

@@ -29,7 +29,7 @@ class HeldOut(NamedTuple):
 
 
 def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.ndarray:
-    """Draw edges to hold out: (E,) bool, true for ``fraction`` of them or fewer.
+    """Draw edges to hold out: (E,) bool, true for ``fraction`` of them, or as many as can be.
 
     All edges of a pair of nodes, in either direction, go the same way. Pairs are drawn in an order that depends on the
     seed alone; of each node the pair that comes last in it is kept, so no node is left without an edge to train on.
@@ -48,7 +48,7 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
         np.maximum.at(last, end[~loop], turn[~loop])
     free = ~loop & (turn != last[ends[0]]) & (turn != last[ends[1]])
     drawn = np.flatnonzero(free)[np.argsort(turn[free])]
-    drawn = drawn[np.cumsum(count[drawn]) <= fraction * len(rows)]
+    drawn = drawn[np.cumsum(count[drawn]) - count[drawn] < fraction * len(rows)]
     held_out = np.zeros(len(pairs), dtype=bool)
     held_out[drawn] = True
     return held_out[pair_of_edge]

@@ -10,15 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from mmgraph import checkpoints, state, zero
-from mmgraph.batches import build_loader, shared_pictures
+from mmgraph.batches import build_loader
 from mmgraph.best import Best
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, metrics
-from mmgraph.false_negatives import FalseNegatives, picture_numbers
-from mmgraph.files import cache_folder
+from mmgraph.false_negatives import false_negatives_of
 from mmgraph.graph import Graph
 from mmgraph.images import is_black
 from mmgraph.loader.node_inputs import NodeInputs
@@ -30,18 +29,18 @@ from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
+from mmgraph.source import open_source
 from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.text_log import flush_log, log
-from mmgraph.tower_cache import StoredTokens, contents_of, open_store
+from mmgraph.tower_cache import contents_of
 from mmgraph.towers import (
     LiveTowers,
     fingerprint,
     load_tokenizer_and_processor,
     load_tower_configs,
-    load_towers,
     read_tower_state,
 )
-from mmgraph.world import compute_dtype, from_main_process, on_main_process, peak_memory_gb, together
+from mmgraph.world import from_main_process, on_main_process, peak_memory_gb, together
 
 
 class _Pending(NamedTuple):
@@ -80,10 +79,7 @@ class Trainer:
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         self.cache_failure = ""  # of the shared image cache
-        self.false_negatives: FalseNegatives | None = None
-        self.evaluation: Evaluation | None = None
-        self.source = self._open_source(inputs)
-        self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, self.source, config.num_workers)
+        self._open_graph(inputs)
         self._build(inputs, trained)
         self.best = Best(config, self.progress.components, graph.held_out.fingerprint if graph.held_out else "")
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
@@ -91,37 +87,22 @@ class Trainer:
         self.pending: _Pending | None = None
         self.data_wait, self.recorded = 0.0, time.perf_counter()
 
-    def _open_source(self, inputs: NodeInputs) -> StoredTokens | LiveTowers:
-        config, accelerator = self.config, self.accelerator
+    def _open_graph(self, inputs: NodeInputs) -> None:
+        """Find out what the run has to know of the graph's nodes, and where their tokens come from."""
+        config, accelerator, graph = self.config, self.accelerator, self.graph
+        contents, neighbors = None, None
         if config.tower_cache != "off" or config.false_negatives != "keep":
-            contents = contents_of(config, accelerator, self.graph)
-        self._know_nodes(picture_numbers(contents) if config.false_negatives != "keep" else None)
-        if config.tower_cache != "off":
-            planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
-            towers = self.identity["towers"]
-            stored = open_store(config, accelerator, self.graph, contents, inputs, towers, planned_nodes)
-            if stored is not None:
-                return stored
-        if config.image_cache_gb > 0:
-            inputs.picture_file = shared_pictures(config, self.graph, inputs.preprocessing, cache_folder(config.nodes))
-        loaded = together(accelerator, lambda: load_towers(config.model_name))
-        return LiveTowers(loaded, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))
-
-    def _know_nodes(self, pictures: torch.Tensor | None) -> None:
-        """What is to be known of all nodes: which negatives are none, and how to evaluate."""
-        config, device, num_nodes = self.config, self.accelerator.device, len(self.graph.nodes)
-        masks_neighbors = config.false_negatives == "mask_neighbors"
-        if masks_neighbors or self.graph.held_out is not None:
-            neighbors = Neighbors(torch.from_numpy(pair_keys(self.graph.rows, num_nodes)), num_nodes).to(device)
-        if config.false_negatives != "keep" or config.missing_image == "mask":
-            self.false_negatives = FalseNegatives(
-                (torch.zeros(num_nodes, dtype=torch.int64) if pictures is None else pictures).to(device),
-                same=pictures is not None,
-                neighbors=neighbors if masks_neighbors else None,
-                missing_images=config.missing_image == "mask",
-            )
-        if self.graph.held_out is not None:
-            self.evaluation = Evaluation(self.accelerator, neighbors, self.graph.held_out, config.seed)
+            contents = contents_of(config, accelerator, graph)
+        if config.false_negatives == "mask_neighbors" or graph.held_out is not None:
+            neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+        self.false_negatives = false_negatives_of(config, len(graph.nodes), contents, neighbors, accelerator.device)
+        self.evaluation: Evaluation | None = None
+        if graph.held_out is not None and neighbors is not None:
+            self.evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)
+        planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
+        towers = self.identity["towers"]
+        self.source = open_source(config, accelerator, graph, contents, inputs, towers, planned_nodes)
+        self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, self.source, config.num_workers)
 
     def _build(self, inputs: NodeInputs, trained: checkpoints.TrainedState | None) -> None:
         config, accelerator = self.config, self.accelerator
@@ -376,6 +357,10 @@ class Trainer:
 
     def _say_goodbye(self) -> None:
         self.recorder.finish(self.image_causes)
+        if self.best.exhausted:
+            log(f"no better {self.best.metric} in {self.config.early_stopping_patience} evaluations: stopped early")
+        if self.best.metric is not None and self.best.value["step"] is not None:
+            log(f"best: {self.best}, {checkpoints.best_file(self.output)}")
         if self.done:
             log(
                 f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in "

@@ -162,7 +162,7 @@ def test_rates() -> None:
         (["convert", "a.pt", "b.pt"], "one must end in .pt"),
         (["convert", "a.pt", "b.safetensors"], "a.pt: no such file"),
         (["encode", "nowhere"], "no such checkpoint"),
-        (["encode", "x", "--batch_size=0"], "batch_size"),
+        (["encode", "x", "--num_workers=-1"], "num_workers"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required"),
         (["demo", "FULL"], "is not this version's demo graph"),

@@ -10,8 +10,6 @@ import torch
 from conftest import LOSSES, launch, launch_command, newest, read_metrics, run, same_state, settings
 from safetensors.torch import load_file
 
-from mmgraph.cli import main
-
 
 def norm_relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left.double() - right.double()).norm() / right.double().norm())
@@ -88,13 +86,3 @@ def test_launches_that_would_train_wrongly_are_refused(
     done = run(launch_command(config, *settings(graph, tmp_path / "run", *flags)))
     assert done.returncode != 0 and done.stderr.count(message) == 1  # the main rank tells, once
     assert "mmgraph/" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_encode_over_ranks_is_in_node_order(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    command = launch_command("cpu_2proc.yaml")[:-1]
-    done = run([*command, "-m", "mmgraph", "encode", str(one_process), f"--output_dir={tmp_path / 'two'}"])
-    assert done.returncode == 0, done.stderr
-    assert main(["encode", str(one_process), f"--output_dir={tmp_path / 'one'}"]) == 0
-    for name in ("fused", "text_only", "image_only", "concat"):
-        one, two = (torch.load(tmp_path / folder / f"features_{name}.pt") for folder in ("one", "two"))
-        assert one.shape == two.shape and torch.allclose(one, two, atol=1e-5)

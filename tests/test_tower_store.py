@@ -428,10 +428,10 @@ def test_encode_reads_the_store(
 ) -> None:
     assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
     capsys.readouterr()
-    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "stored"), "--batch_size=7"]) == 0
+    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "stored")]) == 0
     assert "no tower is run" in capsys.readouterr().out
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "empty"))
-    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "live"), "--batch_size=7"]) == 0
+    assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "live")]) == 0
     assert "no tower is run" not in capsys.readouterr().out
     for name in ("fused", "text_only", "image_only", "concat"):
         stored, live = (torch.load(tmp_path / f"{kind}/features_{name}.pt") for kind in ("stored", "live"))

@@ -1,5 +1,6 @@
 """What ``bench study`` compares the encoder with: an MLP on the towers' pooled outputs, and a DistMult."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Ranks, Table
-from mmgraph.false_negatives import FalseNegatives, picture_numbers
+from mmgraph.false_negatives import false_negatives_of
 from mmgraph.graph import Graph
 from mmgraph.held_out import relation_names
 from mmgraph.loader.node_inputs import NodeInputs
@@ -71,28 +72,23 @@ class Baselines:
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph):
         self.config, self.accelerator, self.graph = config, accelerator, graph
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
-        contents = contents_of(config, accelerator, graph)
+        self.contents = contents_of(config, accelerator, graph)
         towers = fingerprint(read_tower_state(config.model_name))
-        source = open_store(config, accelerator, graph, contents, inputs, towers, planned_nodes=2**62)
+        source = open_store(config, accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
         if source is None or graph.held_out is None:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
         self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0)
-        self.pictures = picture_numbers(contents)
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(accelerator, self.neighbors, graph.held_out, config.seed)
         found = list(self.outputs.of([range(len(graph.nodes))]))
         self.text_only = torch.cat([part.text_only for part in found])  # (N, d_text)
         self.image_only = torch.cat([part.image_only for part in found])  # (N, d_vis)
 
-    def mlp(self, batch_size: int, false_negatives: str, seed: int) -> Table:
+    def mlp(self, batch_size: int, false_negatives: Any, seed: int) -> Table:
         """Train a :class:`ConcatMLP` as a run trains the encoder, and evaluate it."""
         config, device = self.config, self.accelerator.device
-        masks = FalseNegatives(
-            self.pictures.to(device),
-            same=false_negatives != "keep",
-            neighbors=self.neighbors.to(device) if false_negatives == "mask_neighbors" else None,
-            missing_images=False,
-        )
+        chosen = dataclasses.replace(config, false_negatives=false_negatives, missing_image="black")
+        masks = false_negatives_of(chosen, len(self.graph.nodes), self.contents, self.neighbors, device)
         torch.manual_seed(seed)
         widths = self.text_only.shape[1], self.image_only.shape[1]
         model = ConcatMLP(*widths, config.fused_dim, config.proj_dim).to(device)

@@ -1,0 +1,41 @@
+"""The token source of a run: a tower store, or live towers with a cache of images."""
+
+from accelerate import Accelerator
+
+from mmgraph.batches import shared_pictures
+from mmgraph.config import Config
+from mmgraph.contents import Contents
+from mmgraph.files import cache_folder
+from mmgraph.graph import Graph
+from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.tower_cache import StoredTokens, open_store
+from mmgraph.towers import LiveTowers, load_towers
+from mmgraph.world import compute_dtype, together
+
+
+def open_source(
+    config: Config,
+    accelerator: Accelerator,
+    graph: Graph,
+    contents: Contents | None,
+    inputs: NodeInputs,
+    towers: str,
+    planned_nodes: int,
+) -> StoredTokens | LiveTowers:
+    """What a run reads its tokens from. Called by all ranks.
+
+    Args:
+        contents: of the graph's nodes, without which there is no store.
+        inputs, towers, planned_nodes: as :func:`mmgraph.tower_cache.open_store`.
+
+    Raises:
+        UserError: towers that cannot be loaded, or a store that cannot be built where it was asked for.
+    """
+    if config.tower_cache != "off" and contents is not None:
+        stored = open_store(config, accelerator, graph, contents, inputs, towers, planned_nodes)
+        if stored is not None:
+            return stored
+    if config.image_cache_gb > 0:
+        inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, cache_folder(config.nodes))
+    loaded = together(accelerator, lambda: load_towers(config.model_name))
+    return LiveTowers(loaded, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))

@@ -1,0 +1,218 @@
+"""Embeddings out: the original's files, other formats, ranks, kills, and memory."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import launch_command, run
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPImageProcessor
+
+from mmgraph import encode
+from mmgraph.cli import main
+from mmgraph.loader.inference_collator import InferenceCollator
+from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
+
+FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
+
+
+@pytest.fixture(scope="module")
+def original(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A final file as the original under transformers 4 left it, in no run's folder."""
+    torch.manual_seed(1)
+    encoder = MultimodalGraphEncoder(str(graph / "towers"), 24, 16)
+    state = encoder.state_dict()
+    state["text_model.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    path = tmp_path_factory.mktemp("original") / "multimodal_encoder_final.pt"
+    torch.save(state, path)
+    return path
+
+
+def given(graph: Path, original: Path, output: Path, *more: str) -> list[str]:
+    return ["encode", str(original), f"--nodes={graph / 'nodes.csv'}", f"--model_name={graph / 'towers'}",
+            f"--output_dir={output}", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(graph: Path, original: Path) -> dict[str, torch.Tensor]:
+    """Each node alone, by the public encoder and collator."""
+    encoder = MultimodalGraphEncoder(str(graph / "towers"), 24, 16).eval()
+    encoder.load_state_dict(torch.load(original))
+    towers = str(graph / "towers")
+    collate = InferenceCollator(AutoTokenizer.from_pretrained(towers), CLIPImageProcessor.from_pretrained(towers))
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in FEATURES}
+    for node in pd.read_csv(graph / "nodes.csv", dtype=str).to_dict("records"):
+        inputs = collate([{**node, "image_path": str(graph / node["image_path"].replace("\\", "/"))}])
+        with torch.no_grad():
+            found = {**encoder.encode(**inputs), "z_graph": encoder(**inputs)[0]}
+        for name in FEATURES:
+            rows[name].append(found[name])
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def test_features_of_an_original_checkpoint(
+    graph: Path, original: Path, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Names, shapes, order and values of the original's files; its own four are all there, and z_graph."""
+    assert main(given(graph, original, tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {f"features_{name}.pt" for name in FEATURES}
+    for name, width in zip(FEATURES, (16, 24, 128, 128, 256), strict=True):
+        found = torch.load(tmp_path / f"features_{name}.pt", weights_only=True)
+        assert found.shape == (40, width) and found.dtype == torch.float32 and found.is_contiguous()
+        assert torch.allclose(found, expected[name], atol=1e-5), name
+    assert torch.allclose(expected["z_graph"].norm(dim=1), torch.ones(40))
+
+
+def test_over_ranks_and_in_every_format(
+    graph: Path, original: Path, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """40 nodes in blocks of 6, so that ranks have different numbers of them."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom mmgraph import encode\nfrom mmgraph.cli import leave, main\nencode.BLOCK = 6\n"
+        "leave(main(sys.argv[1:]))\n"
+    )
+    command = [*launch_command("cpu_2proc.yaml")[:-1], str(script)]
+    done = run([*command, *given(graph, original, tmp_path / "pt", "--num_workers=1")])
+    assert done.returncode == 0 and done.stdout.count("40 nodes:") == 1, done.stderr[-3000:]
+    for name in FEATURES:
+        assert torch.allclose(torch.load(tmp_path / f"pt/features_{name}.pt"), expected[name], atol=1e-5)
+    for kind in ("safetensors", "npy", "parquet"):
+        more = f"--output_dir={tmp_path / kind}", f"--format={kind}", "--features", "fused", "z_graph"
+        assert main(given(graph, original, tmp_path, *more)) == 0
+        assert len(list((tmp_path / kind).glob("features_*"))) == 2
+    z_graph = expected["z_graph"]
+    assert torch.allclose(
+        load_file(tmp_path / "safetensors/features_z_graph.safetensors")["z_graph"], z_graph, atol=1e-5
+    )
+    assert np.allclose(np.load(tmp_path / "npy/features_z_graph.npy"), z_graph, atol=1e-5)
+    table = pq.read_table(tmp_path / "parquet/features_z_graph.parquet")
+    assert table["node_id"].to_pylist() == [f"{i:03d}" for i in range(40)]
+    assert np.allclose(np.stack(table["vector"].to_numpy()), z_graph, atol=1e-5)
+
+
+KILLED = """import sys, time
+from mmgraph import encode
+from mmgraph.cli import main
+encode.BLOCK = 4
+make = encode.Blocks.make
+def slow(self, numbers):
+    for count in make(self, numbers):
+        time.sleep(0.2)
+        yield count
+encode.Blocks.make = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_start_goes_on(
+    graph: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed between blocks; only blocks that lack, and those of an image that changed, are made; bytes as at once."""
+    folder = shutil.copytree(graph, tmp_path / "graph")
+    for image in (folder / "images").iterdir():
+        image.touch()
+    time.sleep(2.1)  # files that changed a moment ago are not trusted
+    monkeypatch.setattr(encode, "BLOCK", 4)
+    assert main(given(folder, original, tmp_path / "once")) == 0
+    (tmp_path / "run.py").write_text(KILLED)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), *given(folder, original, tmp_path / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob(".blocks-*/[0-9]*.safetensors"))) < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    psutil.Process(process.pid).kill()
+    process.wait()
+    assert not list((tmp_path / "out").glob("features_*"))
+    kept = len(list((tmp_path / "out").glob(".blocks-*/[0-9]*.safetensors")))
+
+    made: list[int] = []
+    make = encode.Blocks.make
+    monkeypatch.setattr(encode.Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # of the first block
+    capsys.readouterr()
+    assert main(given(folder, original, tmp_path / "out")) == 0
+    assert made == [0, *range(kept, 10)]
+    assert f"goes on: {4 * (kept - 1)} of 40 nodes were embedded before" in capsys.readouterr().out
+    for name in FEATURES:
+        once, resumed = (torch.load(tmp_path / f"{part}/features_{name}.pt") for part in ("once", "out"))
+        same = [torch.equal(a, b) for a, b in zip(once, resumed, strict=True)]
+        assert same == [name == "text_only" or i != 1 for i in range(40)]
+    assert not list((tmp_path / "out").glob(".blocks-*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--features", "fused", "z"], "--features z: must be of z_graph, fused"),
+        (["--format=csv"], "--format csv: must be one of pt, safetensors, parquet, npy"),
+        (["--output_dir=/proc/none"], "--output_dir /proc/none"),
+    ],
+)
+def test_wrong_usage(
+    graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert main(given(graph, original, tmp_path, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+HOLDER = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+"""
+
+
+def test_two_at_once_in_one_folder(
+    graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+    )
+    process.stdout.readline()
+    assert main(given(graph, original, tmp_path)) == 2
+    assert "another process encodes into it" in capsys.readouterr().err
+    process.communicate(b"\n")
+
+
+MEMORY = """import sys
+from mmgraph.cli import main
+code = main(sys.argv[1:])
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+print("peak MB", int(status["VmHWM"].split()[0]) / 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -> None:
+    """100,000 nodes, whose features would be 200 MB, against 5,000; live towers."""
+    (tmp_path / "run.py").write_text(MEMORY)
+    image, peaks = str(graph / "images/0.png"), []
+    for count in (5_000, 100_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        table = pd.DataFrame(
+            {"node_id": range(count), "short_name": "a node", "summary": "", "image_path": str(graph / "images/0.png")}
+        )
+        table.to_csv(folder / "nodes.csv", index=False)
+        arguments = ["encode", str(original), f"--nodes={folder / 'nodes.csv'}", f"--model_name={graph / 'towers'}"]
+        done = run([sys.executable, str(tmp_path / "run.py"), *arguments, f"--output_dir={folder / 'out'}"])
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(float(done.stdout.split()[-1]))
+        assert torch.load(folder / "out/features_concat.pt", mmap=True).shape == (count, 256)
+    print(f"peak of 5,000 nodes {peaks[0]:.0f} MB, of 100,000 {peaks[1]:.0f} MB")
+    assert peaks[1] - peaks[0] < 30
