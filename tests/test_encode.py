@@ -205,9 +205,7 @@ def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -
     for count in (5_000, 100_000):
         folder = tmp_path / str(count)
         folder.mkdir()
-        table = pd.DataFrame(
-            {"node_id": range(count), "short_name": "a node", "summary": "", "image_path": str(graph / "images/0.png")}
-        )
+        table = pd.DataFrame({"node_id": range(count), "short_name": "a node", "summary": "", "image_path": image})
         table.to_csv(folder / "nodes.csv", index=False)
         arguments = ["encode", str(original), f"--nodes={folder / 'nodes.csv'}", f"--model_name={graph / 'towers'}"]
         done = run([sys.executable, str(tmp_path / "run.py"), *arguments, f"--output_dir={folder / 'out'}"])
