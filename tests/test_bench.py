@@ -17,7 +17,7 @@ from mmgraph.towers import Tokens
 
 def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[str, float]]:
     path = tmp_path / f"{what}.json"
-    assert main(["bench", what, f"--json={path}", *more, *settings(graph, tmp_path / "unused")]) == 0
+    assert main(["bench", what, f"--json={path}", *settings(graph, tmp_path / "unused"), *more]) == 0
     assert not (tmp_path / "unused").exists()
     return json.loads(path.read_text())
 
@@ -82,6 +82,26 @@ def test_scale(graph: Path, tmp_path: Path) -> None:
     found = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=6")
     assert [row["processes"] for row in found["rows"]] == [1, 2]
     assert all(row["efficiency"] > 0.1 for row in found["rows"])
+
+
+def test_study(graph: Path, tmp_path: Path) -> None:
+    """Real runs and baselines on one split; a second start finds the runs."""
+    edges = pd.read_csv(graph / "edges.csv", dtype=str)
+    edges["rel_id"] = ["likes", "eats", "is"] * 66 + ["is"] * 2
+    edges[:170].to_csv(tmp_path / "edges.csv", index=False)
+    edges[::-1][:30].to_csv(tmp_path / "eval.csv", index=False)
+    more = [f"--edges={tmp_path / 'edges.csv'}", f"--eval_edges={tmp_path / 'eval.csv'}", "--epochs=1"]
+    more += [f"--folder={tmp_path / 'runs'}", "--batch_sizes", "85", "--seeds=1", "--variant=--temperature=0.2"]
+    found = bench(graph, tmp_path, "study", *more)
+    rows = {row[""]: row for row in found["rows"]}
+    assert len(rows) == 5 + 3 + 2 + 3 + 3 + 1
+    names = ("batch 85, mask_neighbors", "batch 85, keep, --temperature=0.2", "MLP on random, batch 85, keep")
+    assert all(0 < float(rows[name]["z_graph MRR"].split(" ± ")[0]) < 1 for name in names)
+    assert rows["DistMult, told relations"]["z_graph MRR"] != rows["random"]["z_graph MRR"]
+    run_folder = tmp_path / "runs/85-keep-42"
+    table = json.loads((run_folder / "evaluation.json").read_text())
+    log = (tmp_path / "runs/85-keep-42.log").read_text()
+    assert table["step"] == 2 and "resumed" not in log and not list(run_folder.glob("checkpoints/*_epoch_*.pt"))
 
 
 def test_a_graph_to_measure_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What ``bench study`` compares the encoder with: an MLP on the towers' pooled outputs, and a DistMult."""
+"""What ``bench study`` compares the encoder with: MLPs on one vector a node, and a DistMult."""
 
 import dataclasses
 import warnings
@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Ranks, Table
 from mmgraph.false_negatives import false_negatives_of
-from mmgraph.graph import Graph
 from mmgraph.held_out import relation_names
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import BatchNodes, contrastive_losses
@@ -23,15 +21,16 @@ from mmgraph.node_outputs import NodeOutputs
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
+from mmgraph.start import open_graph
 from mmgraph.table_cache import open_edges
 from mmgraph.tower_cache import contents_of, open_store
-from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers import fingerprint, load_tokenizer_and_processor, read_tower_state
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
 
 
 class ConcatMLP(nn.Module):
-    """The encoder without cross-attention: text and image are the towers' pooled outputs, and meet in an MLP.
+    """The encoder without cross-attention: text and image are one vector each, and meet in an MLP.
 
     It has about as many parameters as the fusion and heads that it stands for, and the same heads.
     """
@@ -46,52 +45,56 @@ class ConcatMLP(nn.Module):
         )  # fmt: skip
         self.graph_proj, self.text_proj, self.vis_proj = (nn.Linear(fused_dim, proj_dim) for _ in range(3))
 
-    def embeddings(self, _: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings`."""
-        concat = torch.cat([text_only, image_only], dim=1)
-        fused = self.mlp(concat)
-        z_graph = F.normalize(self.graph_proj(fused), dim=1)
-        z_text, z_vis = self.text_proj(self.text(text_only)), self.vis_proj(self.vis(image_only))
+    def forward(self, text: torch.Tensor, vis: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From (U, d_text) and (U, d_vis): ``z_graph``, ``z_text``, ``z_vis`` (U, proj_dim), and ``fused``."""
+        fused = self.mlp(torch.cat([text, vis], dim=1))
         return {
-            "z_graph": z_graph, "z_text": F.normalize(z_text, dim=1), "z_vis": F.normalize(z_vis, dim=1),
-            "fused": fused, "text_only": text_only, "image_only": image_only, "concat": concat,
-        }  # fmt: skip
+            "z_graph": F.normalize(self.graph_proj(fused), dim=1),
+            "z_text": F.normalize(self.text_proj(self.text(text)), dim=1),
+            "z_vis": F.normalize(self.vis_proj(self.vis(vis)), dim=1),
+            "fused": fused,
+        }
 
 
 class Baselines:
-    """Trains and ranks them, in this process, from a tower store.
+    """Trains and ranks them in this process, whose launch it is; what the towers say comes from a tower store.
 
     Args:
         config: settings of the runs that they are compared with.
-        accelerator, graph: of the launch; the graph has held-out edges.
 
     Raises:
         UserError: as the run's start.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, graph: Graph):
-        self.config, self.accelerator, self.graph = config, accelerator, graph
+    def __init__(self, config: Config):
+        self.config = config
+        self.accelerator, self.graph = open_graph(config)
+        graph, held_out = self.graph, self.graph.held_out
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
-        self.contents = contents_of(config, accelerator, graph)
+        self.contents = contents_of(config, self.accelerator, graph)
         towers = fingerprint(read_tower_state(config.model_name))
-        source = open_store(config, accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
-        if source is None or graph.held_out is None:
+        source = open_store(config, self.accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
+        if source is None or held_out is None:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
-        self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0)
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
-        self.evaluation = Evaluation(accelerator, self.neighbors, graph.held_out, config.seed)
-        found = list(self.outputs.of([range(len(graph.nodes))]))
+        self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
+        found = list(NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0).of([range(len(graph.nodes))]))
         self.text_only = torch.cat([part.text_only for part in found])  # (N, d_text)
         self.image_only = torch.cat([part.image_only for part in found])  # (N, d_vis)
 
-    def mlp(self, batch_size: int, false_negatives: Any, seed: int) -> Table:
-        """Train a :class:`ConcatMLP` as a run trains the encoder, and evaluate it."""
+    def mlp(self, given: str, batch_size: int, false_negatives: Any, seed: int) -> Table:
+        """Train a :class:`ConcatMLP` with a run's losses, order and optimizer, and rank with it.
+
+        Args:
+            given: what the nodes' vectors are: ``concat``, the towers' pooled outputs; ``text_only`` or ``image_only``,
+                the other is 0; ``random``, numbers that say nothing but which node it is.
+        """
         config, device = self.config, self.accelerator.device
         chosen = dataclasses.replace(config, false_negatives=false_negatives, missing_image="black")
         masks = false_negatives_of(chosen, len(self.graph.nodes), self.contents, self.neighbors, device)
         torch.manual_seed(seed)
-        widths = self.text_only.shape[1], self.image_only.shape[1]
-        model = ConcatMLP(*widths, config.fused_dim, config.proj_dim).to(device)
+        text, vis = self._vectors(given)
+        model = ConcatMLP(text.shape[1], vis.shape[1], config.fused_dim, config.proj_dim).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         sampler = GlobalBatchSampler(len(self.graph.rows), batch_size, seed)
         step, total_steps = 0, config.epochs * len(sampler)
@@ -99,7 +102,7 @@ class Baselines:
             sampler.begin(epoch)
             for edges in sampler:
                 rows = torch.from_numpy(self.graph.rows[np.array(edges)].T.reshape(-1)).to(device)  # (2B,)
-                z = model.embeddings(None, self.text_only[rows], self.image_only[rows])  # type: ignore[arg-type]
+                z = model(text[rows], vis[rows])
                 nodes = BatchNodes(rows, torch.zeros(len(rows), dtype=torch.bool, device=device))
                 losses = contrastive_losses(
                     z["z_graph"], z["z_text"], z["z_vis"], config.temperature, config.graph_loss_weight, masks, nodes
@@ -109,7 +112,16 @@ class Baselines:
                 optimizer.zero_grad(set_to_none=True)
                 losses.total.backward()
                 optimizer.step()
-        return self.evaluation.evaluate(model.embeddings, self.outputs)
+        with torch.no_grad():
+            found = model(text, vis)
+        return self.evaluation.table({name: self.evaluation.ranks(found[name]) for name in ("z_graph", "fused")})
+
+    def _vectors(self, given: str) -> tuple[torch.Tensor, torch.Tensor]:
+        text, vis = self.text_only, self.image_only
+        if given == "random":
+            return torch.randn_like(text), torch.randn_like(vis)
+        zeros = {"text_only": (text, torch.zeros_like(vis)), "image_only": (torch.zeros_like(text), vis)}
+        return zeros.get(given, (text, vis))
 
     def distmult(self, seed: int) -> Table:
         """A DistMult (Yang et al., 2015) of PyTorch Geometric on the same edges, ranked by its own scores.
@@ -137,8 +149,8 @@ class Baselines:
         """(E, 3) source, relation and destination of the training edges, and the relations' names."""
         config, graph = self.config, self.graph
         edges = open_edges(config.edges, graph.edges_fingerprint, graph.nodes, graph.nodes_fingerprint)
-        if config.eval_fraction or edges.relations is None:  # what a split leaves is kept without relations
-            raise UserError("bench study trains a DistMult on relations: give edges with rel_id, and --eval_edges")
+        if edges.relations is None or self.graph.held_out is None or self.graph.held_out.relations is None:
+            raise UserError("bench study trains a DistMult, on relations: both edge tables need a rel_id")
         ends = graph.rows[np.arange(len(graph.rows))]
         triples = np.stack([ends[:, 0], edges.relations.astype(np.int64), ends[:, 1]], axis=1)
         return torch.from_numpy(triples), relation_names(config.edges, edges.names)

@@ -25,7 +25,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     study.add_argument("--batch_sizes", "--batch-sizes", type=positive, nargs="+", default=[64, 256, 1024])
     study.add_argument("--seeds", type=positive, default=3, help="runs of each kind, from --seed on (3)")
     study.add_argument(
-        "--variants", nargs="+", default=[], help="flags of further runs at the first batch size, quoted"
+        "--variant", action="append", default=[], help='flags of further runs, as in --variant="--temperature 0.2"'
     )
     study.add_argument(
         "--at_once", "--at-once", type=positive, default=2, help="runs at a time, of one thread each (2)"
@@ -88,7 +88,7 @@ def _bench(given: argparse.Namespace) -> None:
 
         accelerator, graph = open_graph(config)
         if given.what == "study":
-            runs = given.batch_sizes, given.seeds, given.variants, given.at_once, given.folder
-            bench_study(config, accelerator, graph, *runs, given.json)
+            runs = given.batch_sizes, given.seeds, given.variant, given.at_once, given.folder
+            bench_study(config, graph, *runs, given.json)
             return
         bench_step(config, accelerator, graph, given.repeats, given.json)

@@ -4,12 +4,13 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
+import torch
 from tqdm import tqdm
 
 from mmgraph.bench.baselines import Baselines
@@ -20,6 +21,7 @@ from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.text_log import log
 
+_baselines: Baselines  # in a process of the pool
 SETTINGS = ("keep", "mask_same", "mask_neighbors")
 
 
@@ -33,7 +35,6 @@ class Case(NamedTuple):
 
 def bench_study(
     config: Config,
-    accelerator: Accelerator,
     graph: Graph,
     batch_sizes: Sequence[int],
     num_seeds: int,
@@ -45,8 +46,8 @@ def bench_study(
     """Train and rank the same held-out edges: real runs of ``launch.py``, and baselines on the same edges.
 
     Each batch size has runs of the three ``--false_negatives``, the first one has the variants too, and each case is
-    trained from ``num_seeds`` seeds. An MLP on concat is trained likewise with the same losses and edges, and a
-    DistMult on the edges alone.
+    trained from ``num_seeds`` seeds. MLPs on one vector a node are trained likewise with the same losses and edges,
+    and a DistMult on the edges alone.
 
     Args:
         variants: flags of ``launch.py``, in one string each, of further runs.
@@ -54,10 +55,10 @@ def bench_study(
         folder: where the runs are kept, and found again by a second start; default: nowhere.
 
     Raises:
-        UserError: no held-out edges, a flag that the runs do not take, a run that fails.
+        UserError: no ``--eval_edges``, a flag that the runs do not take, a run that fails.
     """
-    if graph.held_out is None:
-        raise UserError("bench study ranks held-out edges: give --eval_edges or --eval_fraction (or --demo)")
+    if graph.held_out is None or config.eval_fraction:  # which every seed would split otherwise
+        raise UserError("bench study ranks the same held-out edges again and again: give --eval_edges (or --demo)")
     cases = [Case(batch_size, setting) for batch_size, setting in product(batch_sizes, SETTINGS)]
     cases += [Case(batch_sizes[0], setting, more) for more, setting in product(variants, ("keep", "mask_neighbors"))]
     seeds = range(config.seed, config.seed + num_seeds)
@@ -68,15 +69,38 @@ def bench_study(
     rows = [_row("untrained", [table["before"] for tables in trained.values() for table in tables])]
     rows += [_fixed_row(name, trained) for name in ("text_only", "image_only", "concat", "random")]
     rows += [_row(_name(case), trained[case]) for case in cases]
-    baselines = Baselines(config, accelerator, graph)
-    log("study: an MLP on concat")
-    for batch_size, setting in product(batch_sizes, SETTINGS):
-        tables = [baselines.mlp(batch_size, setting, seed) for seed in seeds]
-        rows.append(_row(f"MLP on concat, batch {batch_size:,}, {setting}", tables))
-    log("study: DistMult")
-    rows.append(_row("DistMult, told relations", [baselines.distmult(seed) for seed in seeds]))
+    rows += _baseline_rows(config, batch_sizes, seeds, at_once)
     title = f"study: MRR on {len(graph.held_out.rows):,} held-out edges after {config.epochs} epochs, {num_seeds} seeds"
     report(title, rows, {}, path)
+
+
+def _baseline_rows(config: Config, batch_sizes: Sequence[int], seeds: range, at_once: int) -> list[dict[str, Any]]:
+    kinds = [("concat", size, setting) for size, setting in product(batch_sizes, SETTINGS)]
+    kinds += [(given, batch_sizes[0], "keep") for given in ("text_only", "image_only", "random")]
+    log(f"study: {(len(kinds) + 1) * len(seeds)} baselines")
+    # Spawned: a fork would share the threads of this process.
+    with ProcessPoolExecutor(at_once, get_context("spawn"), _open_baselines, (config,)) as pool:
+        mlps = [[pool.submit(_mlp, *kind, seed) for seed in seeds] for kind in kinds]
+        distmults = [pool.submit(_distmult, seed) for seed in seeds]
+        rows = [
+            _row(f"MLP on {given}, batch {size:,}, {setting}", [future.result() for future in futures])
+            for (given, size, setting), futures in zip(kinds, mlps, strict=True)
+        ]
+        return [*rows, _row("DistMult, told relations", [future.result() for future in distmults])]
+
+
+def _open_baselines(config: Config) -> None:
+    global _baselines
+    torch.set_num_threads(1)
+    _baselines = Baselines(config)
+
+
+def _mlp(*kind: Any) -> dict[str, Any]:
+    return _baselines.mlp(*kind)
+
+
+def _distmult(seed: int) -> dict[str, Any]:
+    return _baselines.distmult(seed)
 
 
 def _train_all(
