@@ -39,6 +39,10 @@ class Best:
         return better
 
     @property
+    def found(self) -> bool:
+        return self.value["step"] is not None
+
+    @property
     def exhausted(self) -> bool:
         """Whether ``--early_stopping_patience`` evaluations went by without a better one."""
         return self.patience is not None and self.value["misses"] >= self.patience

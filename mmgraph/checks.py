@@ -20,6 +20,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.text_log import log
+from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import file_fingerprints
 from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, on_main_process, together
 
@@ -28,6 +29,7 @@ SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "precision": "give every machine the same accelerate config",
     "node table": "give every machine the same files",
     "edge table": "give every machine the same files",
+    "held-out edges": "give every machine the same files",
     "towers": "give every machine the same --model_name files",
     "versions": "install the same versions on every machine",
 }
@@ -92,6 +94,7 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
         "node table": graph.nodes_fingerprint,
         "edge table": graph.edges_fingerprint,
+        "held-out edges": graph.held_out.fingerprint if graph.held_out is not None else "",
         "towers": file_fingerprints(config.model_name),
         "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
     }
@@ -237,5 +240,5 @@ def _resources(
 def _stored(config: Config, graph: Graph) -> bool:
     """Whether a run will have a tower store, if it can be written."""
     steps = config.epochs * (len(graph.rows) // config.global_batch_size)
-    planned_nodes = 2 * config.global_batch_size * min(steps, config.max_steps or steps)
+    planned_nodes = nodes_seen(config, graph, min(steps, config.max_steps or steps))
     return config.tower_cache != "off" and (config.tower_cache != "auto" or planned_nodes > len(graph.nodes))

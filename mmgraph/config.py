@@ -296,6 +296,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return settings
 
 
+def config_of(settings: Mapping[str, Any]) -> Config:
+    """Settings by name, as a file has them; those that are None are left out. Raises :class:`UserError` on bad ones."""
+    given = _build_parser().parse(_as_arguments(settings))
+    return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
+
+
 def parse_config(arguments: list[str]) -> Config:
     """Build the settings from command-line arguments (and the YAML that ``--config`` names).
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
@@ -26,10 +28,11 @@ from mmgraph.images import CAUSES
 from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.node_outputs import BATCH
 from mmgraph.text_log import log
-from mmgraph.world import from_main_process, on_main_process, together, work_together
+from mmgraph.world import on_main_process, together, work_together
 
 FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file until all are there: what is lost when it is stopped
+SHOWN_SECONDS = 120
 
 
 def encode(
@@ -58,9 +61,13 @@ def encode(
 def _encode(
     inference: Inference, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
 ) -> None:
-    blocks = Blocks(inference, output, features, config.truncated_images)
-    missing = from_main_process(accelerator, blocks.missing)
+    blocks = Blocks(inference, output, tuple(dict.fromkeys(features)), config.truncated_images)
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    on_main_process(accelerator, blocks.make_folder)
+    own: list[int] = []
+    for _ in work_together(accelerator, blocks.look(range(rank, len(blocks), world_size), own)):
+        pass
+    missing = sorted(number for numbers in gather_object([own]) for number in numbers)
     total = len(inference.nodes)
     done = total - sum(len(blocks.rows(number)) for number in missing)
     if done:
@@ -68,10 +75,9 @@ def _encode(
     with _bar(accelerator, total, done, "node") as bar:
         for others in work_together(accelerator, _telling(blocks.make(missing[rank::world_size]), bar)):
             bar.update(others)
-    if not all(together(accelerator, lambda: _exist(blocks, missing))):
-        raise UserError(f"--output_dir {output}: must be one folder for all machines")
-    with _bar(accelerator, total * len(features), 0, "row") as bar:
-        written = blocks.write(features[rank::world_size], kind)
+    together(accelerator, lambda: blocks.wait_for(missing))
+    with _bar(accelerator, total * len(blocks.features), 0, "row") as bar:
+        written = blocks.write(blocks.features[rank::world_size], kind)
         for others in work_together(accelerator, _telling(written, bar)):
             bar.update(others)
     on_main_process(accelerator, lambda: _finish(blocks, output, kind))
@@ -105,10 +111,6 @@ def _telling(counts: Iterator[int], bar: "tqdm[Any]") -> Iterator[int]:
         yield count
 
 
-def _exist(blocks: "Blocks", numbers: Sequence[int]) -> list[bool]:
-    return [blocks.file(number).is_file() for number in numbers]
-
-
 def _finish(blocks: "Blocks", output: Path, kind: str) -> None:
     causes = blocks.causes()
     told = ", ".join(
@@ -118,6 +120,13 @@ def _finish(blocks: "Blocks", output: Path, kind: str) -> None:
         log(f"images that are black or in part: {told}")
     shutil.rmtree(blocks.folder)
     log(f"{', '.join(blocks.features)} of {len(blocks.inference.nodes):,} nodes: {output}/features_*.{kind}")
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
 
 
 def _write(content: bytes, path: Path) -> None:
@@ -131,8 +140,8 @@ class Blocks:
     of anything else is made anew.
     """
 
-    def __init__(self, inference: Inference, output: Path, features: Sequence[str], truncated_images: str):
-        self.inference, self.features = inference, tuple(features)
+    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], truncated_images: str):
+        self.inference, self.features = inference, features
         key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated_images, features, BLOCK]
         self.folder = output / f".blocks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
@@ -145,20 +154,36 @@ class Blocks:
     def file(self, number: int) -> Path:
         return self.folder / f"{number:08d}.safetensors"
 
-    def missing(self) -> list[int]:
-        """Numbers of blocks that are not there, or not of the images as they are now. Makes the folder."""
+    def make_folder(self) -> None:
+        """Make the folder of the blocks, and remove those of other features."""
         for other in self.folder.parent.glob(".blocks-*"):
             if other != self.folder:
                 shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
-        return [number for number in range(len(self)) if not self._is_current(number)]
+
+    def look(self, numbers: Sequence[int], missing: list[int]) -> Iterator[int]:
+        """Add to ``missing`` the blocks that are not there, damaged, or not of the images as they are now."""
+        for number in numbers:
+            if not self._is_current(number):
+                missing.append(number)
+            yield 1
 
     def _is_current(self, number: int) -> bool:
         try:
             with safe_open(self.file(number), "pt") as file:
-                return file.metadata()["images"] == self._images(number)
+                told = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in (*self.features, "causes")}
         except (OSError, SafetensorError):
             return False
+        return told == {"images": self._images(number), "sha256": _digest(tensors)}
+
+    def wait_for(self, numbers: Sequence[int]) -> None:
+        """Until all ranks' blocks are seen here: a network file system may take a while to show them."""
+        deadline = time.monotonic() + SHOWN_SECONDS
+        while not all(self.file(number).is_file() for number in numbers):
+            if time.monotonic() > deadline:
+                raise UserError(f"--output_dir {self.folder.parent}: must be one folder that all machines see")
+            time.sleep(1)
 
     def _images(self, number: int) -> str:
         digest = hashlib.sha256()
@@ -183,7 +208,7 @@ class Blocks:
                 left -= len(causes)
                 yield len(causes)
             tensors = {name: torch.cat(parts) for name, parts in found.items()}
-            content = save(tensors, metadata={"images": images})
+            content = save(tensors, metadata={"images": images, "sha256": _digest(tensors)})
             write_durably(self.file(number), partial(_write, content))
 
     def write(self, features: Sequence[str], kind: str) -> Iterator[int]:

@@ -32,13 +32,18 @@ def find_features(sources: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: checkpoints and features are mixed.
     """
-    found = []
+    found: list[Path] = []
+    others = 0
     for source in sources:
         if source.is_dir() and not checkpoints.final_file(source).is_file():
-            found += sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
+            in_folder = sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
+            found += in_folder
+            others += not in_folder
         elif source.suffix[1:] in FORMATS and not _is_checkpoint(source):
             found.append(source)
-    if found and len(found) < len(sources):
+        else:
+            others += 1
+    if found and others:
         raise UserError("give one run or checkpoint, or files of features")
     return found
 
@@ -78,9 +83,11 @@ def evaluate(
         table = evaluation.evaluate(inference.module.embeddings, inference.outputs)
     else:
         ranks = {}
-        for file in features:
+        names = [file.stem.removeprefix("features_") for file in features]
+        for name, file in zip(names, features, strict=True):
             vectors = together(accelerator, partial(_features_of, file, graph, config.nodes))
-            ranks[file.stem.removeprefix("features_")] = evaluation.ranks(vectors)
+            alone = names.count(name) == 1 and name != "random"
+            ranks[name if alone else str(file)] = evaluation.ranks(vectors)
         table = evaluation.table({**ranks, "random": evaluation.random_ranks()})
     on_main_process(accelerator, lambda: _tell(table, path))
 
@@ -109,9 +116,8 @@ def _tell(table: Table, path: Path | None) -> None:
     ]
     for line in _lines([header, *rows]):
         log(line)
-    if table.get("retrieval"):
-        for key, what in (("retrieval", ""), ("retrieval_shuffled", ", each that of another node")):
-            values = table[key]
+    for key, what in (("retrieval", ""), ("retrieval_shuffled", ", each that of another node")):
+        if values := table.get(key):
             log(
                 f"a text finds the image that it was fused with, among {values['images']:,}{what}: "
                 f"R@1 {values['r@1']:.4f}, R@10 {values['r@10']:.4f}"

@@ -54,7 +54,8 @@ class Evaluation:
     """
 
     def __init__(self, accelerator: Accelerator, trained: Neighbors, held_out: HeldOut, seed: int):
-        self.accelerator, self.num_nodes, self.seed, self.names = accelerator, trained.num_nodes, seed, held_out.names
+        self.accelerator, self.num_nodes, self.seed = accelerator, trained.num_nodes, seed
+        self.names, self.held_out = held_out.names, held_out.fingerprint
         relations = np.zeros(len(held_out.rows), np.int64) if held_out.relations is None else held_out.relations
         asking = np.unique(np.column_stack([held_out.rows, relations]), axis=0)
         asking = asking[asking[:, 0] != asking[:, 1]]
@@ -153,6 +154,7 @@ class Evaluation:
         """MRR and Hits of kinds of embeddings; the MRR by relation where the held-out edges have some."""
         present = np.unique(self.relations).tolist() if self.names else []
         return {
+            "held_out": self.held_out,
             "nodes": self.num_nodes,
             "edges": len(self.rows),
             "embeddings": {name: summary(of_kind.filtered) for name, of_kind in ranks.items()},
@@ -193,9 +195,12 @@ def one_line(table: Table) -> str:
     z_graph = embeddings["z_graph"]
     others = ", ".join(f"{name} {values['mrr']:.4f}" for name, values in embeddings.items() if name != "z_graph")
     line = f"MRR of z_graph {z_graph['mrr']:.4f} ({others}), Hits@10 {z_graph['hits@10']:.3f}"
-    if table["retrieval"]:
-        own, shuffled = (table[name]["r@1"] for name in ("retrieval", "retrieval_shuffled"))
-        line += f"; a text finds the image it was fused with {own:.0%}, if that is another node's {shuffled:.0%}"
+    for name, text in (
+        ("retrieval", "; a text finds the image it was fused with"),
+        ("retrieval_shuffled", ", if that is another node's"),
+    ):
+        if table[name]:
+            line += f"{text} {table[name]['r@1']:.0%}"
     return line
 
 

@@ -26,8 +26,9 @@ def write_features(
 ) -> Iterator[int]:
     """Write (N, d) vectors that come in blocks to a file of the format that its ending names; yields rows done.
 
-    ``.pt`` is what ``torch.save`` gives; ``.safetensors`` has one tensor of the file's name; ``.npy`` an array;
-    ``.parquet`` columns ``node_id`` (text) and ``vector`` (a list of d). The file is there when it is whole.
+    ``.pt`` is what ``torch.save`` gives, but for the zip's checksum of the data, which torch does not read;
+    ``.safetensors`` has one tensor of the file's name; ``.npy`` an array; ``.parquet`` columns ``node_id`` (text) and
+    ``vector`` (a list of d). The file is there when it is whole.
 
     Args:
         shape: N and d.
@@ -41,9 +42,13 @@ def write_features(
         else:
             with temporary.open("w+b") as file:
                 _BEGINNINGS[path.suffix](file, temporary, path.stem, shape)
+                left = shape[0]
                 for block in blocks:
                     file.write(np.ascontiguousarray(block, "<f4").data)
+                    left -= len(block)
                     yield len(block)
+                if left:
+                    raise ValueError(f"{shape[0] - left} vectors came instead of {shape[0]}")
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

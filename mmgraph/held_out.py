@@ -12,7 +12,7 @@ from mmgraph.errors import UserError
 from mmgraph.files import save_array
 from mmgraph.node_table import NodeTable
 from mmgraph.order import permuted
-from mmgraph.table_cache import Edges, made, open_edges
+from mmgraph.table_cache import FORMAT, Edges, made, open_edges
 from mmgraph.table_files import fingerprint
 from mmgraph.text_log import log
 
@@ -65,9 +65,9 @@ def split_edges(
     Raises:
         UserError: no edge can be held out.
     """
-    name = f"split-{fraction:g}-{seed}-{'-'.join(digest[:16] for digest in digests)}.npy"
+    name = f"split{FORMAT}-{fraction!r}-{seed}-{'-'.join(digest[:16] for digest in digests)}.npy"
     kept = made(path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed))
-    numbers = np.load(kept.with_suffix(".held_out.npy"))
+    numbers = np.load(kept.parent / f"{name}.held_out.npy")
     asked = int(fraction * len(edges.rows))
     if len(numbers) < 0.9 * asked:
         log(f"{len(numbers):,} edges are held out, not {asked:,}: more would leave a node without an edge to train on")
@@ -81,7 +81,7 @@ def split_edges(
 def _write_split(file: BinaryIO, target: Path, edges: Edges, num_nodes: int, fraction: float, seed: int) -> None:
     rows = edges.rows[np.arange(len(edges.rows))]
     held_out = split(rows, num_nodes, fraction, seed)
-    save_array(target.with_suffix(".held_out.npy"), np.flatnonzero(held_out))
+    save_array(target.parent / f"{target.name}.held_out.npy", np.flatnonzero(held_out))
     writer = EdgeWriter(file, num_nodes)
     writer.write(rows[~held_out])
     writer.finish()
@@ -109,4 +109,5 @@ def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:
         names = dict(zip(known, table["relation"], strict=True))
     except (OSError, ValueError, KeyError):  # none, or a table of something else
         return ids
-    return [names.get(name, name) for name in ids]
+    found = [names.get(name, name) for name in ids]
+    return [name if found.count(name) == 1 else f"{name} ({own})" for name, own in zip(found, ids, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from mmgraph import checkpoints
-from mmgraph.config import Config
+from mmgraph.config import Config, config_of
 from mmgraph.errors import UserError
 from mmgraph.graph import find_images
 from mmgraph.loader.node_inputs import NodeInputs
@@ -52,7 +52,11 @@ def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
         raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
     if "eval_edges" in given or "eval_fraction" in given:
         run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
-    return Config(**{**{name: run[name] for name in OF_THE_RUN if name in run}, **given})
+    try:
+        of_the_run = config_of({name: run[name] for name in OF_THE_RUN if name in run})
+    except UserError as error:
+        raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
+    return dataclasses.replace(of_the_run, **given)
 
 
 class Inference(NamedTuple):

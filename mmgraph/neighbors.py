@@ -25,13 +25,14 @@ class Neighbors:
     def to(self, device: torch.device) -> "Neighbors":
         return Neighbors(self.keys.to(device), self.num_nodes)
 
-    def of(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All neighbours of (Q,) nodes: which of the nodes each belongs to, and its row; (T,) int64 both."""
-        first = torch.searchsorted(self.keys, nodes * self.num_nodes)
-        count = torch.searchsorted(self.keys, (nodes + 1) * self.num_nodes) - first  # (Q,)
+    def of(self, nodes: torch.Tensor, first: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The neighbours of (Q,) nodes in rows ``first`` to ``stop``: whose each is, and its row; (T,) int64 both."""
+        base = nodes * self.num_nodes  # (Q,)
+        begin = torch.searchsorted(self.keys, base + first)
+        count = torch.searchsorted(self.keys, base + (self.num_nodes if stop is None else stop)) - begin
         owners = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), count)  # (T,)
-        places = torch.arange(len(owners), device=nodes.device) + (first - (count.cumsum(0) - count))[owners]
-        return owners, self.keys[places] - nodes[owners] * self.num_nodes
+        places = torch.arange(len(owners), device=nodes.device) + (begin - (count.cumsum(0) - count))[owners]
+        return owners, self.keys[places] - base[owners]
 
     def count(self, pairs: torch.Tensor) -> int:
         """How many of (M, 2) pairs are linked."""

@@ -5,7 +5,7 @@ sum of them exceeds 1, so float64 sums them without rounding, in whatever order 
 scores to the bit, and a tie is a tie.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from mmgraph.errors import UserError
 from mmgraph.neighbors import Neighbors
 
 GRID = 2.0**24
-SCORES_AT_ONCE = 1 << 22  # float64, 32 MB
+QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 512, 8192  # a tile of scores has 32 MB
+VALUES_AT_ONCE = 1 << 22  # of vectors that are gathered, 32 MB
 SAMPLED = 100  # random negatives of a positive, in the original's protocol
 BLOCK = 1024  # positives whose negatives are drawn together
 
@@ -54,16 +55,17 @@ def filtered_ranks(
     Returns:
         (Q,) float64.
     """
-    ranks = [vectors.new_empty(0, dtype=torch.float64)]
-    for part in _parts(len(queries), len(vectors)):
-        query, target = queries[part], targets[part]
-        scores = _scores(vectors[query] if asked_with is None else asked_with[part], vectors)  # (q, N)
-        of_target = scores.gather(1, target[:, None])  # (q, 1)
-        scores[torch.arange(len(query), device=query.device), query] = -torch.inf
+    asked = vectors[queries] if asked_with is None else asked_with
+
+    def remove(scores: torch.Tensor, part: slice, first: int) -> None:
+        query, stop = queries[part], first + scores.shape[1]
+        inside = torch.nonzero((query >= first) & (query < stop)).flatten()
+        scores[inside, query[inside] - first] = -torch.inf
         for neighbors in known:
-            scores[neighbors.of(query)] = -torch.inf
-        ranks.append(_mean_rank(scores.scatter_(1, target[:, None], of_target), of_target))
-    return torch.cat(ranks)
+            owners, rows = neighbors.of(query, first, stop)
+            scores[owners, rows - first] = -torch.inf
+
+    return _mean_ranks(asked, vectors, targets, remove)
 
 
 def matching_ranks(queries: torch.Tensor, candidates: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
@@ -73,11 +75,35 @@ def matching_ranks(queries: torch.Tensor, candidates: torch.Tensor, matches: tor
         queries, candidates: (Q, d) and (C, d), from :func:`on_grid`.
         matches: (Q,) int64, places among the candidates.
     """
-    ranks = [queries.new_empty(0, dtype=torch.float64)]
-    for part in _parts(len(queries), len(candidates)):
-        scores = _scores(queries[part], candidates)  # (q, C)
-        ranks.append(_mean_rank(scores, scores.gather(1, matches[part, None])))
-    return torch.cat(ranks)
+    return _mean_ranks(queries, candidates, matches, lambda *_: None)
+
+
+def _mean_ranks(
+    asked: torch.Tensor,
+    candidates: torch.Tensor,
+    targets: torch.Tensor,
+    remove: Callable[[torch.Tensor, slice, int], None],
+) -> torch.Tensor:
+    """Ranks of (Q,) targets among (C, d) candidates by (Q, d) queries, a tile of scores at a time.
+
+    Args:
+        remove: puts -inf where a tile's candidates are none: given (q, c) scores, which queries they are of, and the
+            number of the first candidate.
+    """
+    of_target = (asked.double() * candidates[targets].double()).sum(1)  # (Q,)
+    above, equal = torch.zeros_like(of_target), torch.zeros_like(of_target)
+    for first in range(0, len(candidates), CANDIDATES_AT_ONCE):
+        columns = candidates[first : first + CANDIDATES_AT_ONCE].double().T  # (d, c)
+        for start in range(0, len(asked), QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            scores = asked[part].double() @ columns  # (q, c)
+            remove(scores, part, first)
+            place = targets[part] - first
+            inside = torch.nonzero((place >= 0) & (place < scores.shape[1])).flatten()
+            scores[inside, place[inside]] = of_target[part][inside]  # also where it was removed
+            above[part] += (scores > of_target[part, None]).sum(1)
+            equal[part] += (scores == of_target[part, None]).sum(1)
+    return 1 + above + (equal - 1) / 2
 
 
 def sampled_ranks(
@@ -97,9 +123,12 @@ def sampled_ranks(
         drawn = _negatives(first + start, len(query), len(vectors) - 1, seed).to(query.device)  # (q, 100)
         drawn += drawn >= target[:, None]
         places = torch.cat([target[:, None], drawn], dim=1)  # (q, 101)
-        scores = (vectors[places].double() @ vectors[query].double()[:, :, None]).squeeze(2)
-        ranks.append(_mean_rank(scores, scores[:, :1]))
-    return torch.cat(ranks)
+        size = max(1, VALUES_AT_ONCE // (places.shape[1] * vectors.shape[1]))
+        for some, asked in zip(places.split(size), query.split(size), strict=True):
+            scores = (vectors[some].double() @ vectors[asked].double()[:, :, None]).squeeze(2)  # (q, 101)
+            of_target = scores[:, :1]
+            ranks.append(1 + (scores > of_target).sum(1) + ((scores == of_target).sum(1) - 1) / 2)
+    return torch.cat(ranks).double()
 
 
 def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
@@ -107,26 +136,6 @@ def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
     blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
     drawn = [np.random.default_rng([seed, block]).integers(0, below, (BLOCK, SAMPLED)) for block in blocks]
     return torch.from_numpy(np.concatenate(drawn)[first % BLOCK :][:count])
-
-
-def _scores(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """(q, d) against (C, d): (q, C) float64, exact."""
-    scores = queries.new_empty((len(queries), len(candidates)), dtype=torch.float64)
-    queries = queries.double()
-    for start in range(0, len(candidates), size := max(1, SCORES_AT_ONCE // candidates.shape[1])):
-        torch.mm(queries, candidates[start : start + size].double().T, out=scores[:, start : start + size])
-    return scores
-
-
-def _mean_rank(scores: torch.Tensor, of_target: torch.Tensor) -> torch.Tensor:
-    """(q, C) and (q, 1) -> (q,), where the target's score is among the row's."""
-    return 1 + (scores > of_target).sum(1).double() + ((scores == of_target).sum(1) - 1) / 2
-
-
-def _parts(queries: int, candidates: int) -> Iterator[slice]:
-    size = max(1, SCORES_AT_ONCE // max(1, candidates))
-    for start in range(0, queries, size):
-        yield slice(start, start + size)
 
 
 def summary(ranks: np.ndarray) -> dict[str, float]:

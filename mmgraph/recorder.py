@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
 from mmgraph.files import locked, sync, write_durably
+from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.state import Progress
@@ -84,15 +88,23 @@ class Recorder:
                 f"{row['edges_per_s']:,.0f} edges/s"
             )
 
-    def evaluation(self, step: int, table: Table) -> None:
-        """Log an evaluation, and write all of it to ``evaluation.json``. Called on the main process alone."""
-        log(f"evaluation at step {step:,}: {one_line(table)}")
-        content = json.dumps({"step": step, **table}, indent=1)
-        write_durably(self.output / "evaluation.json", lambda path: path.write_text(content, encoding="utf-8"))
-        if step == 0:  # later ones are in their step's row
-            row = {"step": 0, "epoch": self.progress.epoch, **metrics(table)}
-            self.metrics.write(row)
-            self.trackers.write(row)
+    def evaluation(self, step: int, row: Mapping[str, Any] | None, table: Table | None) -> None:
+        """Log an evaluation, write all of it to ``evaluation.json``, and its metrics. Called on the main process alone.
+
+        Args:
+            row: of the step, which was not written yet; None before the first step.
+            table: None where there was nothing to evaluate on any more.
+        """
+        if table is not None:
+            log(f"evaluation at step {step:,}: {one_line(table)}")
+            content = json.dumps({"step": step, **table}, indent=1)
+            write_durably(self.output / "evaluation.json", lambda path: path.write_text(content, encoding="utf-8"))
+        values = {} if table is None else metrics(table)
+        if row is not None:
+            self.row({**row, **values})
+        elif values:
+            self.metrics.write(first := {"step": step, "epoch": self.progress.epoch, **values})
+            self.trackers.write(first)
 
     def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
         """Sum an epoch up in the log, and flush it."""
@@ -110,11 +122,39 @@ class Recorder:
         sync(self.log_path)
         return self.metrics.sync()
 
-    def finish(self, causes: np.ndarray) -> None:
-        """Close the bar, and log how many nodes were seen without their whole picture, by cause. Called on every rank.
+    def hello(self, start: Path | None, graph: Graph, trained: int, frozen: int) -> None:
+        """Tell what begins.
+
+        Args:
+            start: the state that the run goes on from.
+            trained, frozen: numbers of parameters.
+        """
+        config, progress = self.config, self.progress
+        if start is not None:
+            log(f"resumed at step {progress.step:,} from {start}")
+        elif config.init_from is not None:
+            log(f"weights from {config.init_from}; begins at epoch {progress.epoch}")
+        if is_stand_in(config.model_name):
+            log(
+                "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
+                f"{checkpoints.DEFAULT_MODEL} uses the real ones"
+            )
+        size = (config.epochs - progress.epoch + 1) * 4 * (frozen + 3 * trained) / 1e9
+        log(
+            f"{len(graph.nodes):,} nodes, {len(graph.rows):,} edges, {trained:,} trained and {frozen:,} frozen "
+            f"parameters; steps {progress.step:,} to {self.total_steps:,}; the epoch files will take {size:.2f} GB in "
+            f"{self.output / 'checkpoints'}"
+        )
+
+    def goodbye(self, causes: np.ndarray, done: bool, best: str) -> None:
+        """Close the bar, and tell what ends, and how many nodes were seen without their whole picture, by cause.
+
+        Called on every rank.
 
         Args:
             causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen.
+            done: all steps; else the run was asked to stop.
+            best: what is to be said of the best evaluation.
         """
         if self.accelerator.is_main_process:
             self.bar.close()  # before the last lines, or it would stand below them
@@ -124,3 +164,13 @@ class Recorder:
         told = describe_causes(list(found.values()))
         if told:
             log(f"images that are black or in part: {told} (among the nodes seen since the start)")
+        if best:
+            log(best)
+        if done:
+            log(
+                f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in "
+                f"{self.output}. Next: mmgraph encode {self.output} writes the embeddings"
+            )
+        else:
+            log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
+        flush_log()  # closing a tracker may take longer than the launcher leaves

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmgraph.checkpoints import TrainedState, read_checkpoint, trained_state
+from mmgraph.checkpoints import TrainedState, best_file, read_checkpoint, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
@@ -100,7 +100,9 @@ def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[
 
 
 def _used(output: Path) -> bool:
-    return any((output / "checkpoints").glob("*.pt")) or any((output / "state").glob("step-*/state.json"))
+    best = best_file(output)  # there from the first evaluation on, before a state
+    made = [path for path in (output / "checkpoints").glob("*.pt") if path != best]
+    return bool(made) or any((output / "state").glob("step-*/state.json"))
 
 
 def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:

@@ -166,12 +166,24 @@ def write_state(
     for name in (WEIGHTS, MOMENTS, RECORD):
         sync(temporary / name)
     sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)  # an invalid one, or the same step under raised limits
-    temporary.rename(target)
+    if target.exists() and _same_tensors(target, record["sha256"]):  # evaluated since, or under raised limits
+        (temporary / RECORD).replace(target / RECORD)
+        shutil.rmtree(temporary)
+    else:
+        if target.exists():
+            shutil.rmtree(target)  # an invalid one
+        temporary.rename(target)
+    sync(target)
     sync(folder)
     _prune(folder, target, keep_last)
     return target
+
+
+def _same_tensors(path: Path, hashes: dict[str, str]) -> bool:
+    try:
+        return read_record(path)["sha256"] == hashes
+    except UserError:
+        return False
 
 
 def _prune(folder: Path, newest: Path, keep_last: int) -> None:

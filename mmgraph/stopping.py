@@ -71,6 +71,13 @@ class StopRequest:
         yield
         self._heard = time.monotonic()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The block is no step: how long it takes says nothing of what a step does."""
+        yield
+        if math.isfinite(self._heard):
+            self._heard = time.monotonic()
+
     def begin(self) -> None:
         """All ranks have learnt of the request, and stop together: take as long as it takes."""
         self._begun.set()

@@ -208,9 +208,10 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     if not writer.count:
         check_dropped(path, *dropped)  # an error, of which nothing is kept
     _end(path, digest, start)
-    if relations.names:
+    names = list(relations.names) if relations.usable else []
+    if names:
         save_array(target.with_suffix(".relations.npy"), np.concatenate(relations.codes))
-    told = json.dumps({"dropped": dropped, "relations": list(relations.names)})
+    told = json.dumps({"dropped": dropped, "relations": names})
     write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(told), shared=True)
 
 
@@ -220,12 +221,16 @@ class _Relations:
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
         self.codes: list[np.ndarray] = []  # int32
+        self.usable = True
 
     def add(self, path: str | Path, column: pa.ChunkedArray, known: np.ndarray) -> None:
         try:
             text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
         except pa.ArrowException:
-            raise UserError(f"{path}: column '{RELATION}' holds {column.type}, which is not text") from None
+            if not self.codes:
+                log(f"{path}: column '{RELATION}' holds {column.type}, which is not text: the edges have no relations")
+            text = pa.array([""] * len(column), pa.large_string())
+            self.usable = False
         encoded = text.filter(pa.array(known)).dictionary_encode()
         numbers = [self.names.setdefault(name, len(self.names)) for name in encoded.dictionary.to_pylist()]
         self.codes.append(np.array(numbers, np.int32)[encoded.indices.to_numpy()])
@@ -235,7 +240,7 @@ def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The edge columns of tables, put together to ``rows`` rows or more."""
     waiting: list[pa.Table] = []
     for table in tables:
-        waiting.append(table.select([name for name in (*EDGE_COLUMNS, RELATION) if name in table.column_names]))
+        waiting.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))
         if sum(map(len, waiting)) >= rows:
             yield pa.concat_tables(waiting, promote_options="permissive")
             waiting = []

@@ -23,6 +23,12 @@ FORMAT = 1  # raised where the same text or image would give other tokens, or th
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
+def nodes_seen(config: Config, graph: Graph, steps: int) -> int:
+    """How many nodes live towers would see in so many steps, and in the evaluations between them."""
+    evaluations = 2 + (steps // config.eval_every if config.eval_every else 0)
+    return 2 * config.global_batch_size * steps + (2 * len(graph.nodes) * evaluations if graph.held_out else 0)
+
+
 class Recipe(NamedTuple):
     """All that tokens depend on but the text or image itself."""
 

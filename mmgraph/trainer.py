@@ -14,9 +14,8 @@ from mmgraph.batches import build_loader
 from mmgraph.best import Best
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
-from mmgraph.demo_towers import is_stand_in
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Evaluation, metrics
+from mmgraph.evaluation import Evaluation, Table
 from mmgraph.false_negatives import false_negatives_of
 from mmgraph.graph import Graph
 from mmgraph.images import is_black
@@ -31,8 +30,9 @@ from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.source import open_source
 from mmgraph.stopping import EXIT_CODE, StopRequest
-from mmgraph.text_log import flush_log, log
+from mmgraph.text_log import log
 from mmgraph.tower_cache import contents_of
+from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import (
     LiveTowers,
     fingerprint,
@@ -85,6 +85,7 @@ class Trainer:
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
+        self.saved: tuple[int, bool, bool] | None = None  # what of this run the newest state has
         self.data_wait, self.recorded = 0.0, time.perf_counter()
 
     def _open_graph(self, inputs: NodeInputs) -> None:
@@ -99,7 +100,7 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         if graph.held_out is not None and neighbors is not None:
             self.evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)
-        planned_nodes = 2 * config.global_batch_size * max(0, self.total_steps - self.progress.step)
+        planned_nodes = nodes_seen(config, graph, max(0, self.total_steps - self.progress.step))
         towers = self.identity["towers"]
         self.source = open_source(config, accelerator, graph, contents, inputs, towers, planned_nodes)
         self.outputs = NodeOutputs(graph.nodes, graph.paths, inputs, self.source, config.num_workers)
@@ -144,18 +145,21 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
-        if self.done:
+        if self.done and not self.unevaluated:
             limit = "--early_stopping_patience" if self.best.exhausted else "--epochs or --max_steps"
             log(f"finished: {self.output} is at step {self.progress.step:,}; raise {limit} to go on")
             return 0
         with self.stop.listening(), self.recorder.opened():  # not to be cut off in writing its last lines
             self._say_hello()
-            if self.progress.step == 0:
+            if self.progress.step == 0 or self.unevaluated:
                 self.evaluate()
+            if self.done:
+                self.save()
             while not (self.done or self.stopping):
                 for batch in self.batches():
                     self.record(self.step(batch))
                     if self.evaluation_is_due:
+                        self.save()  # first: an evaluation that does not end costs no step
                         self.evaluate()
                     if self.done or self.stopping:
                         break
@@ -269,30 +273,47 @@ class Trainer:
             sums[name] = sums.get(name, 0) + value
         row["grad_norm"] = norm if math.isfinite(norm) else None
         row |= dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
-        self.recorder.row({"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row})
+        row = {"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row}
+        if row["step"] == self.progress.step and self.evaluation_is_due:
+            self.progress.components["unevaluated"] = row  # is written when it has been
+        else:
+            self.recorder.row(row)
 
     @property
     def evaluation_is_due(self) -> bool:
         every, step = self.config.eval_every, self.progress.step
-        return step >= self.total_steps or (every > 0 and step % every == 0)
+        due = step >= self.total_steps or (every > 0 and step % every == 0)
+        return due and self.evaluation is not None
+
+    @property
+    def unevaluated(self) -> dict[str, Any] | None:
+        """The row of a step that is still to be evaluated: the run was killed or stopped before that."""
+        return self.progress.components.get("unevaluated")
 
     def evaluate(self) -> None:
         """Rank the held-out edges, if there are any: a line, metrics of the step's row, ``evaluation.json``."""
-        if self.evaluation is None:
-            return
-        step, accelerator = self.progress.step, self.accelerator
-        with self.stop.unhurried():
-            weights = state.consolidate(self.trained, self.optimizer.optimizer).weights
-            module = TrainedModule.from_weights(weights).to(accelerator.device)
-            table = self.evaluation.evaluate(module.embeddings, self.outputs)
-            on_main_process(accelerator, lambda: self.recorder.evaluation(step, table))
-            if self.pending is not None:
-                self.pending.row.update(metrics(table))
-            if self.best.improves(step, table["embeddings"]):
-                model = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, weights))
-                on_main_process(
-                    accelerator, lambda: checkpoints.write_checkpoint(checkpoints.best_file(self.output), model)
-                )
+        if self.stopping:
+            return  # the same command begins with it
+        row, table, step = self.progress.components.pop("unevaluated", None), None, self.progress.step
+        if self.evaluation is not None:
+            with self.stop.aside():
+                weights = state.consolidate(self.trained, self.optimizer.optimizer).weights
+                module = TrainedModule.from_weights(weights).to(self.accelerator.device)
+                table = self._rank(module)
+        on_main_process(self.accelerator, lambda: self.recorder.evaluation(step, row, table))
+        if table is not None and self.best.improves(step, table["embeddings"]):
+            best = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, weights))
+            path = checkpoints.best_file(self.output)
+            on_main_process(self.accelerator, lambda: checkpoints.write_checkpoint(path, best))
+        self.recorded = time.perf_counter()  # the next step's time begins here
+
+    def _rank(self, module: TrainedModule) -> Table:
+        assert self.evaluation is not None
+        try:
+            return self.evaluation.evaluate(module.embeddings, self.outputs)
+        except UserError as error:
+            remedy = "try a lower --learning_rate, or --max_grad_norm 1"
+            raise UserError(f"evaluation at step {self.progress.step}: {error}; {remedy}") from None
 
     @property
     def save_is_due(self) -> bool:
@@ -306,6 +327,9 @@ class Trainer:
         if self.done:
             self.stop.begin()  # a stop that comes now is what happens anyway
         progress = self.progress
+        content = progress.step, self.unevaluated is None, self.done
+        if content == self.saved:
+            return
         with self.stop.unhurried():
             trained = state.consolidate(self.trained, self.optimizer.optimizer)
             progress.adam_step = trained.adam_step
@@ -314,6 +338,7 @@ class Trainer:
                 on_main_process(self.accelerator, lambda: self._end_epoch(trained))
                 progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
             on_main_process(self.accelerator, lambda: self._write_state(trained))
+        self.saved = content
 
     def _end_epoch(self, trained: checkpoints.TrainedState) -> None:
         sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums["steps"])
@@ -337,35 +362,11 @@ class Trainer:
         )
 
     def _say_hello(self) -> None:
-        if self.start_state is not None:
-            log(f"resumed at step {self.progress.step:,} from {self.start_state}")
-        elif self.config.init_from is not None:
-            log(f"weights from {self.config.init_from}; begins at epoch {self.progress.epoch}")
-        if is_stand_in(self.config.model_name):
-            log(
-                "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
-                f"{checkpoints.DEFAULT_MODEL} uses the real ones"
-            )
-        towers = sum(t.numel() for t in self.frozen.values())
-        trained = self.trained_parameters
-        size = (self.config.epochs - self.progress.epoch + 1) * 4 * (towers + 3 * trained) / 1e9
-        log(
-            f"{len(self.graph.nodes):,} nodes, {len(self.graph.rows):,} edges, {trained:,} trained and {towers:,} "
-            f"frozen parameters; steps {self.progress.step:,} to {self.total_steps:,}; the epoch files will take "
-            f"{size:.2f} GB in {self.output / 'checkpoints'}"
-        )
+        frozen = sum(tensor.numel() for tensor in self.frozen.values())
+        self.recorder.hello(self.start_state, self.graph, self.trained_parameters, frozen)
 
     def _say_goodbye(self) -> None:
-        self.recorder.finish(self.image_causes)
+        told = f"best: {self.best}, {checkpoints.best_file(self.output)}" if self.best.found else ""
         if self.best.exhausted:
-            log(f"no better {self.best.metric} in {self.config.early_stopping_patience} evaluations: stopped early")
-        if self.best.metric is not None and self.best.value["step"] is not None:
-            log(f"best: {self.best}, {checkpoints.best_file(self.output)}")
-        if self.done:
-            log(
-                f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in "
-                f"{self.output}. Next: mmgraph encode {self.output} writes the embeddings"
-            )
-        else:
-            log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
-        flush_log()  # closing a tracker may take longer than the launcher leaves
+            told = f"no better one in {self.config.early_stopping_patience} evaluations: stopped early; {told}"
+        self.recorder.goodbye(self.image_causes, self.done, told)

@@ -57,10 +57,11 @@ def random_graph(seed: int, nodes: int = 23) -> tuple[torch.Tensor, Edges, list[
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("at_once", [1, 70, 1 << 22], ids=["one score", "three rows", "whole"])
-def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, at_once: int) -> None:
-    """MRR and Hits, also by relation, in parts of any size."""
-    monkeypatch.setattr(ranking, "SCORES_AT_ONCE", at_once)
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (512, 8192)], ids=["one score", "5 x 7", "whole"])
+def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, tile: tuple[int, int]) -> None:
+    """MRR and Hits, also by relation, in tiles of any size."""
+    monkeypatch.setattr(ranking, "QUERIES_AT_ONCE", tile[0])
+    monkeypatch.setattr(ranking, "CANDIDATES_AT_ONCE", tile[1])
     vectors, train, held_out = random_graph(seed)
     rows = np.array(held_out)
     evaluation = Evaluation(
@@ -91,15 +92,16 @@ def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, at_on
 
 
 def test_scores_are_exact_in_any_order() -> None:
-    """Equal vectors have equal scores to the bit wherever they stand, and the sum is the exact one."""
+    """Equal vectors have equal scores to the bit, by whatever kernel; the sum is the exact one."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(301, 515, generator=generator)
     vectors[1::2] = vectors[0]
     grid = ranking.on_grid(vectors)
-    scores = ranking._scores(grid[:7], grid)
+    scores = grid[:7].double() @ grid.double().T
     assert all(len(set(row[1::2].tolist())) == 1 for row in scores)
     shuffled = torch.randperm(515, generator=generator)
-    assert torch.equal(ranking._scores(grid[:7, shuffled], grid[:, shuffled]), scores)
+    assert torch.equal(grid[:7, shuffled].double() @ grid[:, shuffled].double().T, scores)
+    assert torch.equal((grid[:7, None].double() * grid.double()).sum(2), scores)
     exact = sum(
         (Fraction(a) * Fraction(b) for a, b in zip(grid[0].tolist(), grid[2].tolist(), strict=True)), Fraction()
     )
@@ -137,6 +139,8 @@ def test_neighbors_against_a_set() -> None:
     either = {*edges, *((b, a) for a, b in edges)}
     owners, found = known.of(torch.tensor([3, 7, 5, 3]))
     assert sorted(zip(owners.tolist(), found.tolist(), strict=True)) == [(0, 2), (0, 6), (2, 5), (3, 2), (3, 6)]
+    owners, found = known.of(torch.tensor([3, 7, 5, 3]), 3, 6)
+    assert sorted(zip(owners.tolist(), found.tolist(), strict=True)) == [(2, 5)]
     left, right = torch.tensor([0, 3, 7, 5]), torch.arange(8)
     expected = [[(a, b) in either for b in range(8)] for a in left.tolist()]
     assert known.linked(left, right).tolist() == expected

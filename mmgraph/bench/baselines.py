@@ -13,6 +13,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Ranks, Table
 from mmgraph.false_negatives import false_negatives_of
+from mmgraph.graph import Graph
 from mmgraph.held_out import relation_names
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import BatchNodes, contrastive_losses
@@ -22,11 +23,36 @@ from mmgraph.order import GlobalBatchSampler
 from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph
-from mmgraph.table_cache import open_edges
+from mmgraph.table_cache import Edges, open_edges
 from mmgraph.tower_cache import contents_of, open_store
 from mmgraph.towers import fingerprint, load_tokenizer_and_processor, read_tower_state
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
+
+
+def check_baselines(config: Config, graph: Graph) -> None:
+    """Raise :class:`UserError` where they could not be trained, before anything else was."""
+    _distmult()
+    edges, held_out = _edges(config, graph), graph.held_out
+    if edges.relations is None or held_out is None or held_out.relations is None:
+        raise UserError("bench study trains a DistMult, on relations: both edge tables need a rel_id")
+    unknown = sorted({*held_out.names} - {*relation_names(config.edges, edges.names)})
+    if unknown:
+        raise UserError(f"{config.eval_edges}: has relation '{unknown[0]}', which {config.edges} has not")
+
+
+def _distmult() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from torch_geometric.nn.kge import DistMult
+        except ImportError:
+            raise UserError("bench study needs PyTorch Geometric: pip install 'mmgraph[study]'") from None
+    return DistMult
+
+
+def _edges(config: Config, graph: Graph) -> Edges:
+    return open_edges(config.edges, graph.edges_fingerprint, graph.nodes, graph.nodes_fingerprint)
 
 
 class ConcatMLP(nn.Module):
@@ -78,9 +104,9 @@ class Baselines:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
-        found = list(NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0).of([range(len(graph.nodes))]))
-        self.text_only = torch.cat([part.text_only for part in found])  # (N, d_text)
-        self.image_only = torch.cat([part.image_only for part in found])  # (N, d_vis)
+        outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0).of([range(len(graph.nodes))])
+        pooled = [(part.text_only, part.image_only) for part in outputs]
+        self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 
     def mlp(self, given: str, batch_size: int, false_negatives: Any, seed: int) -> Table:
         """Train a :class:`ConcatMLP` with a run's losses, order and optimizer, and rank with it.
@@ -128,15 +154,10 @@ class Baselines:
 
         Unlike the encoder it is told each edge's relation, and it knows neither texts nor images.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                from torch_geometric.nn.kge import DistMult
-            except ImportError:
-                raise UserError("bench study needs PyTorch Geometric: pip install 'mmgraph[study]'") from None
+        distmult = _distmult()
         triples, names = self._triples()
         torch.manual_seed(seed)
-        model = DistMult(len(self.graph.nodes), len(names), DISTMULT_WIDTH)
+        model = distmult(len(self.graph.nodes), len(names), DISTMULT_WIDTH)
         optimizer = torch.optim.Adam(model.parameters(), DISTMULT_RATE)
         for _ in range(DISTMULT_EPOCHS):
             for part in torch.randperm(len(triples)).split(DISTMULT_BATCH):
@@ -148,21 +169,20 @@ class Baselines:
     def _triples(self) -> tuple[torch.Tensor, list[str]]:
         """(E, 3) source, relation and destination of the training edges, and the relations' names."""
         config, graph = self.config, self.graph
-        edges = open_edges(config.edges, graph.edges_fingerprint, graph.nodes, graph.nodes_fingerprint)
-        if edges.relations is None or self.graph.held_out is None or self.graph.held_out.relations is None:
-            raise UserError("bench study trains a DistMult, on relations: both edge tables need a rel_id")
+        edges = _edges(config, graph)
         ends = graph.rows[np.arange(len(graph.rows))]
-        triples = np.stack([ends[:, 0], edges.relations.astype(np.int64), ends[:, 1]], axis=1)
+        triples = np.stack([ends[:, 0], np.asarray(edges.relations, np.int64), ends[:, 1]], axis=1)
         return torch.from_numpy(triples), relation_names(config.edges, edges.names)
 
     def _rank_distmult(self, model: Any, names: list[str]) -> Table:
         numbers = {name: number for number, name in enumerate(names)}
         told = [numbers[self.evaluation.names[number]] for number in self.evaluation.relations]
-        nodes, relations = model.node_emb.weight.detach(), model.rel_emb.weight.detach()[told]
-        ends = self.evaluation.rows.T
+        device = self.accelerator.device
+        nodes, relations = (layer.weight.detach().to(device) for layer in (model.node_emb, model.rel_emb))
+        relations, ends = relations[told], self.evaluation.rows.T.to(device)
         ranks = [
             filtered_ranks(nodes, ends[a], ends[b], self.evaluation.known, nodes[ends[a]] * relations)
             for a, b in ((0, 1), (1, 0))
         ]
-        filtered = torch.stack(ranks).numpy()
+        filtered = torch.stack(ranks).cpu().numpy()
         return self.evaluation.table({"z_graph": Ranks(filtered, filtered[0])})

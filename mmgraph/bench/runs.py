@@ -9,6 +9,7 @@ from typing import Any
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.files import write_durably
 
 SCRIPT = """import sys
 from mmgraph.cli import leave, main, train_main
@@ -32,7 +33,8 @@ def launch(folder: Path, name: str, arguments: list[str], processes: int, thread
         threads: of each process.
     """
     script = folder / "run.py"
-    script.write_text(SCRIPT)
+    if not script.exists():  # another run may be about to read it
+        write_durably(script, lambda path: path.write_text(SCRIPT), shared=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from mmgraph.bench.baselines import Baselines
+from mmgraph.bench.baselines import Baselines, check_baselines
 from mmgraph.bench.report import report
 from mmgraph.bench.runs import finish, flags, launch
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
+from mmgraph.held_out import HeldOut
 from mmgraph.text_log import log
 
 _baselines: Baselines  # in a process of the pool
@@ -59,13 +60,14 @@ def bench_study(
     """
     if graph.held_out is None or config.eval_fraction:  # which every seed would split otherwise
         raise UserError("bench study ranks the same held-out edges again and again: give --eval_edges (or --demo)")
+    check_baselines(config, graph)
     cases = [Case(batch_size, setting) for batch_size, setting in product(batch_sizes, SETTINGS)]
     cases += [Case(batch_sizes[0], setting, more) for more, setting in product(variants, ("keep", "mask_neighbors"))]
     seeds = range(config.seed, config.seed + num_seeds)
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        trained = _train_all(config, cases, seeds, at_once, place)
+        trained = _train_all(config, graph, graph.held_out, cases, seeds, at_once, place)
     rows = [_row("untrained", [table["before"] for tables in trained.values() for table in tables])]
     rows += [_fixed_row(name, trained) for name in ("text_only", "image_only", "concat", "random")]
     rows += [_row(_name(case), trained[case]) for case in cases]
@@ -104,7 +106,7 @@ def _distmult(seed: int) -> dict[str, Any]:
 
 
 def _train_all(
-    config: Config, cases: Sequence[Case], seeds: range, at_once: int, folder: Path
+    config: Config, graph: Graph, held_out: HeldOut, cases: Sequence[Case], seeds: range, at_once: int, folder: Path
 ) -> dict[Case, list[dict[str, Any]]]:
     """The last evaluation of each case's runs, with that before the first step under ``before``."""
     jobs = list(product(cases, seeds))
@@ -114,6 +116,9 @@ def _train_all(
 
         def run(job: tuple[Case, int]) -> dict[str, Any]:
             table = _train(settings, *job, folder)
+            steps = config.epochs * (len(graph.rows) // job[0].batch_size)
+            if table["held_out"] != held_out.fingerprint or table["step"] != steps:
+                raise UserError(f"{folder} holds runs of other edges, or of another length: give another --folder")
             bar.update()
             return table
 

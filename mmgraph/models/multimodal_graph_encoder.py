@@ -90,7 +90,8 @@ class TrainedModule(nn.Module):
             ``z_graph``, ``z_text``, ``z_vis``, as :meth:`forward`; ``fused`` (U, fused_dim); and the towers'
             ``text_only``, ``image_only`` and ``concat``, the two side by side.
         """
-        pooled = self.fusion(*tokens)
+        dtype = self.graph_proj.weight.dtype  # a store may hold tokens in 16 bits
+        pooled = self.fusion(tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
         return {
             **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
             "fused": pooled[0],
