@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LOSSES, launch, launch_command, read_metrics, run, same_state, settings
+from conftest import LOSSES, ZERO3, launch, launch_command, read_metrics, run, same_state, settings
 
 from mmgraph.best import Best
 from mmgraph.cli import main, train_main
@@ -99,6 +99,12 @@ def test_evaluate_takes_checkpoints_and_features_of_anyone(
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["embeddings"]["shuffled"] == last["embeddings"]["fused"]  # by id, not by row
     assert "z_graph" in capsys.readouterr().out
+    both = [str(tmp_path / f"{kind}/features_fused.{kind}") for kind in ("pt", "npy")]
+    assert main(["evaluate", *both, *edges, f"--json={tmp_path / 'f.json'}"]) == 0  # of one name
+    found = json.loads((tmp_path / "f.json").read_text())["embeddings"]
+    assert list(found) == [*both, "random"] and found[both[0]] == last["embeddings"]["fused"]
+    assert main(["evaluate", str(tmp_path / "pt"), str(alone), *edges]) == 2
+    assert "one run or checkpoint, or files of features" in capsys.readouterr().err
 
 
 def test_against_numbers_made_from_the_features(graph: Path, evaluated: Path, tmp_path: Path) -> None:
@@ -159,6 +165,63 @@ def test_a_resumed_run_is_evaluated_alike(graph: Path, evaluated: Path, tmp_path
     assert done.returncode != 0 and "eval_fraction 0.2 -> 0.3" in done.stderr
 
 
+KILLED = """import os, sys
+from mmgraph import evaluation
+from mmgraph.cli import leave, train_main
+ranks = evaluation.Evaluation.ranks
+def killed(self, vectors):
+    killed.calls += 1
+    if killed.calls == int(sys.argv[1]):
+        os.kill(os.getpid(), 9)
+    return ranks(self, vectors)
+killed.calls = 0
+evaluation.Evaluation.ranks = killed
+leave(train_main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("call", [2, 7, 9, 11], ids=["before step 1", "step 5", "step 10", "the end"])
+def test_killed_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, call: int) -> None:
+    """The same command goes on with that evaluation; nothing is lost, and each step stands once."""
+    (tmp_path / "run.py").write_text(KILLED)
+    flags = settings(graph, tmp_path / "run", *EVALUATED)
+    command = launch_command("cpu.yaml")[:-1]
+    done = run([*command, str(tmp_path / "run.py"), str(call), *flags])
+    assert done.returncode != 0 and ("SIGKILL" in done.stderr or "died" in done.stderr)
+    step = {2: 0, 7: 5, 9: 10, 11: 12}[call]
+    assert len(read_metrics(tmp_path / "run")) == (0 if step == 0 else step)  # the step's own row waits
+    said = launch("cpu.yaml", *flags).stdout
+    assert f"resumed at step {step} from" in said or step == 0
+    assert evaluations(tmp_path / "run") == evaluations(evaluated)
+    losses = [[row.get(name) for name in LOSSES] for row in read_metrics(evaluated)]
+    assert [[row.get(name) for name in LOSSES] for row in read_metrics(tmp_path / "run")] == losses
+    assert same_state(tmp_path / "run", evaluated)
+    best, expected = (
+        torch.load(folder / "checkpoints/multimodal_encoder_best.pt") for folder in (tmp_path / "run", evaluated)
+    )
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize("config", ["cpu.yaml --mixed_precision bf16", ZERO3])
+def test_other_precisions_and_backends(graph: Path, evaluated: Path, tmp_path: Path, config: str) -> None:
+    """A store of float16 tokens, and weights in parts: before the first step they rank as float32 ones do."""
+    flags = [*EVALUATED, "--max_steps=3", f"--tower_cache={tmp_path / 'store'}"]
+    launch(config, *settings(graph, tmp_path / "run", *flags))
+    found = evaluations(tmp_path / "run")
+    assert list(found) == [0, 3] and found[0] == pytest.approx(evaluations(evaluated)[0], abs=0.02)
+
+
+def test_a_graph_with_one_whole_node(graph: Path, tmp_path: Path) -> None:
+    """Nobody to find among shuffled images; a graph of few nodes over two ranks."""
+    nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
+    nodes["image_path"] = [str(graph / nodes["image_path"][0].replace("\\", "/")), *[""] * 39]
+    nodes.to_csv(tmp_path / "nodes.csv", index=False)
+    flags = [*EVALUATED, "--max_steps=2", f"--nodes={tmp_path / 'nodes.csv'}"]
+    said = launch("cpu_2proc.yaml", *settings(graph, tmp_path / "run", *flags)).stdout
+    assert "evaluation at step 2: MRR of z_graph" in said
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
 def test_early_stopping_and_the_best_weights(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a rate that ruins the embeddings the first evaluation stays the best."""
     flags = settings(graph, tmp_path / "run", "--eval_fraction=0.2", "--eval_every=3", "--early_stopping_patience=2")
@@ -167,9 +230,8 @@ def test_early_stopping_and_the_best_weights(graph: Path, tmp_path: Path, capsys
     found = evaluations(tmp_path / "run")
     values = [found[step]["eval/z_graph/mrr"] for step in found]
     best = int(np.argmax(values))
-    assert (
-        len(values) == best + 3 and "no better one in 2 evaluations: stopped early; best: z_graph/mrr" in out
-    )  # two later ones were no better
+    assert len(values) == best + 3  # two later ones were no better
+    assert "no better one in 2 evaluations: stopped early; best: z_graph/mrr" in out
     assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
     file = tmp_path / "run/checkpoints/multimodal_encoder_best.pt"
     assert main(["evaluate", str(file), f"--json={tmp_path / 'best.json'}"]) == 0
@@ -181,6 +243,21 @@ def test_early_stopping_and_the_best_weights(graph: Path, tmp_path: Path, capsys
     assert evaluations(tmp_path / "run") == found
     assert train_main([*flags, "--learning_rate=3", "--early_stopping_patience=3"]) == 0
     assert len(evaluations(tmp_path / "run")) > len(found)
+
+
+def test_settings_that_cannot_be_read(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = shutil.copytree(evaluated, tmp_path / "run")
+    for text in ("seed: abc", "nodes: [a]", "truncated_images: foo", "nodes: 5"):
+        (run_folder / "config.yaml").write_text(text)
+        for verb in ("evaluate", "encode"):
+            assert (
+                main([verb, str(run_folder), "--nodes=none.csv"] if "nodes" not in text else [verb, str(run_folder)])
+                == 2
+            )
+            assert capsys.readouterr().err.count("\n") == 1
+    (run_folder / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert main(["encode", str(run_folder)]) == 2
+    assert "lies in no run's folder" in capsys.readouterr().err
 
 
 def test_best_begins_anew_on_other_edges(capsys: pytest.CaptureFixture[str]) -> None:

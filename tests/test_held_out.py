@@ -93,6 +93,23 @@ def test_a_table_of_its_own(graph: Path, tmp_path: Path) -> None:
     assert graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.csv")).held_out.relations is None
 
 
+def test_relations_of_odd_types(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that repeat keep their ids; what is no text is told, and the edges have no relations."""
+    table = write_edges(tmp_path).drop(index=5)[:20]
+    table.to_csv(tmp_path / "eval.csv", index=False)
+    pd.DataFrame({"rel_id": ["likes", "007"], "relation": ["is", "is"]}).to_csv(tmp_path / "relations.csv", index=False)
+    found = graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.csv"))
+    assert sorted(found.held_out.names) == sorted({"is (likes)", "is (007)", "NA", ""} & {*found.held_out.names})
+    assert len({*found.held_out.names}) == table["rel_id"].nunique()
+    for values in ([1.5, None] * 10, pd.Categorical(["a", "b"] * 10), [True, False] * 10):
+        table.assign(rel_id=values).to_parquet(tmp_path / "eval.parquet")
+        found = graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.parquet"))
+        assert len(found.held_out.names) == 2 and (np.bincount(found.held_out.relations) == 10).all()
+    table.assign(rel_id=[["a"]] * 20).to_parquet(tmp_path / "eval.parquet")
+    assert graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.parquet")).held_out.relations is None
+    assert "which is not text: the edges have no relations" in capsys.readouterr().out
+
+
 def test_nothing_to_hold_out(graph: Path, tmp_path: Path) -> None:
     pd.DataFrame({"src_id": ["000", "002"], "dst_id": ["001", "003"]}).to_csv(tmp_path / "edges.csv", index=False)
     with pytest.raises(UserError, match=r"--eval_fraction 0.5: no edge of .*edges.csv can be held out"):
