@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -165,18 +168,21 @@ def test_a_resumed_run_is_evaluated_alike(graph: Path, evaluated: Path, tmp_path
     assert done.returncode != 0 and "eval_fraction 0.2 -> 0.3" in done.stderr
 
 
-KILLED = """import os, sys
+KILLED = """import os, sys, time
 from mmgraph import evaluation
 from mmgraph.cli import leave, train_main
 ranks = evaluation.Evaluation.ranks
 def killed(self, vectors):
     killed.calls += 1
     if killed.calls == int(sys.argv[1]):
+        if sys.argv[2] == "hang":
+            print("hangs", flush=True)
+            time.sleep(120)
         os.kill(os.getpid(), 9)
     return ranks(self, vectors)
 killed.calls = 0
 evaluation.Evaluation.ranks = killed
-leave(train_main(sys.argv[2:]))
+leave(train_main(sys.argv[3:]))
 """
 
 
@@ -186,7 +192,7 @@ def test_killed_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, c
     (tmp_path / "run.py").write_text(KILLED)
     flags = settings(graph, tmp_path / "run", *EVALUATED)
     command = launch_command("cpu.yaml")[:-1]
-    done = run([*command, str(tmp_path / "run.py"), str(call), *flags])
+    done = run([*command, str(tmp_path / "run.py"), str(call), "kill", *flags])
     assert done.returncode != 0 and ("SIGKILL" in done.stderr or "died" in done.stderr)
     step = {2: 0, 7: 5, 9: 10, 11: 12}[call]
     assert len(read_metrics(tmp_path / "run")) == (0 if step == 0 else step)  # the step's own row waits
@@ -200,6 +206,26 @@ def test_killed_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, c
         torch.load(folder / "checkpoints/multimodal_encoder_best.pt") for folder in (tmp_path / "run", evaluated)
     )
     assert all(torch.equal(tensor, expected[name]) for name, tensor in best.items())
+
+
+def test_stopped_in_a_long_evaluation(graph: Path, evaluated: Path, tmp_path: Path) -> None:
+    """It is not waited for: the state of its step is there."""
+    (tmp_path / "run.py").write_text(KILLED)
+    flags = settings(graph, tmp_path / "run", *EVALUATED, "--stop_grace=1")
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), "7", "hang", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "hangs" not in process.stdout.readline():
+        assert process.poll() is None
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - asked < 20 and "the last one stands" in said
+    assert "resumed at step 5 from" in launch("cpu.yaml", *flags).stdout
+    assert evaluations(tmp_path / "run") == evaluations(evaluated)
 
 
 @pytest.mark.parametrize("config", ["cpu.yaml --mixed_precision bf16", ZERO3])
