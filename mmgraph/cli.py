@@ -95,7 +95,9 @@ def _build_parser() -> _Parser:
     encode = verbs.add_parser("encode", help="write the embeddings of all nodes")
     encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
     _add_run_arguments(encode)
-    encode.add_argument("--output_dir", "--output-dir", type=Path, help="default: features in the run's folder")
+    encode.add_argument(
+        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="default: features in the run's folder"
+    )
     encode.add_argument("--features", nargs="+", help="z_graph, fused, text_only, image_only, concat (all)")
     encode.add_argument("--format", default="pt", help="pt, safetensors, parquet or npy (pt)")
     encode.set_defaults(run=_encode)
@@ -112,7 +114,7 @@ def _build_parser() -> _Parser:
         ("seed", int, "of the split, and of what is drawn (default: the run's)"),
         ("json", Path, "file to write all figures to"),
     ):
-        evaluate.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=kind, help=help)
+        evaluate.add_argument(*_flag(name), type=kind, metavar=name.rsplit("_", 1)[-1].upper(), help=help)
     evaluate.set_defaults(run=_evaluate)
 
     bench = verbs.add_parser("bench", help="measure this machine on a graph; takes the flags of launch.py too")
@@ -132,10 +134,19 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         ("image_root", "folder that image paths start from (default: the run's)"),
         ("model_name", "CLIP towers the checkpoint was trained with (default: the run's)"),
     ):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=help)
+        parser.add_argument(*_flag(name), metavar=name.rsplit("_", 1)[-1].upper(), help=help)
     parser.add_argument(
-        "--num_workers", "--num-workers", type=not_negative, default=0, help="DataLoader workers, where towers run (0)"
+        *_flag("num_workers"),
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="DataLoader workers, where towers run (0)",
     )
+
+
+def _flag(name: str) -> list[str]:
+    """A flag with underscores, and with dashes."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _demo(given: argparse.Namespace) -> None:
