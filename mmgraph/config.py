@@ -219,7 +219,7 @@ GROUPS = {  # how --help_all sets the flags out
 }  # fmt: skip
 COMMON = {  # what --help shows
     "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "eval_fraction", "eval_edges", "num_workers", "output_dir", "resume", "report_to", "check",
+    "seed", "eval_fraction", "num_workers", "output_dir", "resume", "report_to", "check",
 }  # fmt: skip
 
 

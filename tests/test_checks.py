@@ -26,7 +26,7 @@ def test_check_says_all_and_leaves_nothing(graph: Path, tmp_path: Path) -> None:
         r"2 process\(es\) on 1 host\(s\), as launched, met at (127.0.0.1|localhost):\d+",
         r"rank 0: \S+, cpu, \d thread\(s\), [\d.]+ of [\d.]+ GB free",
         r"rank 1: \S+, cpu, \d thread\(s\), [\d.]+ of [\d.]+ GB free",
-        r"every rank has the same settings, precision, node table, edge table, towers, versions",
+        r"every rank has the same settings, precision, node table, edge table, held-out edges, towers, versions",
         r"12 edges a step, 6 a process, 2 at once; 16 steps an epoch, which leaves out 8 of 200 edges",
         r"\S+: writable, [\d.]+ GB free; a whole run takes up to [\d.]+ GB",
         r"about [\d.]+ GB of memory a process, by estimate",

@@ -103,7 +103,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             parse_config([flag])
         assert caught.value.code == 0
     short, _, long = capsys.readouterr().out.partition("usage:")[2].partition("usage:")
-    assert short.count("\n  --") <= 18 and "--temperature" not in short and "--model_name" in short
+    assert short.count("\n  --") <= 19 and "--temperature" not in short and "--model_name" in short
     assert long.count("\n  --") >= 34 and "--temperature" in long and "training:" in long
 
 

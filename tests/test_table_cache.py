@@ -36,7 +36,7 @@ def open_nodes(path: Path) -> NodeTable:
 
 def open_edges(path: Path, nodes_path: Path) -> EdgeTable:
     nodes = open_nodes(nodes_path)
-    return table_cache.open_edges(path, fingerprint(path), nodes, fingerprint(nodes_path))
+    return table_cache.open_edges(path, fingerprint(path), nodes, fingerprint(nodes_path)).rows
 
 
 def all_edges(edges: EdgeTable) -> list[list[int]]:
@@ -275,7 +275,7 @@ def slow(write):
 table_cache.check_unique = slow(table_cache.check_unique)
 nodes, edges = folder / "nodes.csv", folder / "edges.csv"
 table = table_cache.open_nodes(nodes, fingerprint(nodes))
-rows = table_cache.open_edges(edges, fingerprint(edges), table, fingerprint(nodes))
+rows = table_cache.open_edges(edges, fingerprint(edges), table, fingerprint(nodes)).rows
 print(len(table), len(rows), table.path)
 """
 
@@ -300,7 +300,7 @@ def test_two_processes_at_once_make_one_conversion(tmp_path: Path) -> None:
     printed = "".join(output for output, _ in outputs)
     assert printed.count("written") == 1 and printed.count("converted in") == 2  # nodes and edges, each by one
     assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
-    assert len(made(tmp_path)) == 3
+    assert len(made(tmp_path)) == 4  # nodes, edges, their relations, what is told
 
 
 def test_a_killed_conversion_leaves_nothing_half_written(tmp_path: Path) -> None:

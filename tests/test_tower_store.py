@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from mmgraph import checkpoints, tower_build, tower_cache, tower_plan, trainer
+from mmgraph import checkpoints, source, tower_build, tower_cache, tower_plan, trainer, world
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.config import parse_config
@@ -76,7 +76,7 @@ def test_tokens_are_the_towers(own_graph: Path) -> None:
     nodes, collate = NodesDataset(frame), InferenceCollator(*load_tokenizer_and_processor(towers))
     stored = open_stored(own_graph)
     rows = np.array([3, 0, 39, 17, 3])
-    tokens, text_only, image_only = stored.outputs(rows)
+    tokens, text_only, image_only = stored.outputs(rows, rows)
     for i, row in enumerate(rows.tolist()):
         inputs = collate([nodes[row]])
         with torch.no_grad():
@@ -126,7 +126,7 @@ def test_no_tower_is_loaded_where_the_store_is_whole(
     def refuse(_: str) -> None:
         raise AssertionError("a tower is loaded")
 
-    for module in (trainer, tower_build):
+    for module in (source, tower_build):
         monkeypatch.setattr(module, "load_towers", refuse)
     assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     assert main(["cache", *flags(own_graph)]) == 0
     age(own_graph)
     assert main(["cache", *flags(own_graph)]) == 0  # now all images are known by their times
-    before = open_stored(own_graph).outputs(np.arange(40))
+    before = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
     seen = computed(monkeypatch)
     assert main(["cache", *flags(own_graph)]) == 0 and seen == []
     nodes = pd.read_csv(own_graph / "nodes.csv", dtype=str, keep_default_na=False)
@@ -166,7 +166,7 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a time of change that says nothing
     assert main(["cache", *flags(own_graph)]) == 0
     assert sorted(seen) == [("image", 11), ("text", 7)]
-    after = open_stored(own_graph).outputs(np.arange(40))
+    after = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
     changed_texts = [i for i in range(40) if not torch.equal(before[1][i], after[1][i])]
     changed_images = [i for i in range(40) if not torch.equal(before[0].patches[i], after[0].patches[i])]
     assert changed_texts == [7] and changed_images == [11]
@@ -174,7 +174,7 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     rows.to_csv(own_graph / "nodes.csv", index=False)
     seen.clear()
     assert main(["cache", *flags(own_graph)]) == 0 and seen == []
-    moved = open_stored(own_graph).outputs(np.arange(40))
+    moved = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
     assert torch.equal(moved[0].patches, after[0].patches[rows.index.tolist()])
 
 
@@ -327,10 +327,10 @@ def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
 def test_a_rank_works_in_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a shard takes, ranks meet; and one that has nothing to do says so at once."""
     now = itertools.count()
-    monkeypatch.setattr(tower_build.time, "monotonic", lambda: next(now))
-    counts = list(tower_build._in_strides(iter([64] * 20 + [0, 3])))
+    monkeypatch.setattr(world.time, "monotonic", lambda: next(now))
+    counts = list(world._in_strides(iter([64] * 20 + [0, 3])))
     assert sum(counts) == 20 * 64 + 3 and counts[-1] == 3
-    assert 4 < len(counts) < 8 and max(counts) <= 64 * (tower_build.STRIDE_SECONDS + 1)
+    assert 4 < len(counts) < 8 and max(counts) <= 64 * (world.STRIDE_SECONDS + 1)
 
 
 def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path) -> None:
