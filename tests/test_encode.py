@@ -202,10 +202,10 @@ sys.exit(code)
 
 @pytest.mark.slow
 def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -> None:
-    """100,000 nodes, whose features would be 200 MB, against 5,000; live towers."""
+    """40,000 nodes, whose features are 88 MB, against 2,000; live towers."""
     (tmp_path / "run.py").write_text(MEMORY)
     image, peaks = str(graph / "images/0.png"), []
-    for count in (5_000, 100_000):
+    for count in (2_000, 40_000):
         folder = tmp_path / str(count)
         folder.mkdir()
         table = pd.DataFrame({"node_id": range(count), "short_name": "a node", "summary": "", "image_path": image})
@@ -215,5 +215,5 @@ def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(float(done.stdout.split()[-1]))
         assert torch.load(folder / "out/features_concat.pt", mmap=True).shape == (count, 256)
-    print(f"peak of 5,000 nodes {peaks[0]:.0f} MB, of 100,000 {peaks[1]:.0f} MB")
+    print(f"peak of 2,000 nodes {peaks[0]:.0f} MB, of 40,000 {peaks[1]:.0f} MB")
     assert peaks[1] - peaks[0] < 30
