@@ -95,9 +95,7 @@ def _build_parser() -> _Parser:
     encode = verbs.add_parser("encode", help="write the embeddings of all nodes")
     encode.add_argument("source", type=Path, help="a run's folder, or an epoch or final file")
     _add_run_arguments(encode)
-    encode.add_argument(
-        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="default: features in the run's folder"
-    )
+    encode.add_argument(*_flag("output_dir"), type=Path, metavar="DIR", help="default: features in the run's folder")
     encode.add_argument("--features", nargs="+", help="z_graph, fused, text_only, image_only, concat (all)")
     encode.add_argument("--format", default="pt", help="pt, safetensors, parquet or npy (pt)")
     encode.set_defaults(run=_encode)
@@ -172,11 +170,11 @@ def _cache(given: argparse.Namespace) -> None:
 def _encode(given: argparse.Namespace) -> None:
     from mmgraph.checkpoints import run_settings
     from mmgraph.encode import FEATURES, encode
-    from mmgraph.inference import find_checkpoint, settings_of, without_evaluation
+    from mmgraph.inference import find_checkpoint, settings_of
     from mmgraph.world import build_accelerator
 
     checkpoint = find_checkpoint(given.source)
-    config = without_evaluation(settings_of(checkpoint, _of_run(given)))
+    config = settings_of(checkpoint, _of_run(given))
     beside = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
     accelerator = build_accelerator()
     encode(checkpoint, config, accelerator, given.output_dir or beside, given.features or FEATURES, given.format)

@@ -271,7 +271,8 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by name as flags; those that are None are left out."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
@@ -298,7 +299,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def config_of(settings: Mapping[str, Any]) -> Config:
     """Settings by name, as a file has them; those that are None are left out. Raises :class:`UserError` on bad ones."""
-    given = _build_parser().parse(_as_arguments(settings))
+    given = _build_parser().parse(as_arguments(settings))
     return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -317,7 +318,7 @@ def parse_config(arguments: list[str]) -> Config:
         raise SystemExit(0)
     from_file: list[str] = []
     if given.config is not None:
-        from_file = _as_arguments(_read_yaml(given.config))
+        from_file = as_arguments(_read_yaml(given.config))
         try:
             parser.parse(from_file)
         except UserError as error:
@@ -325,7 +326,7 @@ def parse_config(arguments: list[str]) -> Config:
     given = parser.parse(from_file + arguments)
     if given.demo:
         demo = {**DEMO_SETTINGS, "eval_edges": None} if given.eval_fraction else DEMO_SETTINGS
-        given = parser.parse(_as_arguments(demo) + from_file + arguments)
+        given = parser.parse(as_arguments(demo) + from_file + arguments)
         if given.nodes != DEMO_SETTINGS["nodes"] or given.edges != DEMO_SETTINGS["edges"]:
             raise UserError("--demo trains on the demo graph: leave out --nodes and --edges, or leave out --demo")
     return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})

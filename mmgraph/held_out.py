@@ -1,5 +1,6 @@
 """Edges to evaluate on: split off the run's own by seed, or a table of their own."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -110,4 +111,5 @@ def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:
     except (OSError, ValueError, KeyError):  # none, or a table of something else
         return ids
     found = [names.get(name, name) for name in ids]
-    return [name if found.count(name) == 1 else f"{name} ({own})" for name, own in zip(found, ids, strict=True)]
+    uses = Counter(found)
+    return [name if uses[name] == 1 else f"{name} ({own})" for name, own in zip(found, ids, strict=True)]

@@ -102,8 +102,3 @@ def _fingerprint(weights: dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def without_evaluation(config: Config) -> Config:
-    """The same settings for who does not evaluate: the run's held-out edges need not be there any more."""
-    return dataclasses.replace(config, eval_edges=None, eval_fraction=0.0)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmgraph.config import Config
+from mmgraph.config import Config, as_arguments
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
 
@@ -21,8 +21,7 @@ Process = subprocess.Popen[bytes]
 
 def flags(config: Config, **others: Any) -> list[str]:
     """A run's settings as flags, some of them others."""
-    settings = {**dataclasses.asdict(config), **others}
-    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    return as_arguments({**dataclasses.asdict(config), **others})
 
 
 def launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Process:
