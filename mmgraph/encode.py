@@ -28,11 +28,11 @@ from mmgraph.images import CAUSES
 from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.node_outputs import BATCH
 from mmgraph.text_log import log
+from mmgraph.tower_cache import SHOWN_SECONDS
 from mmgraph.world import on_main_process, together, work_together
 
 FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file until all are there: what is lost when it is stopped
-SHOWN_SECONDS = 120
 
 
 def encode(

@@ -25,6 +25,7 @@ class Square:
 
     Attributes:
         count: false negatives in the parts so far; a scalar.
+        queries: in these parts.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Square:
         absent: torch.Tensor | None = None,
     ):
         self.own, self.columns, self.labels, self.linked, self.absent = own, columns, labels, linked, absent
-        self.count = torch.zeros((), device=columns.device)
+        self.count, self.queries = torch.zeros((), device=columns.device), 0
 
     def part(self, start: int, stop: int) -> torch.Tensor:
         """Of the queries ``start`` to ``stop``: (s, N) bool, true at entries that are left out."""
@@ -49,6 +50,7 @@ class Square:
             out |= neighbors.linked(queries[start:stop], columns)
         out.scatter_(1, labels, False)
         self.count += out.sum()
+        self.queries += len(labels)
         return out if self.absent is None else out.logical_or_(self.absent).scatter_(1, labels, False)
 
 
@@ -78,17 +80,17 @@ class FalseNegatives(NamedTuple):
             squares.append(Square(tuple(self.pictures[own]), self.pictures[every[other]], labels, linked))
         return squares[0], squares[1]
 
-    def mm_squares(
+    def mm_square(
         self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor | None
-    ) -> tuple[Square, Square]:
-        """For texts over all images, and for images over all texts.
+    ) -> Square:
+        """For texts over all images, and for images over all texts: it is the same.
 
         Args:
             own, every, labels: (2b,), (2B,) and (2b,), of nodes.
             absent: (2B,) bool, nodes that are left out.
         """
         pictures = (self.pictures[own],) if self.same else ()
-        return tuple(Square(pictures, self.pictures[every], labels, absent=absent) for _ in range(2))  # type: ignore
+        return Square(pictures, self.pictures[every], labels, absent=absent)
 
 
 def picture_numbers(contents: Contents) -> torch.Tensor:

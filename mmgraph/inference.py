@@ -88,17 +88,18 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     )
     weights = encoder.state_dict()
     module = TrainedModule.from_weights(weights).to(accelerator.device)
-    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, fingerprint(weights))
+    towers = fingerprint(weights)
+    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
     if stored is not None:
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
     live = LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device) if stored is None else None
     outputs = NodeOutputs(nodes, paths, inputs, stored or live, config.num_workers)  # type: ignore[arg-type]
-    return Inference(nodes, paths, module, outputs, digest, _fingerprint(weights))
+    return Inference(nodes, paths, module, outputs, digest, _fingerprint(towers, module))
 
 
-def _fingerprint(weights: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
+def _fingerprint(towers: str, module: TrainedModule) -> str:
+    digest = hashlib.sha256(towers.encode())
+    for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -87,7 +87,7 @@ class _LeftOut(NamedTuple):
     def counts(self) -> tuple[torch.Tensor, ...]:
         """Once the squares were read."""
         return tuple(
-            sum(square.count / (2 * len(square.labels)) for square in squares)  # type: ignore[misc]
+            torch.stack([square.count / square.queries for square in squares]).mean()
             for squares in (self.mm, self.graph)
             if squares is not None and squares[0].own
         )
@@ -106,11 +106,9 @@ def _left_out(
         absent = every_told[1].flatten().bool()  # (2B,)
         present = ~nodes.missing_image
         weights = present * (len(absent) / (~absent).sum().clamp(min=1))  # the mean is over those of all ranks
-    return _LeftOut(
-        false_negatives.graph_squares(own, every, labels),
-        false_negatives.mm_squares(own.flatten(), every.flatten(), node_labels, absent),
-        weights,
-    )
+    graph = false_negatives.graph_squares(own, every, labels)
+    mm = false_negatives.mm_square(own.flatten(), every.flatten(), node_labels, absent)
+    return _LeftOut(graph, (mm, mm), weights)
 
 
 def _info_nce(
@@ -135,17 +133,20 @@ def _info_nce(
         others = (None, None) if alone else everyone
         return _InfoNCEInParts.apply(*own, *others, labels, temperature, squares, weights)
     (left, right), (all_left, all_right) = own, everyone
-    of_rows, of_columns = squares or (None, None)
+    of_rows = of_columns = None
+    if squares is not None:
+        of_rows = squares[0].part(0, len(left))
+        of_columns = of_rows if squares[1] is squares[0] else squares[1].part(0, len(right))
     rows = _cross_entropy(left @ all_right.T / temperature, labels, of_rows, weights)
     columns = _cross_entropy(right @ all_left.T / temperature, labels, of_columns, weights)
     return (rows + columns) / 2
 
 
 def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, square: Square | None, weights: torch.Tensor | None
+    logits: torch.Tensor, labels: torch.Tensor, left_out: torch.Tensor | None, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    if square is not None:
-        logits = logits.masked_fill(square.part(0, len(logits)), -torch.inf)
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -torch.inf)
     if weights is None:
         return F.cross_entropy(logits, labels)
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
