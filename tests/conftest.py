@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and asking for one costs its retries
@@ -141,3 +142,9 @@ def zero3(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "zero3"
     launch(ZERO3, *settings(graph, output, "--max_steps=30", "--save_every=5", "--keep_last=9"))
     return output
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Called with the number of cases that a test tried, for the table of tests/faults/table.py."""
+    return lambda count: request.node.user_properties.append(("cases", count))

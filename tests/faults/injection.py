@@ -1,0 +1,167 @@
+"""Faults, put into a process that is about to run launch.py. Called there by name, with settings that JSON holds."""
+
+import errno
+import io
+import os
+import pkgutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ERRORS = {"full": errno.ENOSPC, "quota": errno.EDQUOT, "broken": errno.EIO}
+FILE_CALLS = {
+    "write", "flush", "__exit__", "fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir", "truncate",
+    "write_end_of_file",
+}  # fmt: skip
+MODULES = [__import__(name) for name in ("posix", "io", "_io")]
+
+
+def act(action: str) -> None:
+    """What happens: an error of the disk, any other error, a sleep without end, or a signal to this process."""
+    if action in ERRORS:
+        raise OSError(ERRORS[action], os.strerror(ERRORS[action]))
+    if action == "raise":
+        raise ValueError("injected by the test")
+    if action == "sleep":
+        time.sleep(3600)
+    os.kill(os.getpid(), getattr(signal, action))
+
+
+def after_step(step: int, action: str) -> None:
+    """Once step ``step`` is recorded, before anything else."""
+    from mmgraph.trainer import Trainer
+
+    record = Trainer.record
+
+    def recorded(trainer: Trainer, values: Any) -> None:
+        record(trainer, values)
+        if trainer.progress.step == step:
+            act(action)
+
+    Trainer.record = recorded  # type: ignore[method-assign]
+
+
+def at_call(target: str, number: int, action: str, after: bool = False) -> None:
+    """At the ``number``-th call (from 1) of a function or method, such as ``mmgraph.state.write_state``."""
+    calls = [0]
+
+    def with_fault(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        here = calls[0] == number
+        if here and not after:
+            act(action)
+        result = function(*arguments, **named)
+        if here and after:
+            act(action)
+        return result
+
+    wrap(target, with_fault)
+
+
+def at_file_call(inside: list[str], number: int, action: str, told: str | None = None) -> None:
+    """At the ``number``-th call (from 1) that changes files, counted over all calls of the functions ``inside``.
+
+    Before the call; what happens after one is what happens before the next. The action may also be ``power``: what was
+    not forced to the disk is gone, and so is the process.
+
+    Args:
+        told: a file for the names of all such calls, a line each.
+    """
+    counted, disk = [0], Disk() if action == "power" else None
+    lines = Path(told).open("w", buffering=1) if told else None
+
+    def seen(frame: FrameType, event: str, function: Any) -> None:
+        if event != "c_call" or not is_file_call(function):
+            return
+        sys.setprofile(None)
+        counted[0] += 1
+        if lines is not None:
+            print(function.__name__, Path(frame.f_code.co_filename).name, frame.f_code.co_name, file=lines)
+        if counted[0] == number:
+            if disk is not None:
+                disk.lose()
+            act("SIGKILL" if disk is not None else action)
+        if disk is not None:
+            disk.note(function.__name__, frame.f_locals)
+        sys.setprofile(seen)
+
+    def watched(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        before = sys.getprofile()
+        sys.setprofile(seen)
+        try:
+            return function(*arguments, **named)
+        finally:
+            sys.setprofile(before)
+
+    for target in inside:
+        wrap(target, watched)
+
+
+class Disk:
+    """What a power cut would leave: files as they were last synced, names as their folders were.
+
+    Follows :mod:`mmgraph.files` and ``pathlib``, whose local variables tell what they are about to do.
+    """
+
+    def __init__(self) -> None:
+        self.synced: dict[Path, bytes] = {}
+        self.renamed: list[tuple[Path, Path, bytes | None]] = []  # from, to, what was there before; folder not synced
+
+    def note(self, call: str, names: dict[str, Any]) -> None:
+        if call == "fsync":
+            path = Path(names["path"])
+            if path.is_dir():
+                self.renamed = [entry for entry in self.renamed if entry[1].parent != path]
+            else:
+                self.synced[path] = path.read_bytes()
+        elif call in ("rename", "replace"):
+            source, target = Path(names["self"]), Path(names["target"])
+            before = target.read_bytes() if target.is_file() else None
+            self.renamed.append((source, target, before))
+            for path in [path for path in self.synced if path == source or source in path.parents]:
+                self.synced[target / path.relative_to(source)] = self.synced.pop(path)
+
+    def lose(self) -> None:
+        for source, target, before in reversed(self.renamed):
+            target.rename(source)
+            if before is not None:
+                target.write_bytes(before)
+                self.synced[target] = before
+        [output] = {path.parent for path in self.synced if path.name == "metrics.jsonl"} or {None}
+        for path in output.rglob("*") if output else []:
+            if path.is_file() and path.name not in ("config.yaml", ".lock") and path.parent.name != "features":
+                held = self.synced.get(path)
+                if held is None:
+                    path.write_bytes(b"")
+                elif path.read_bytes() != held:
+                    path.write_bytes(held)
+
+
+def is_file_call(function: Any) -> bool:
+    """Whether a built-in function changes files."""
+    if function.__name__ not in FILE_CALLS:
+        return False
+    owner = function.__self__
+    if isinstance(owner, io.IOBase):
+        printed = getattr(owner, "name", None) in ("<stdout>", "<stderr>")
+        return not (isinstance(owner, io.StringIO | io.BytesIO) or owner.closed or printed) and owner.writable()
+    return owner in MODULES or function.__name__ == "write_end_of_file"  # of torch.save's own file
+
+
+def wrap(target: str, around: Callable[..., Any]) -> None:
+    """Replace a function, wherever a module of mmgraph has it by its name; or a method in its class."""
+    owner_name, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_name)
+    original = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        return around(original, *arguments, **named)
+
+    setattr(owner, name, wrapped)
+    for module in [module for key, module in sys.modules.items() if key.startswith("mmgraph")]:
+        if getattr(module, name, None) is original:
+            setattr(module, name, wrapped)

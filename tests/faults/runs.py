@@ -1,0 +1,132 @@
+"""Runs of launch.py with faults in them, and what a run that went through one must be equal to."""
+
+import atexit
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from conftest import read_metrics
+
+Case = TypeVar("Case")
+Fault = tuple[str, dict[str, Any]]  # a function of injection.py, and its settings
+AT_ONCE = 2  # runs
+STEPS, SAVE_EVERY = 12, 3  # of `brief` runs; 4 steps an epoch
+
+
+class Ended(NamedTuple):
+    codes: list[int | None]  # of each rank: negative for a signal; None: it did not end, and was killed
+    said: str  # of all ranks, one after the other
+
+    @property
+    def code(self) -> int | None:
+        [code] = self.codes
+        return code
+
+
+def brief(graph: Path, output: Path, *more: str) -> list[str]:
+    """Flags of a run of 12 steps in three epochs, with a state every 3 steps; without towers to run."""
+    return [
+        f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
+        f"--output_dir={output}", "--fused_dim=16", "--proj_dim=8", "--batch_size=48", "--num_workers=0",
+        "--learning_rate=1e-3", f"--max_steps={STEPS}", f"--save_every={SAVE_EVERY}", "--report_to=none", *more,
+    ]  # fmt: skip
+
+
+def run(
+    arguments: list[str],
+    *faults: Fault,
+    ranks: int = 1,
+    timeout: float = 120,
+    environment: dict[str, str] | None = None,
+) -> Ended:
+    """Run launch.py in new processes, one a rank, each of one thread."""
+    servers = _servers()
+    server = servers.get()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            output = f"{folder}/said"
+            server.stdin.write(
+                json.dumps(
+                    {
+                        "arguments": arguments, "ranks": ranks, "environment": environment or {}, "faults": faults,
+                        "output": output, "timeout": timeout,
+                    }
+                )
+                + "\n"
+            )  # fmt: skip
+            server.stdin.flush()
+            codes = json.loads(server.stdout.readline())
+            said = "".join(Path(f"{output}.{rank}").read_text(errors="replace") for rank in range(ranks))
+            return Ended(codes, said)
+    finally:
+        servers.put(server)
+
+
+@cache
+def _servers() -> "queue.Queue[subprocess.Popen[str]]":
+    servers: queue.Queue[subprocess.Popen[str]] = queue.Queue()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "warm.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        for _ in range(AT_ONCE)
+    ]
+    for server in started:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
+        atexit.register(server.kill)
+        servers.put(server)
+    return servers
+
+
+def each(cases: Iterable[Case], check: Callable[[Case], object]) -> int:
+    """Check all cases, as many at once as there are cores. Returns how many there were; the first failure is raised."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return len(list(threads.map(check, cases)))
+
+
+def check_same(output: Path, reference: Path, was_done: bool = False) -> None:
+    """Insist that a run left what ``reference``, which nothing happened to, has left: equal to the bit.
+
+    Every step once, in order, with the same losses, norms and rates; the same files of the original's format, the same
+    newest state; and no temporary files.
+
+    Args:
+        was_done: the fault came after the last state: there was nothing to go on with, and no later save to sweep up.
+    """
+    rows, expected = ([steady(row) for row in read_metrics(folder)] for folder in (output, reference))
+    assert rows == expected
+    for folder in ("checkpoints", "state"):
+        found, expected = ({path.name for path in (run / folder).iterdir()} for run in (output, reference))
+        if was_done:
+            found &= expected
+        assert found == expected
+    for path in (reference / "checkpoints").iterdir():
+        assert (output / "checkpoints" / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in sorted((reference / "state").iterdir())[-1].glob("*.safetensors"):
+        assert (output / "state" / path.parent.name / path.name).read_bytes() == path.read_bytes(), path
+    hidden = [str(path) for path in output.rglob(".*") if path.name not in (".lock",)]
+    assert was_done or not hidden
+
+
+def steady(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row of ``metrics.jsonl`` does not depend on the machine's mood."""
+    moody = ("edges_per_s", "data_wait", "peak_memory")
+    return {name: value for name, value in row.items() if not name.startswith(moody)}
+
+
+def check_log(before: str, after: str, step: int) -> None:
+    """Insist that the log only grew, and says where the run went on (nothing, where it began anew)."""
+    assert after.startswith(before)
+    assert (f"resumed at step {step} from" in after[len(before) :]) == (step > 0)

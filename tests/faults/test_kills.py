@@ -1,0 +1,202 @@
+"""kill -9 and power cuts, wherever they may come: the same command goes on, and ends as if nothing had been."""
+
+import itertools
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import SAVE_EVERY, STEPS, Fault, brief, check_log, check_same, each, run
+
+from mmgraph.errors import UserError
+from mmgraph.state import read_record, state_folders
+
+EPOCH = 4  # steps
+EVALUATED = ("--eval_fraction=0.1", "--eval_every=3", "--batch_size=44", "--keep_best=z_graph/mrr")
+SAVING = ["mmgraph.trainer.Trainer.save"]
+EVALUATING = ["mmgraph.trainer.Trainer.evaluate"]
+PREPARING = ["mmgraph.start.open_graph", "mmgraph.tower_cache.contents_of", "mmgraph.tower_cache.open_store"]
+Cases = Callable[[int], None]
+
+
+@pytest.fixture(scope="module")
+def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    assert run(brief(graph, output)).code == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def evaluated(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with evaluations."""
+    output = tmp_path_factory.mktemp("reference") / "evaluated"
+    assert run(brief(graph, output, *EVALUATED)).code == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def all_states(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All states of the run that nothing happens to."""
+    output = tmp_path_factory.mktemp("reference") / "states"
+    assert run(brief(graph, output, "--keep_last=99")).code == 0
+    return output / "state"
+
+
+def after(step: int) -> Fault:
+    return "after_step", {"step": step, "action": "SIGKILL"}
+
+
+def count(graph: Path, folder: Path, inside: list[str], *more: str, **environment: str) -> int:
+    """How many calls that change files a whole run makes in the functions ``inside``."""
+    told = folder / "calls"
+    fault = ("at_file_call", {"inside": inside, "number": 0, "action": "SIGKILL", "told": str(told)})
+    assert run(brief(graph, folder / "counted", *more), fault, environment=environment).code == 0
+    return len(told.read_text().splitlines())
+
+
+def valid_steps(output: Path) -> list[int]:
+    """The steps of a run's valid states, the newest first."""
+    steps = []
+    for path in state_folders(output / "state"):
+        try:
+            steps.append(read_record(path)["step"])
+        except UserError:
+            pass
+    return steps
+
+
+def log_of(output: Path) -> str:
+    path = output / "training_log.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def check_resumed(graph: Path, output: Path, reference: Path, *more: str) -> None:
+    """Insist that the same command goes on to the same end, and that the log says where it went on."""
+    before, steps = log_of(output), valid_steps(output)
+    ended = run(brief(graph, output, *more))
+    assert ended.code == 0, ended.said
+    check_same(output, reference, was_done=steps[:1] == [STEPS])
+    if (output / "evaluation.json").exists():
+        assert (output / "evaluation.json").read_bytes() == (reference / "evaluation.json").read_bytes()
+    if not steps or steps[0] < STEPS:
+        check_log(before, log_of(output), steps[0] if steps else 0)
+
+
+@pytest.mark.fault("kill -9 after each step of a run")
+def test_after_every_step(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    def check(step: int) -> None:
+        output = tmp_path / f"{step}"
+        assert run(brief(graph, output), after(step)).code == -signal.SIGKILL
+        saved = [s for s in range(1, step) if s % SAVE_EVERY == 0 or s % EPOCH == 0]
+        assert valid_steps(output) == saved[-1:-3:-1]
+        check_resumed(graph, output, reference)
+
+    cases(each(range(1, STEPS + 1), check))
+
+
+@pytest.mark.fault("kill -9 three times in one epoch")
+def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    epochs = [range(first, first + EPOCH) for first in range(1, STEPS + 1, EPOCH)]
+    triples = [triple for epoch in epochs for triple in itertools.combinations_with_replacement(epoch, 3)]
+
+    def check(steps: tuple[int, int, int]) -> None:
+        output = tmp_path / "-".join(map(str, steps))
+        for step in steps:
+            run(brief(graph, output), after(step))  # it is past the step already where a state was written at it
+        check_resumed(graph, output, reference)
+
+    cases(each(random.Random(0).sample(triples, 12), check))
+
+
+@pytest.mark.fault("kill -9 at an epoch's end: before its file, between file and state, after the state")
+def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    places = [
+        ("mmgraph.checkpoints.write_checkpoint", 1, False),
+        ("mmgraph.checkpoints.write_checkpoint", 1, True),
+        ("mmgraph.state.write_state", 2, False),
+        ("mmgraph.state.write_state", 2, True),
+    ]
+
+    def check(place: tuple[str, int, bool]) -> None:
+        target, number, done = place
+        output = tmp_path / f"{target}-{done}"
+        fault = ("at_call", {"target": target, "number": number, "action": "SIGKILL", "after": done})
+        assert run(brief(graph, output), fault).code == -signal.SIGKILL
+        check_resumed(graph, output, reference)
+
+    cases(each(places, check))
+
+
+@pytest.mark.fault("kill -9 or a power cut before each write, sync and rename of the saves")
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("action", ["SIGKILL", "power"])
+def test_in_a_save(
+    graph: Path, reference: Path, all_states: Path, tmp_path: Path, cases: Cases, action: str, every: int
+) -> None:
+    def check(number: int) -> None:
+        output = tmp_path / f"{number}"
+        fault = ("at_file_call", {"inside": SAVING, "number": number, "action": action})
+        assert run(brief(graph, output), fault).code == -signal.SIGKILL
+        for step in valid_steps(output):
+            for name in ("trainable.safetensors", "optimizer.safetensors"):
+                folder = f"step-{step:08d}"
+                assert (output / "state" / folder / name).read_bytes() == (all_states / folder / name).read_bytes()
+        if (output / "checkpoints" / "multimodal_encoder_epoch_1.pt").exists():
+            assert valid_steps(output)  # written before; never pruned without a newer one
+        check_resumed(graph, output, reference)
+
+    cases(each(range(1, count(graph, tmp_path, SAVING) + 1, every), check))
+
+
+@pytest.mark.fault("kill -9 before each write, sync and rename around an evaluation")
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: Cases, every: int) -> None:
+    def check(number: int) -> None:
+        output = tmp_path / f"{number}"
+        fault = ("at_file_call", {"inside": EVALUATING, "number": number, "action": "SIGKILL"})
+        assert run(brief(graph, output, *EVALUATED), fault).code == -signal.SIGKILL
+        check_resumed(graph, output, evaluated, *EVALUATED)
+
+    cases(each(range(1, count(graph, tmp_path, EVALUATING, *EVALUATED) + 1, every), check))
+
+
+@pytest.mark.fault("kill -9 while tables are converted and the tower store is built")
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
+    def check(number: int) -> None:
+        output, cache = tmp_path / f"{number}", {"MMGRAPH_CACHE": str(tmp_path / f"cache-{number}")}
+        fault = ("at_file_call", {"inside": PREPARING, "number": number, "action": "SIGKILL"})
+        assert run(brief(graph, output), fault, environment=cache).code == -signal.SIGKILL
+        ended = run(brief(graph, output), environment=cache)
+        assert ended.code == 0, ended.said
+        check_same(output, reference)
+        # Of small files, any process may be writing one under a random name: those are left where they are.
+        leftovers = [path for path in Path(cache["MMGRAPH_CACHE"]).rglob(".*") if path.stat().st_size > 10_000]
+        assert not leftovers
+
+    calls = count(graph, tmp_path, PREPARING, MMGRAPH_CACHE=str(tmp_path / "cache"))
+    cases(each(range(1, calls + 1, every), check))
+
+
+@pytest.mark.fault("kill -9 of both of two ranks, after a step, and at a call in the main one's save")
+def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    whole = tmp_path / "whole"
+    assert run(brief(graph, whole), ranks=2).codes == [0, 0]
+
+    def check(place: int) -> None:
+        output = tmp_path / f"{place}"
+        faults: list[Fault] = [after(place)]
+        if place > STEPS:
+            call = {"inside": SAVING, "number": place, "action": "SIGKILL", "rank": 0}
+            faults = [
+                ("at_file_call", call),
+                ("at_call", {"target": "mmgraph.state.write_state", "number": 9, "action": "SIGKILL"}),
+            ]
+        ended = run(brief(graph, output), *faults, ranks=2)
+        assert -signal.SIGKILL in ended.codes
+        assert run(brief(graph, output), ranks=2).codes == [0, 0]
+        check_same(output, whole)
+
+    cases(each([2, 4, 7, 11, 40, 60, 80, 100], check))
