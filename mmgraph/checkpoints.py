@@ -1,5 +1,6 @@
 """Checkpoint files in the original's format, and encoders from them."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs, random_towers
 
 DEFAULT_MODEL = Config.model_name
+HEADS = 8  # of the fusion's attention
 
 
 class TrainedState(NamedTuple):
@@ -71,6 +73,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
+        _refuse_bomb(Path(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a broken zip or a forbidden pickle makes it raise
         reason = " ".join(str(error).split())[:200]
@@ -79,8 +82,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ) from None
     whole = isinstance(content, dict) and "model_state_dict" in content
     state = content["model_state_dict"] if whole else content
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state.items()
+    ):
         raise UserError(f"{path}: holds no model_state_dict")
+    _check_data(path, state)
     if "graph_proj.weight" not in state or "fusion.text_proj.weight" not in state:
         raise UserError(
             f"{path}: not a multimodal graph encoder: it has no graph_proj.weight or fusion.text_proj.weight"
@@ -90,7 +96,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     missing = {"epoch", "optimizer_state_dict", "loss"} - content.keys()
     if missing:
         raise UserError(f"{path}: an epoch file without {', '.join(sorted(missing))}")
-    return Checkpoint(file_keys(state), content["optimizer_state_dict"], int(content["epoch"]), float(content["loss"]))
+    try:
+        epoch, loss = int(content["epoch"]), float(content["loss"])
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: its epoch or loss is no number") from None
+    return Checkpoint(file_keys(state), content["optimizer_state_dict"], epoch, loss)
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError where a zip would give more than it holds: torch.save never compresses."""
+    if not zipfile.is_zipfile(path):
+        return  # for torch to say
+    with zipfile.ZipFile(path) as file:
+        size = sum(entry.file_size for entry in file.infolist())
+    if size > path.stat().st_size:
+        raise ValueError(f"a zip of {size:,} bytes in a file of {path.stat().st_size:,}")
+
+
+def _check_data(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`UserError` where a tensor is not what it looks like: of strides of 0, sparse, or of no data."""
+    for key, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key}, {tuple(tensor.shape)}, holds less data than its shape says")
 
 
 def model_state(towers: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -122,7 +150,7 @@ def trained_state(checkpoint: Checkpoint, names: list[str], path: str | Path) ->
     """The trained part of a file, for the parameters ``names``; without moments where it is a final file.
 
     Raises:
-        UserError: a tensor is missing.
+        UserError: a tensor is missing, or the moments are no AdamW's.
     """
     missing = [name for name in names if name not in checkpoint.model_state_dict]
     if missing:
@@ -130,10 +158,12 @@ def trained_state(checkpoint: Checkpoint, names: list[str], path: str | Path) ->
     weights = {name: checkpoint.model_state_dict[name].float() for name in names}
     if checkpoint.optimizer_state_dict is None:
         return TrainedState(weights, {}, {}, 0)
-    states = checkpoint.optimizer_state_dict.get("state", {})
-    if not states:
-        return TrainedState(weights, {}, {}, 0)
     try:
+        states = checkpoint.optimizer_state_dict.get("state", {})
+        if not states:
+            return TrainedState(weights, {}, {}, 0)
+        for i in range(len(names)):
+            _check_data(path, {f"param {i}: {key}": states[i][key] for key in ("exp_avg", "exp_avg_sq")})
         first, second = (
             {name: states[i][key].float() for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")
         )
@@ -158,12 +188,12 @@ def load_pretrained_encoder(
     """
     state = read_checkpoint(checkpoint_path).model_state_dict
     name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
-    encoder = MultimodalGraphEncoder.from_towers(
-        random_towers(*tower_configs(name)),
-        fused_dim=state["fusion.text_proj.weight"].shape[0],
-        proj_dim=state["graph_proj.weight"].shape[0],
-    )
-    expected = encoder.state_dict()
+    widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
+    if len(widths) < 2 or widths[0] % HEADS or not min(widths):
+        raise UserError(f"{checkpoint_path}: widths of {tuple(widths)}; the fusion's must be a multiple of {HEADS}")
+    configs = tower_configs(name)
+    with torch.device("meta"):  # what a file claims is compared before it is given memory
+        expected = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths).state_dict()
     for key in [*expected, *state]:
         if key not in state or key not in expected:
             where = "is missing in" if key not in state else "is not expected in"
@@ -173,6 +203,7 @@ def load_pretrained_encoder(
                 f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
                 f"towers of {name}; give the model it was trained with"
             )
+    encoder = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths)
     encoder.load_state_dict(state)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         log("no CUDA device: the encoder is loaded on the CPU")

@@ -10,7 +10,7 @@ from mmgraph.checkpoints import TrainedState, best_file, read_checkpoint, traine
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.state import Progress, newest_state, read_record, read_state
+from mmgraph.state import Progress, check_fit, newest_state, read_record, read_state
 from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs
 
@@ -73,6 +73,7 @@ def read_start(
     if state is not None:
         check_identity(state, identity, f"{state} was made with other towers")
         progress, trained = read_state(state)
+        check_fit(trained, _empty_module(config), state)
         if state.resolve().parent != (config.output_folder / "state").resolve():
             progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
         return progress, trained
@@ -93,10 +94,21 @@ def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[
     epoch = checkpoint.epoch or 0
     if epoch >= config.epochs:
         raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
+    module = _empty_module(config)
+    names = [name for name, _ in module.named_parameters()]
+    extra = checkpoint.model_state_dict.keys() - frozen.keys() - set(names)
+    if extra:
+        raise UserError(f"--init_from {path}: has {min(extra)} too, which is not this model's")
+    trained = trained_state(checkpoint, names, path)
+    check_fit(trained, module, path)
+    return trained, epoch
+
+
+def _empty_module(config: Config) -> TrainedModule:
+    """What the run trains, without memory: names, shapes and types to compare with."""
+    d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
     with torch.device("meta"):
-        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
-        module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
-    return trained_state(checkpoint, [name for name, _ in module.named_parameters()], path), epoch
+        return TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
 
 
 def _used(output: Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,17 +80,21 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def load_weights(module: nn.Module, trained: TrainedState) -> None:
-    """Put a consolidated state's weights into the trained module, before it is prepared.
+def check_fit(trained: TrainedState, module: nn.Module, path: Path) -> None:
+    """Raise :class:`UserError` where weights or moments from ``path`` have other names, shapes or types than the module."""
+    expected = dict(module.named_parameters())
+    kinds = {"weights": trained.weights}
+    if trained.exp_avg or trained.exp_avg_sq:
+        kinds |= {"Adam's first moments": trained.exp_avg, "Adam's second moments": trained.exp_avg_sq}
+    for kind, tensors in kinds.items():
+        for name in [*expected, *tensors]:
+            found, wanted = (_described(among.get(name)) for among in (tensors, expected))
+            if found != wanted:
+                raise UserError(f"{path}: its {kind} do not fit the model: {name} is {found}, expected {wanted}")
 
-    Raises:
-        UserError: names or shapes differ.
-    """
-    for name, parameter in module.named_parameters():
-        if name not in trained.weights or trained.weights[name].shape != parameter.shape:
-            found = tuple(trained.weights[name].shape) if name in trained.weights else "missing"
-            raise UserError(f"weights do not fit: {name} is {found}, expected {tuple(parameter.shape)}")
-    module.load_state_dict(trained.weights)
+
+def _described(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
@@ -146,44 +150,55 @@ def write_state(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
-    temporary.mkdir()
-    moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
-    moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
-    for name, tensors in ((WEIGHTS, trained.weights), (MOMENTS, moments)):
-        (temporary / name).write_bytes(save(tensors))  # safetensors' own save_file lets nobody else read the file
-    record = {
-        "format": FORMAT,
-        **dataclasses.asdict(progress),
-        "identity": run_identity,
-        "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")}
-        | {"python": platform.python_version()},
-        "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, MOMENTS)},
-    }
-    (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for name in (WEIGHTS, MOMENTS, RECORD):
-        sync(temporary / name)
-    sync(temporary)
-    if target.exists() and _same_tensors(target, record["sha256"]):  # evaluated since, or under raised limits
-        (temporary / RECORD).replace(target / RECORD)
-        shutil.rmtree(temporary)
-    else:
-        if target.exists():
-            shutil.rmtree(target)  # an invalid one
-        temporary.rename(target)
+    try:
+        hashes = _fill(temporary, progress, trained, run_identity, config)
+        if target.exists() and _same_tensors(target, hashes):  # evaluated since, or under raised limits
+            (temporary / RECORD).replace(target / RECORD)
+        else:
+            _remove(target)  # an invalid one
+            temporary.rename(target)
+    finally:
+        _remove(temporary)  # on a full disk it is in the way
     sync(target)
     sync(folder)
     _prune(folder, target, keep_last)
     return target
 
 
+def _fill(
+    folder: Path, progress: Progress, trained: TrainedState, run_identity: dict[str, Any], config: Config
+) -> dict[str, str]:
+    """Make a state's files in a new folder, synced. Returns the SHA-256 of each."""
+    folder.mkdir()
+    moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
+    moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
+    for name, tensors in ((WEIGHTS, trained.weights), (MOMENTS, moments)):
+        (folder / name).write_bytes(save(tensors))  # safetensors' own save_file lets nobody else read the file
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        **dataclasses.asdict(progress),
+        "identity": run_identity,
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")}
+        | {"python": platform.python_version()},
+        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, MOMENTS)},
+    }
+    record["sha256"][RECORD] = _digest(record)
+    (folder / RECORD).write_text(_text(record), encoding="utf-8")
+    for name in (WEIGHTS, MOMENTS, RECORD):
+        sync(folder / name)
+    sync(folder)
+    return record["sha256"]
+
+
 def _same_tensors(path: Path, hashes: dict[str, str]) -> bool:
     try:
-        return read_record(path)["sha256"] == hashes
+        found = read_record(path)["sha256"]
     except UserError:
         return False
+    return all(found[name] == hashes[name] for name in (WEIGHTS, MOMENTS))
 
 
 def _prune(folder: Path, newest: Path, keep_last: int) -> None:
@@ -194,7 +209,15 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
         if path == newest or (kept and kept < keep_last and _is_valid(path)):
             kept += 1
         else:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever has this name: a folder, or a file or link that somebody put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_valid(path: Path) -> bool:
@@ -231,21 +254,36 @@ def read_record(path: Path) -> dict[str, Any]:
         UserError: no state, a newer format, or a file that its SHA-256 does not match; with the file's name.
     """
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        text = (path / RECORD).read_text(encoding="utf-8")
+        record = json.loads(text)
         if record["format"] > FORMAT:
             raise NewerFormatError(
                 f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
             )
         hashes = record["sha256"]
+        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):
+            raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
+        if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
+            raise ValueError(f"has SHA-256 of {', '.join(hashes)}")
         Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
     except FileNotFoundError:
         raise UserError(f"{path}: not a state, it has no {RECORD}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
     for name in (WEIGHTS, MOMENTS):
         if not (path / name).is_file() or _sha256(path / name) != hashes.get(name):
             raise UserError(f"{path / name}: damaged, its SHA-256 is not the one in {RECORD}")
     return record
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a ``state.json`` without its own. (States of before this had one of the tensors alone.)"""
+    others = {name: value for name, value in record["sha256"].items() if name != RECORD}
+    return hashlib.sha256(_text({**record, "sha256": others}).encode()).hexdigest()
 
 
 def read_state(path: Path) -> tuple[Progress, TrainedState]:

@@ -112,7 +112,7 @@ class Trainer:
         module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
         self.trained_parameters = sum(parameter.numel() for parameter in module.parameters())
         if trained is not None:
-            state.load_weights(module, trained)
+            module.load_state_dict(trained.weights)
         optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=config.learning_rate,

@@ -72,7 +72,7 @@ def at_file_call(inside: list[str], number: int, action: str, told: str | None =
         told: a file for the names of all such calls, a line each.
     """
     counted, disk = [0], Disk() if action == "power" else None
-    lines = Path(told).open("w", buffering=1) if told else None
+    lines = Path(told).open("w", buffering=1) if told else None  # noqa: SIM115 - for the rest of the run
 
     def seen(frame: FrameType, event: str, function: Any) -> None:
         if event != "c_call" or not is_file_call(function):

@@ -4,6 +4,7 @@ import itertools
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,8 @@ def valid_steps(output: Path) -> list[int]:
     """The steps of a run's valid states, the newest first."""
     steps = []
     for path in state_folders(output / "state"):
-        try:
+        with suppress(UserError):
             steps.append(read_record(path)["step"])
-        except UserError:
-            pass
     return steps
 
 
@@ -180,23 +179,19 @@ def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases
     cases(each(range(1, calls + 1, every), check))
 
 
-@pytest.mark.fault("kill -9 of both of two ranks, after a step, and at a call in the main one's save")
+@pytest.mark.fault("kill -9 of both of two ranks after a step, and of the main one in a save")
 def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
     whole = tmp_path / "whole"
     assert run(brief(graph, whole), ranks=2).codes == [0, 0]
 
     def check(place: int) -> None:
         output = tmp_path / f"{place}"
-        faults: list[Fault] = [after(place)]
-        if place > STEPS:
-            call = {"inside": SAVING, "number": place, "action": "SIGKILL", "rank": 0}
-            faults = [
-                ("at_file_call", call),
-                ("at_call", {"target": "mmgraph.state.write_state", "number": 9, "action": "SIGKILL"}),
-            ]
-        ended = run(brief(graph, output), *faults, ranks=2)
-        assert -signal.SIGKILL in ended.codes
+        fault = after(place)
+        if place > STEPS:  # a call that changes files; only the main process makes any
+            fault = ("at_file_call", {"inside": SAVING, "number": place, "action": "SIGKILL", "rank": 0})
+        ended = run(brief(graph, output), fault, ranks=2, timeout=20)
+        assert -signal.SIGKILL in ended.codes and None not in ended.codes, ended.said
         assert run(brief(graph, output), ranks=2).codes == [0, 0]
         check_same(output, whole)
 
-    cases(each([2, 4, 7, 11, 40, 60, 80, 100], check))
+    cases(each([2, 4, 7, 11, 40, 60, 80, 100, 120, 140], check))

@@ -1,8 +1,8 @@
 """A process that has imported everything, and forks: a run that costs a second to start, not ten.
 
-Reads a JSON object a line: ``arguments`` of launch.py, ``ranks``, ``environment``, ``faults`` as [name, settings] pairs of
-functions in :mod:`injection`, ``output`` (a path for what each rank prints; the rank's number is put behind it) and
-``timeout``. Answers with a JSON list: the exit code of each rank, negative for a signal, None for one that had to be killed.
+Reads a JSON object a line: ``arguments`` of launch.py, ``ranks``, ``environment``, ``faults`` as [name, settings] pairs
+of functions in :mod:`injection`, ``output`` (a path for what each rank prints; the rank's number is put behind it) and
+``timeout``. Answers with a JSON list: the exit code of each rank, negative for a signal, None for one that did not end.
 """
 
 import json
@@ -89,7 +89,7 @@ def start(
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
     torch.set_num_threads(1)
-    run(arguments, faults, rank)
+    return run(arguments, faults, rank)
 
 
 def run(arguments: list[str], faults: list[tuple[str, dict[str, Any]]], rank: int) -> NoReturn:

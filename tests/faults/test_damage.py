@@ -1,0 +1,289 @@
+"""Files that are damaged, hostile, or not mmgraph's at all, where a run looks for its states and checkpoints."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import brief, check_same, each, run
+from safetensors.torch import load_file, save_file
+
+from mmgraph import load_pretrained_encoder
+from mmgraph.checkpoints import read_checkpoint
+from mmgraph.errors import UserError
+from mmgraph.state import newest_state, read_record, state_folders
+
+FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
+Cases = Callable[[int], None]
+
+
+@pytest.fixture(scope="module")
+def done(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, with its last two states."""
+    output = tmp_path_factory.mktemp("done") / "run"
+    assert run(brief(graph, output)).code == 0
+    return output
+
+
+def flip(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+@pytest.mark.fault("a state's file cut short, or one bit of it flipped")
+@pytest.mark.parametrize("places", [50, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_states_are_told(done: Path, tmp_path: Path, cases: Cases, places: int) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(done, output)
+    newest, older = state_folders(output / "state")
+    generator, tried = torch.Generator().manual_seed(0), 0
+    for name in FILES:
+        path = newest / name
+        whole = path.read_bytes()
+        drawn = torch.randint(len(whole), (places,), generator=generator).tolist()
+        ends = [0, 1, 7, 8, len(whole) - 1]
+        damaged = [whole[:place] for place in [*ends, *drawn]]
+        damaged += [flip(whole, place, place % 8) for place in [*ends[:-2], *drawn, len(whole) - 1]]
+        damaged += [whole + b"\n", whole + b"\0"]
+        for content in damaged:
+            path.write_bytes(content)
+            lines: list[Any] = []
+            assert newest_state(output / "state", lines.append) == older
+            assert str(path) in lines[0], lines
+            with pytest.raises(UserError, match=name):
+                read_record(newest)
+            tried += 1
+        path.unlink()
+        assert newest_state(output / "state", lines.append) == older
+        path.write_bytes(whole)
+    assert newest_state(output / "state", print) == newest
+    cases(tried)
+
+
+@pytest.mark.fault("every bit of a state.json flipped")
+@pytest.mark.slow
+def test_every_bit_of_a_record(done: Path, tmp_path: Path, cases: Cases) -> None:
+    state = tmp_path / "step-00000012"
+    shutil.copytree(state_folders(done / "state")[0], state)
+    path, tried = state / "state.json", 0
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(flip(whole, place, bit))
+            with pytest.raises(UserError, match=r"state\.json"):
+                read_record(state)
+            tried += 1
+    cases(tried)
+
+
+@pytest.mark.fault("a run started again on a damaged newest state: goes on from the one before it")
+def test_a_run_goes_on_from_the_state_before(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+    def check(name: str) -> None:
+        output = tmp_path / name
+        shutil.copytree(done, output)
+        newest, older = state_folders(output / "state")
+        path = newest / name
+        path.write_bytes(flip(path.read_bytes(), 1000, 3))
+        named = run(brief(graph, output, f"--resume={newest}"))
+        assert named.code == 2 and str(path) in named.said and "damaged" in named.said
+        ended = run(brief(graph, output))
+        assert ended.code == 0 and f"ignored: {path}: damaged" in ended.said
+        assert f"from {older}" in ended.said
+        check_same(output, done)
+
+    cases(each(FILES, check))
+
+
+@pytest.mark.fault("retention beside damaged states: they are not counted, and the last valid one stays")
+def test_retention_counts_valid_states_alone(graph: Path, done: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"}))
+    assert first.code == -9 and [path.name[-2:] for path in state_folders(output / "state")] == ["06", "04"]
+    (output / "state" / "step-00000004" / "state.json").write_text("{}")
+    shutil.copytree(output / "state" / "step-00000004", output / "state" / "step-00000005")
+    second = run(brief(graph, output), ("after_step", {"step": 9, "action": "SIGKILL"}))
+    assert second.code == -9 and [path.name[-2:] for path in state_folders(output / "state")] == ["08", "06"]
+    assert run(brief(graph, output)).code == 0
+    check_same(output, done)
+
+
+@pytest.mark.fault("stray names beside the states, and lost temporaries")
+def test_stray_names(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+    output = tmp_path / "run"
+    assert run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
+    states = output / "state"
+    newest = state_folders(states)[0]
+    shutil.copytree(newest, states / "step-10.bak")
+    shutil.copytree(newest, states / "step-00000010.bak")
+    shutil.copytree(newest, states / ".tmp-4711")
+    (states / ".tmp-4712").write_text("a file")
+    for name in ("step-99", "step-00000099", "step-", "notes"):
+        (states / name).mkdir()
+    (states / "step-00000098").write_text("a file")
+    (states / "step-00000012").write_text("a file where a state is to be")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").touch()
+    (states / "step-00000097").symlink_to(tmp_path / "elsewhere")
+    (output / "checkpoints" / ".multimodal_encoder_epoch_2.pt..tmp").write_bytes(b"half")
+    ended = run(brief(graph, output))
+    assert ended.code == 0 and f"resumed at step 6 from {newest}" in ended.said
+    kept = {"step-10.bak", "step-00000010.bak", "step-99", "step-", "notes", "step-00000098"}
+    assert {path.name for path in states.iterdir()} == kept | {"step-00000012", "step-00000011"} - {"step-00000011"} | {
+        "step-00000009"
+    }
+    assert (tmp_path / "elsewhere" / "precious").exists()
+    for name in kept:
+        path = states / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    check_same(output, done)
+    cases(len(kept) + 6)
+
+
+class Run:
+    """What a pickle would do."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def bomb(path: Path, source: Path, **changed: bytes) -> None:
+    """A checkpoint's zip with compressed entries."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, b"\0" * 4_000_000_000 if name.endswith("data/0") else old.read(name))
+
+
+def hostile_files(folder: Path, epoch_file: Path) -> dict[str, tuple[Path, str]]:
+    """Files, and what is to be said of each."""
+    whole = torch.load(epoch_file, weights_only=True)
+    files = {}
+
+    def made(name: str, reason: str, change: Callable[[dict[str, Any]], object] | None = None) -> Path:
+        files[name] = path, reason = folder / f"{name}.pt", reason
+        if change is not None:
+            content = {**whole, "model_state_dict": dict(whole["model_state_dict"])}
+            change(content)
+            torch.save(content, path)
+        return path
+
+    model, wide = "model_state_dict", "fusion.text_proj.weight"
+    ran = folder / "ran"
+    made("pickle", "weights_only", lambda content: content.update(epoch=Run(ran)))
+    made("old pickle", "read safely").write_bytes(pickle.dumps(Run(ran)))
+    bomb(made("bomb", "a zip of 4,"), epoch_file)
+    made("missing", "graph_proj.bias", lambda content: content[model].pop("graph_proj.bias"))
+    made("extra", "malware.weight", lambda content: content[model].update({"malware.weight": torch.zeros(2)}))
+    made(
+        "shape",
+        "text_proj.weight is (3, 3)",
+        lambda content: content[model].update({"text_proj.weight": torch.zeros(3, 3)}),
+    )
+    made("huge", "less data than", lambda content: content[model].update({wide: torch.zeros(1).expand(10**7, 10**5)}))
+    made(
+        "sparse",
+        "less data than",
+        lambda content: content[model].update({wide: torch.sparse_coo_tensor(size=(10**7, 10**7))}),
+    )
+    made(
+        "meta",
+        "less data than",
+        lambda content: content[model].update({wide: torch.empty(10**7, 10**7, device="meta")}),
+    )
+    made("wide", "fusion", lambda content: content[model].update({wide: torch.zeros(8_000_000, 1)}))
+    made("scalar", "widths", lambda content: content[model].update({wide: torch.zeros(())}))
+    made("text", "no model_state_dict", lambda content: content.update({model: "weights"}))
+    made("numbers", "no model_state_dict", lambda content: content.update({model: {1: torch.zeros(1)}}))
+    made("epoch", "no number", lambda content: content.update(epoch=[1]))
+    made("list", "holds no", lambda content: None).write_bytes(_saved([1, 2]))
+    made("empty", "read safely").write_bytes(b"")
+    made("noise", "read safely").write_bytes(bytes(range(256)) * 40)
+    made("cut", "read safely").write_bytes(epoch_file.read_bytes()[:-2000])
+    return files
+
+
+def _saved(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.fault("hostile checkpoint files: code in a pickle, bombs, wrong shapes and keys")
+def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+    files = hostile_files(tmp_path, done / "checkpoints" / "multimodal_encoder_epoch_3.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path, reason in files.values():
+        with pytest.raises(UserError, match=r"\S") as told:
+            load_pretrained_encoder(path, "cpu", model_name=str(graph / "towers"))
+        assert str(path) in str(told.value) and reason in str(told.value), path
+
+    def check(name: str) -> None:
+        path, _ = files[name]
+        ended = run(brief(graph, tmp_path / name.replace(" ", ""), f"--init_from={path}"))
+        assert ended.code == 2 and str(path) in ended.said and "Traceback" not in ended.said, ended.said
+        assert not list((tmp_path / name.replace(" ", "")).rglob("*.json*"))
+
+    tried = each(sorted(files), check)
+    assert not (tmp_path / "ran").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB, where files claim 4 GB and more
+    wide = run(
+        brief(
+            graph, tmp_path / "other", f"--init_from={done}/checkpoints/multimodal_encoder_final.pt", "--fused_dim=32"
+        )
+    )
+    assert wide.code == 2 and "do not fit the model: fusion." in wide.said
+    assert read_checkpoint(done / "checkpoints" / "multimodal_encoder_final.pt").epoch is None
+    cases(len(files) + tried + 1)
+
+
+def signed(state: Path) -> None:
+    """Give a changed state the hashes of what it holds."""
+    from mmgraph.state import _digest, _sha256, _text
+
+    record = json.loads((state / "state.json").read_text())
+    record["sha256"] = {name: _sha256(state / name) for name in FILES[:2]}
+    record["sha256"]["state.json"] = _digest(record)
+    (state / "state.json").write_text(_text(record))
+
+
+STATES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
+    "shape": ("trainable", lambda tensors: tensors.update({"graph_proj.bias": torch.zeros(3)})),
+    "missing": ("trainable", lambda tensors: tensors.pop("graph_proj.bias")),
+    "extra": ("trainable", lambda tensors: tensors.update(other=torch.zeros(3))),
+    "dtype": ("trainable", lambda tensors: tensors.update({"graph_proj.bias": torch.zeros(8, dtype=torch.int32)})),
+    "moment": ("optimizer", lambda tensors: tensors.update({"exp_avg.graph_proj.bias": torch.zeros(3)})),
+    "no moment": ("optimizer", lambda tensors: tensors.pop("exp_avg_sq.graph_proj.bias")),
+    "extra moment": ("optimizer", lambda tensors: tensors.update({"exp_avg.other": torch.zeros(3)})),
+}
+
+
+@pytest.mark.fault("states with valid hashes and wrong contents")
+def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+    def check(kind: str) -> None:
+        name, change = STATES[kind]
+        output = tmp_path / kind.replace(" ", "")
+        shutil.copytree(done, output)
+        newest = state_folders(output / "state")[0]
+        path = newest / f"{name}.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        signed(newest)
+        ended = run(brief(graph, output, "--max_steps=13"))
+        assert ended.code == 2 and "do not fit the model" in ended.said and "Traceback" not in ended.said, ended.said
+
+    cases(each(STATES, check))
+    deep = tmp_path / "step-00000012"
+    deep.mkdir()
+    (deep / "state.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged"):
+        read_record(deep)
