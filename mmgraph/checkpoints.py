@@ -1,5 +1,6 @@
 """Checkpoint files in the original's format, and encoders from them."""
 
+import errno
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,14 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             "loss": checkpoint.loss,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, lambda temporary: torch.save(content, temporary))
+    write_durably(path, lambda temporary: _save(content, temporary))
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # its C++ has no other word for a full disk
+        raise OSError(errno.EIO, "torch.save could not write it, as on a full disk", str(path)) from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -199,8 +199,8 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     whole = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
     if free < one:
         raise UserError(
-            f"--output_dir {config.output_folder}: {free / 1e9:.2f} GB free, and an epoch file with its state takes "
-            f"{one / 1e9:.2f} GB; make room, or choose another place"
+            f"--output_dir {config.output_folder}: {estimate.size(free)} free, and an epoch file with its state takes "
+            f"{estimate.size(one)}; make room, or choose another place"
         )
     line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; a whole run takes up to {whole / 1e9:.1f} GB"
     return [line if whole <= free else f"warning: {line}"]

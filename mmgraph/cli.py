@@ -15,7 +15,7 @@ from mmgraph.bench.command import add_bench_arguments, not_negative
 from mmgraph.errors import UserError
 from mmgraph.text_log import is_main_process
 
-WRONG_USAGE = 2
+OTHERS_WAIT_SECONDS = 5  # most errors are every rank's: the main one says it, and the launcher then ends the others
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -216,9 +216,9 @@ def _run(action: Callable[[], int]) -> int:
         if is_main_process():
             print(f"mmgraph: error: {error}", file=sys.stderr)
         else:
-            time.sleep(5)  # most errors are every rank's: the main one says it, and the launcher then ends this rank
+            time.sleep(OTHERS_WAIT_SECONDS)
             print(f"mmgraph: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        return WRONG_USAGE
+        return error.exit_code
     except RuntimeError as error:
         lost = _lost_contact(error)
         if lost is None:

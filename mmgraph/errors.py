@@ -6,3 +6,11 @@ class UserError(Exception):
 
     The message says what is wrong, where (file, line), and what to do.
     """
+
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A run that fails through no fault of the command's (a full disk, a rank that is lost): exit code 1."""
+
+    exit_code = 1

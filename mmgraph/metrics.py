@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,7 +46,8 @@ class MetricsFile:
         return self._path.stat().st_size
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of rows that no state counts on
+            self._file.close()
 
     def _flush(self) -> None:
         self._file.flush()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,4 +173,5 @@ class Recorder:
             )
         else:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
-        flush_log()  # closing a tracker may take longer than the launcher leaves
+        with suppress(OSError):
+            flush_log()  # closing a tracker may take longer than the launcher leaves

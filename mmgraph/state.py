@@ -81,7 +81,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_fit(trained: TrainedState, module: nn.Module, path: Path) -> None:
-    """Raise :class:`UserError` where weights or moments from ``path`` have other names, shapes or types than the module."""
+    """Raise :class:`UserError` where weights or moments have other names, shapes or types than the module's."""
     expected = dict(module.named_parameters())
     kinds = {"weights": trained.weights}
     if trained.exp_avg or trained.exp_avg_sq:
@@ -256,13 +256,13 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         text = (path / RECORD).read_text(encoding="utf-8")
         record = json.loads(text)
+        hashes = record["sha256"]
+        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # whatever the format
+            raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
         if record["format"] > FORMAT:
             raise NewerFormatError(
                 f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
             )
-        hashes = record["sha256"]
-        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):
-            raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
             raise ValueError(f"has SHA-256 of {', '.join(hashes)}")
         Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})

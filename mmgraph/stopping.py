@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mmgraph.text_log import flush_log
 
@@ -99,7 +99,8 @@ class StopRequest:
                     file=sys.stderr,
                     flush=True,
                 )
-                flush_log()
+                with suppress(OSError):
+                    flush_log()
                 os._exit(EXIT_CODE)
 
 

@@ -6,9 +6,10 @@ handed a logger. Outside a run there is no file: lines are printed, and the last
 
 import atexit
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.utils.data import get_worker_info
@@ -34,21 +35,36 @@ def log(*args: object, **kwargs: object) -> None:
     tqdm.write(text, end="")  # a plain print would tear a progress bar
     _waiting.append(text)
     if _path is not None and len(_waiting) >= _size:
-        flush_log()
+        with suppress(OSError):  # the lines wait, and the next flush_log() tells
+            flush_log()
 
 
 def flush_log() -> None:
-    """Write all waiting lines to the log file, in one write. Without an open file the lines go on waiting."""
+    """Write all waiting lines to the log file, in one write. Without an open file the lines go on waiting.
+
+    Raises:
+        OSError: they cannot be written, as on a full disk. They go on waiting, and the file is as it was.
+    """
     if _path is None or not _waiting:
         return
-    with _path.open("a", encoding="utf-8") as file:
-        file.write("".join(_waiting))
+    with _path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        lines = memoryview("".join(_waiting).encode())
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(size)  # no part of a line, which would be written twice
+            raise
     _waiting.clear()
 
 
 @contextmanager
 def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
-    """Write the log to ``path`` (appended) while the block runs, ``size`` lines at a time; flushed however it ends."""
+    """Write the log to ``path`` (appended) while the block runs, ``size`` lines at a time; flushed however it ends.
+
+    Lines that cannot be written at the end are told on stderr: they were printed, and what ended the block counts more.
+    """
     global _path, _size, _waiting
     _path, _size = Path(path), size
     _waiting = deque(_waiting)
@@ -57,6 +73,8 @@ def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
     finally:
         try:
             flush_log()
+        except OSError as error:
+            print(f"mmgraph: {path} lacks its last {len(_waiting)} lines: {error.strerror}", file=sys.stderr)
         finally:
             _path, _waiting = None, deque(maxlen=1000)
 

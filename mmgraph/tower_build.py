@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.contents import HASH, image_hash, text_hash
-from mmgraph.errors import UserError
+from mmgraph.errors import RunError, UserError
 from mmgraph.files import POLL_SECONDS, claimed, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
@@ -80,7 +80,7 @@ def _saying_why(counts: Iterator[int], folder: Path) -> Iterator[int]:
     try:
         yield from counts
     except OSError as error:
-        raise UserError(
+        raise RunError(
             f"tower store: {folder}: {error.strerror or error}; make room, or --tower_cache off runs the towers live"
         ) from None
 

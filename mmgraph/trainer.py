@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ from mmgraph.towers import (
     load_tower_configs,
     read_tower_state,
 )
-from mmgraph.world import from_main_process, on_main_process, peak_memory_gb, together
+from mmgraph.world import from_main_process, peak_memory_gb, together, write_on_main_process
 
 
 class _Pending(NamedTuple):
@@ -300,11 +300,11 @@ class Trainer:
                 weights = state.consolidate(self.trained, self.optimizer.optimizer).weights
                 module = TrainedModule.from_weights(weights).to(self.accelerator.device)
                 table = self._rank(module)
-        on_main_process(self.accelerator, lambda: self.recorder.evaluation(step, row, table))
+        self._write(lambda: self.recorder.evaluation(step, row, table))
         if table is not None and self.best.improves(step, table["embeddings"]):
             best = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, weights))
             path = checkpoints.best_file(self.output)
-            on_main_process(self.accelerator, lambda: checkpoints.write_checkpoint(path, best))
+            self._write(lambda: checkpoints.write_checkpoint(path, best))
         self.recorded = time.perf_counter()  # the next step's time begins here
 
     def _rank(self, module: TrainedModule) -> Table:
@@ -335,10 +335,13 @@ class Trainer:
             progress.adam_step = trained.adam_step
             progress.loss_scale = state.loss_scale(self.accelerator, self.trained)
             if progress.samples_in_epoch == self.samples_per_epoch:
-                on_main_process(self.accelerator, lambda: self._end_epoch(trained))
+                self._write(lambda: self._end_epoch(trained))
                 progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}
-            on_main_process(self.accelerator, lambda: self._write_state(trained))
+            self._write(lambda: self._write_state(trained))
         self.saved = content
+
+    def _write(self, write: Callable[[], object]) -> None:
+        write_on_main_process(self.accelerator, self.output, write)
 
     def _end_epoch(self, trained: checkpoints.TrainedState) -> None:
         sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums["steps"])

@@ -22,7 +22,7 @@ from accelerate.utils import (
 )
 
 from mmgraph import zero
-from mmgraph.errors import UserError
+from mmgraph.errors import RunError, UserError
 
 Result = TypeVar("Result")
 
@@ -222,12 +222,13 @@ def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result
     except Exception as caught:
         error = caught
     text = None if error is None else str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    failures = [text] if accelerator.num_processes == 1 else gather_object([text])
+    own = text, getattr(error, "exit_code", 1)
+    failures = [own] if accelerator.num_processes == 1 else gather_object([own])
     if error is not None:
         raise error
-    for rank, failure in enumerate(failures):
+    for rank, (failure, code) in enumerate(failures):
         if failure is not None:
-            raise UserError(f"rank {rank}: {failure}")
+            raise (RunError if code == RunError.exit_code else UserError)(f"rank {rank}: {failure}")
     return result
 
 
@@ -242,6 +243,26 @@ def from_main_process(accelerator: Accelerator, function: Callable[[], Result]) 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:
     """Call ``function`` on the main process alone; its failure is every rank's (see :func:`together`)."""
     together(accelerator, function if accelerator.is_main_process else lambda: None)
+
+
+def write_on_main_process(accelerator: Accelerator, folder: Path, write: Callable[[], object]) -> None:
+    """Have the main process write to a run's ``folder``; its failure is every rank's (see :func:`together`).
+
+    Raises:
+        RunError: what is to be done where the disk is full, or fails.
+    """
+
+    def told() -> None:
+        try:
+            write()
+        except OSError as error:
+            name = f" ({Path(error.filename).name})" if error.filename else ""
+            raise RunError(
+                f"{folder}: {error.strerror or error}{name}; what was there stands. Make room, and the same command "
+                "goes on from the last state"
+            ) from None
+
+    on_main_process(accelerator, told)
 
 
 def work_together(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[int]:

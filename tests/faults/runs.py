@@ -9,11 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from conftest import read_metrics
+
+from mmgraph.errors import UserError
+from mmgraph.state import read_record, state_folders
 
 Case = TypeVar("Case")
 Fault = tuple[str, dict[str, Any]]  # a function of injection.py, and its settings
@@ -94,6 +98,23 @@ def each(cases: Iterable[Case], check: Callable[[Case], object]) -> int:
     """Check all cases, as many at once as there are cores. Returns how many there were; the first failure is raised."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return len(list(threads.map(check, cases)))
+
+
+def count(graph: Path, folder: Path, inside: list[str], *more: str, **environment: str) -> int:
+    """How many calls that change files a whole run makes in the functions ``inside``."""
+    told = folder / "calls"
+    fault = ("at_file_call", {"inside": inside, "number": 0, "action": "SIGKILL", "told": str(told)})
+    assert run(brief(graph, folder / "counted", *more), fault, environment=environment).code == 0
+    return len(told.read_text().splitlines())
+
+
+def valid_steps(output: Path) -> list[int]:
+    """The steps of a run's valid states, the newest first."""
+    steps = []
+    for path in state_folders(output / "state"):
+        with suppress(UserError):
+            steps.append(read_record(path)["step"])
+    return steps
 
 
 def check_same(output: Path, reference: Path, was_done: bool = False) -> None:

@@ -4,14 +4,10 @@ import itertools
 import random
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from runs import SAVE_EVERY, STEPS, Fault, brief, check_log, check_same, each, run
-
-from mmgraph.errors import UserError
-from mmgraph.state import read_record, state_folders
+from runs import SAVE_EVERY, STEPS, Fault, brief, check_log, check_same, count, each, run, valid_steps
 
 EPOCH = 4  # steps
 EVALUATED = ("--eval_fraction=0.1", "--eval_every=3", "--batch_size=44", "--keep_best=z_graph/mrr")
@@ -47,23 +43,6 @@ def all_states(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def after(step: int) -> Fault:
     return "after_step", {"step": step, "action": "SIGKILL"}
-
-
-def count(graph: Path, folder: Path, inside: list[str], *more: str, **environment: str) -> int:
-    """How many calls that change files a whole run makes in the functions ``inside``."""
-    told = folder / "calls"
-    fault = ("at_file_call", {"inside": inside, "number": 0, "action": "SIGKILL", "told": str(told)})
-    assert run(brief(graph, folder / "counted", *more), fault, environment=environment).code == 0
-    return len(told.read_text().splitlines())
-
-
-def valid_steps(output: Path) -> list[int]:
-    """The steps of a run's valid states, the newest first."""
-    steps = []
-    for path in state_folders(output / "state"):
-        with suppress(UserError):
-            steps.append(read_record(path)["step"])
-    return steps
 
 
 def log_of(output: Path) -> str:

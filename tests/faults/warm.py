@@ -89,6 +89,7 @@ def start(
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
     torch.set_num_threads(1)
+    cli.OTHERS_WAIT_SECONDS = 0  # there is no launcher to end the others
     return run(arguments, faults, rank)
 
 

@@ -1,0 +1,163 @@
+"""Disks that are full, over a quota, or broken: nothing is lost, one line says so, and the run goes on after it."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from runs import brief, check_same, count, each, run, valid_steps
+
+SAVING = ["mmgraph.trainer.Trainer.save"]
+LOGGING = ["mmgraph.recorder.Recorder.row"]
+Cases = Callable[[int], None]
+
+
+@contextmanager
+def tmpfs(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of ``size`` bytes at ``folder``."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def filled(disk: Path, free: int) -> Iterator[None]:
+    """Leave ``free`` bytes of a disk to others while the block runs."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(disk).free - free))
+    yield
+    filler.unlink()
+
+
+@pytest.fixture(scope="module")
+def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of one and two ranks that nothing happens to."""
+    outputs = {ranks: tmp_path_factory.mktemp("reference") / f"{ranks}" for ranks in (1, 2)}
+    for ranks, output in outputs.items():
+        assert run(brief(graph, output), ranks=ranks).codes == [0] * ranks
+    return outputs
+
+
+def one_line(said: str) -> str:
+    """The error, which stands once (other ranks repeat it, each with its number), without a traceback."""
+    assert "Traceback" not in said, said
+    [line] = [line for line in said.splitlines() if "error:" in line and "rank" not in line]
+    return line
+
+
+@pytest.mark.fault("a disk (tmpfs) that is full in a save: of an epoch file, a state, the metrics")
+@pytest.mark.parametrize("sizes", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
+    whole = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
+
+    def check(number: int) -> None:
+        ranks = 1 + number % 2
+        with tmpfs(tmp_path / f"{number}", 2 * whole) as disk:
+            output = disk / "run"
+            begun = run(brief(graph, output), ("after_step", {"step": 5, "action": "SIGTERM"}), ranks=ranks)
+            assert begun.codes == [143] * ranks, begun.said
+            states = valid_steps(output)
+            files = {path: path.read_bytes() for path in (output / "checkpoints").iterdir()}
+            # The room that the start insists on, and up to the whole run's.
+            with filled(disk, 4_700_000 + number * (whole - 9_000_000) // sizes):
+                stopped = run(brief(graph, output), ranks=ranks)
+                assert all(code in (1, 2) for code in stopped.codes), stopped
+                assert str(output) in one_line(stopped.said) and "room" in stopped.said
+                assert set(valid_steps(output)) & set(states) or max(valid_steps(output)) > max(states)
+                assert all(path.read_bytes() == content for path, content in files.items())
+                assert not list(output.rglob("*.tmp*"))
+            went_on = run(brief(graph, output), ranks=ranks)
+            assert went_on.codes == [0] * ranks, went_on.said
+            check_same(output, reference[ranks])
+
+    cases(each(range(sizes), check))
+
+
+@pytest.mark.fault("a write, sync or rename of a save that fails: no room, a quota, a broken disk")
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, every: int) -> None:
+    def check(number: int) -> None:
+        output, ranks = tmp_path / f"{number}", 1 + (number % 4 == 0)
+        action = ("full", "quota", "broken")[number % 3]
+        call = {"inside": SAVING, "number": number, "action": action, "rank": 0}
+        stopped = run(brief(graph, output), ("at_file_call", call), ranks=ranks)
+        if stopped.codes != [0] * ranks:  # an error in reading metadata alone is none
+            assert stopped.codes == [1] * ranks, stopped.said
+            assert str(output) in one_line(stopped.said)
+        assert not list(output.rglob(".tmp*"))
+        went_on = run(brief(graph, output), ranks=ranks)
+        assert went_on.codes == [0] * ranks, went_on.said
+        check_same(output, reference[ranks], was_done=True)
+
+    cases(each(range(1, count(graph, tmp_path, SAVING) + 1, every), check))
+
+
+@pytest.mark.fault("a disk that is full while rows and log lines are written")
+def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+    def check(number: int) -> None:
+        output, ranks = tmp_path / f"{number}", 1 + number % 2
+        call = {"inside": LOGGING, "number": number, "action": "full", "rank": 0}
+        flags = brief(graph, output, "--log_every=1", "--log_buffer_size=1")
+        stopped = run(flags, ("at_file_call", call), ranks=ranks)
+        log = (output / "training_log.txt").read_text()
+        if "is at step" not in log and stopped.codes != [0] * ranks:
+            assert stopped.codes == [1] * ranks, stopped.said
+            assert str(output) in one_line(stopped.said)
+        assert run(flags, ranks=ranks).codes == [0] * ranks
+        check_same(output, reference[ranks])
+        assert (output / "training_log.txt").read_text().startswith(log)
+
+    flags = ("--log_every=1", "--log_buffer_size=1")
+    cases(each(range(1, count(graph, tmp_path, LOGGING, *flags) + 1, 3), check))
+
+
+@pytest.mark.fault("a log on a full disk: no line twice, none in part")
+def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
+    from mmgraph.text_log import flush_log, log, log_file
+
+    with tmpfs(tmp_path / "disk", 64 << 10) as disk, log_file(disk / "log.txt", size=1):
+        log("first")
+        with filled(disk, 4096):
+            (disk / "page").write_bytes(b"0" * 4096)
+            log("x" * 20_000)
+            with pytest.raises(OSError, match="No space"):
+                flush_log()
+            assert (disk / "log.txt").read_text() == "first\n"
+        (disk / "page").unlink()
+        log("last")
+        assert (disk / "log.txt").read_text().split() == ["first", "x" * 20_000, "last"]
+
+
+@pytest.mark.fault("a disk that is full while the tower store is built")
+def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+    tried = 0
+    for ranks in (1, 2):
+        for free in (0, 100_000, 300_000):
+            with tmpfs(tmp_path / f"{ranks}-{free}", 20_000_000) as disk:
+                output, cache = tmp_path / f"run-{ranks}-{free}", {"MMGRAPH_CACHE": str(disk / "cache")}
+                flags = brief(graph, output, f"--tower_cache={disk / 'store'}")
+                with filled(disk, free):
+                    stopped = run(flags, ranks=ranks, environment=cache)
+                    assert all(code in (1, 2) for code in stopped.codes), stopped.said
+                    assert str(disk) in one_line(stopped.said)
+                assert run(flags, ranks=ranks, environment=cache).codes == [0] * ranks
+                check_same(output, reference[ranks])
+                tried += 1
+    cases(tried)
+
+
+@pytest.mark.fault("a disk that is full as the run begins: nothing is made")
+def test_no_room_at_the_start(graph: Path, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", 4_000_000) as disk:
+        refused = run(brief(graph, disk / "run"))
+        assert refused.code == 2 and "4 MB free" in one_line(refused.said)
+        assert not (disk / "run").exists()
