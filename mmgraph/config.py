@@ -74,6 +74,9 @@ class Config:
     lr_schedule: Literal["constant", "cosine"] = _flag("constant", "rate over the steps; cosine ends at 0")
     warmup_steps: int = _flag(0, "steps over which the rate rises linearly to learning_rate")
     max_grad_norm: float = _flag(0.0, "clip gradients to this L2 norm; 0 does not clip")
+    max_skipped_steps: int = _flag(
+        0, "steps whose loss or gradient is not finite that a run may leave out (they update nothing) before it ends"
+    )
     temperature: float = _flag(0.07, "divides the cosine similarities in both losses")
     graph_loss_weight: float = _flag(1.0, "weight of the graph loss; the text-image loss has weight 1")
     false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = _flag(
@@ -154,6 +157,7 @@ class Config:
             "weight_decay",
             "warmup_steps",
             "max_grad_norm",
+            "max_skipped_steps",
             "graph_loss_weight",
             "seed",
             "num_workers",
@@ -208,8 +212,8 @@ GROUPS = {  # how --help_all sets the flags out
     "data": ("nodes", "edges", "image_root", "demo", "truncated_images"),
     "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
     "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
-                 "lr_schedule", "warmup_steps", "max_grad_norm", "temperature", "graph_loss_weight", "false_negatives",
-                 "missing_image", "seed"),
+                 "lr_schedule", "warmup_steps", "max_grad_norm", "max_skipped_steps", "temperature",
+                 "graph_loss_weight", "false_negatives", "missing_image", "seed"),
     "evaluation": ("eval_fraction", "eval_edges", "eval_every", "keep_best", "early_stopping_patience"),
     "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
     "loading": ("num_workers", "cache_size", "image_cache_gb"),

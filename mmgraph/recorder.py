@@ -80,12 +80,14 @@ class Recorder:
         self.metrics.write(row)
         self.trackers.write(row)
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
+        loss, loss_mm, loss_graph = (
+            "not finite" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "loss_mm", "loss_graph")
+        )
+        self.bar.set_postfix_str(f"loss {loss}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
         if row["step"] % self.config.log_every == 0:
             log(
-                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: loss {row['loss']:.4f} (text-image "
-                f"{row['loss_mm']:.4f}, graph {row['loss_graph']:.4f}), lr {row['lr']:.3g}, "
-                f"{row['edges_per_s']:,.0f} edges/s"
+                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: loss {loss} (text-image {loss_mm}, "
+                f"graph {loss_graph}), lr {row['lr']:.3g}, {row['edges_per_s']:,.0f} edges/s"
             )
 
     def evaluation(self, step: int, row: Mapping[str, Any] | None, table: Table | None) -> None:

@@ -54,7 +54,8 @@ def flush_log() -> None:
             while lines:
                 lines = lines[file.write(lines) :]
         except OSError:
-            file.truncate(size)  # no part of a line, which would be written twice
+            with suppress(OSError):
+                file.truncate(size)  # no part of a line, which would be written twice
             raise
     _waiting.clear()
 

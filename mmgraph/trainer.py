@@ -24,6 +24,7 @@ from mmgraph.losses import BatchNodes, contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.node_outputs import NodeOutputs
+from mmgraph.not_finite import NotFinite, hold_back, spread
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder
 from mmgraph.resume import find_state, read_start
@@ -48,6 +49,9 @@ class _Pending(NamedTuple):
 
     row: dict[str, Any]
     values: torch.Tensor  # (5,) or (7,): step()'s, and whether a rank was asked to stop; means over ranks
+    own: torch.Tensor  # step()'s, of this rank
+    start: int  # edges of the epoch before the step's
+    scaling: bool  # fp16 left the step out, in looking for its loss scale
 
 
 class Trainer:
@@ -83,6 +87,7 @@ class Trainer:
         self._build(inputs, trained)
         self.best = Best(config, self.progress.components, graph.held_out.fingerprint if graph.held_out else "")
         self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
+        self.not_finite = NotFinite(config, accelerator, graph, self.progress)
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
         self.saved: tuple[int, bool, bool] | None = None  # what of this run the newest state has
@@ -117,7 +122,7 @@ class Trainer:
             module.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=accelerator.mixed_precision != "fp16",  # the loss scaler would not learn of a step that it skips
+            fused=accelerator.scaler is None,  # the loss scaler would not learn of a step that it skips
         )
         live = inputs if isinstance(self.source, LiveTowers) else None
         loader = build_loader(self.graph, live, self.sampler, config.num_workers)
@@ -188,7 +193,7 @@ class Trainer:
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.
 
-        The norm (L2, over all parameters and ranks, before clipping) is NaN where the backend does not tell it. Where
+        The norm (L2, over all parameters and ranks, before clipping) is -1 where the backend does not tell it. Where
         false negatives are left out, (6,): how many for a query in mm and graph loss, on average.
         """
         config = self.config
@@ -211,7 +216,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.progress.step, config, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(losses.total)  # under DeepSpeed with clipping and the step
+        self.accelerator.backward(spread(losses.total))  # under DeepSpeed with clipping and the step
         norm = self._clip_gradients()
         self.optimizer.step()
         return torch.stack([losses.total, losses.mm, losses.graph, norm, *losses.left_out]).detach()
@@ -225,9 +230,12 @@ class Trainer:
     def _clip_gradients(self) -> torch.Tensor:
         if hasattr(self.trained, "get_global_grad_norm"):  # DeepSpeed (Accelerate's own call would wait for the device)
             norm = self.trained.get_global_grad_norm()
-            return torch.as_tensor(math.nan if norm is None else norm, device=self.accelerator.device).float()
+            return torch.as_tensor(-1 if norm is None else norm, device=self.accelerator.device).float()
         # An infinite limit leaves the gradients as they are, and tells their norm.
-        return self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.max_grad_norm or math.inf)
+        if self.accelerator.scaler is None:  # which holds such a step back itself
+            hold_back(self.optimizer.optimizer, norm)
+        return norm
 
     def record(self, values: torch.Tensor) -> None:
         """Note a step's values, and write those of the step before it: the device is never waited for."""
@@ -243,11 +251,16 @@ class Trainer:
             "data_wait_share": self.data_wait / seconds,
             "peak_memory_gb": peak_memory_gb(self.accelerator.device),
         }
+        scale = None
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
+            scale = state.loss_scale(self.accelerator, self.trained)
         self.recorded = now
         stop = values.new_full((1,), self.stop.requested or self.recorder.failure is not None)  # no copy to wait for
-        pending = _Pending(row, self.accelerator.reduce(torch.cat([values, stop]), "mean"))
+        means = self.accelerator.reduce(torch.cat([values, stop]), "mean")
+        start = self.progress.samples_in_epoch - config.global_batch_size
+        scaling = scale is not None and scale["scale"] >= 1  # below, it is not the scale
+        pending = _Pending(row, means, values, start, scaling)
         self.settle()
         self.pending = pending
         self.stop.step_finished()
@@ -256,22 +269,21 @@ class Trainer:
         """Write the row of the last recorded step. The same on every rank, but for the writing."""
         if self.pending is None:
             return
-        row, values = self.pending
+        row, values, own, start, scaling = self.pending
         self.pending = None
         loss, loss_mm, loss_graph, norm, *left_out, stop = values.tolist()
-        if not np.isfinite(loss):
-            raise UserError(
-                f"step {row['step']}: the loss is {loss}; the last state stays as it is. Try a lower --learning_rate, "
-                "--max_grad_norm 1, or bf16 instead of fp16"
-            )
         if stop > 0:
             self.stopping = True
             self.stop.begin()
         losses = {"loss": loss, "loss_mm": loss_mm, "loss_graph": loss_graph}
-        sums = self.progress.epoch_sums
-        for name, value in {**losses, "steps": 1}.items():
-            sums[name] = sums.get(name, 0) + value
-        row["grad_norm"] = norm if math.isfinite(norm) else None
+        if self.not_finite.left_out({**row, **losses}, norm, own[0], start, scaling):
+            row["skipped"] = True
+            losses = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+        else:
+            sums = self.progress.epoch_sums
+            for name, value in {**losses, "steps": 1}.items():
+                sums[name] = sums.get(name, 0) + value
+        row["grad_norm"] = norm if math.isfinite(norm) and norm >= 0 else None
         row |= dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
         row = {"step": row.pop("step"), "epoch": row.pop("epoch"), **losses, **row}
         if row["step"] == self.progress.step and self.evaluation_is_due:
@@ -344,8 +356,8 @@ class Trainer:
         write_on_main_process(self.accelerator, self.output, write)
 
     def _end_epoch(self, trained: checkpoints.TrainedState) -> None:
-        sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums["steps"])
-        means = {name: sums[name] / steps for name in ("loss", "loss_mm", "loss_graph")}
+        sums, steps = self.progress.epoch_sums, int(self.progress.epoch_sums.get("steps", 0))
+        means = {name: sums[name] / steps if steps else math.nan for name in ("loss", "loss_mm", "loss_graph")}
         self.recorder.epoch(self.progress.epoch, means, steps)
         checkpoint = checkpoints.Checkpoint(
             checkpoints.model_state(self.frozen, trained.weights),

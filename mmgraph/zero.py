@@ -87,7 +87,9 @@ def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) ->
     settings["gradient_clipping"] = max_grad_norm
     settings["train_micro_batch_size_per_gpu"] = micro_batch
     settings["train_batch_size"] = micro_batch * accelerator.num_processes
-    if settings["zero_optimization"].get("stage", 0) == 0 and accelerator.mixed_precision != "no":
+    if "bf16" in settings:  # else stages 1 and 2 may be told to take a step that is not finite
+        settings["bf16"]["check_grad_overflow"] = True
+    if settings["zero_optimization"].get("stage", 0) == 0:
         raise UserError("ZeRO stage 0 is plain data parallel training: use accelerate_configs/multi_gpu.yaml")
     from deepspeed.accelerator import get_accelerator
 

@@ -62,6 +62,42 @@ def at_call(target: str, number: int, action: str, after: bool = False) -> None:
     wrap(target, with_fault)
 
 
+def not_finite(step: int, what: str, value: str) -> None:
+    """Make the loss or the gradient of step ``step`` nan or inf, on this rank alone."""
+    import torch
+
+    from mmgraph.trainer import Trainer
+
+    factor, due = float(value), [False]
+    take_step = Trainer.step
+
+    def stepped(trainer: Trainer, batch: Any) -> torch.Tensor:
+        due[0] = trainer.progress.step + 1 == step
+        return take_step(trainer, batch)
+
+    def with_fault(losses: Callable[..., Any], z_graph: torch.Tensor, *others: Any) -> Any:
+        if due[0] and what == "gradient":
+            z_graph.register_hook(lambda gradient: gradient * factor)
+        found = losses(z_graph, *others)
+        # By a sum, whose gradient is finite: it is the run that has to spread the word.
+        return found._replace(total=found.total + factor) if due[0] and what == "loss" else found
+
+    Trainer.step = stepped  # type: ignore[method-assign]
+    wrap("mmgraph.losses.contrastive_losses", with_fault)
+
+
+def loss_scaler() -> None:
+    """Scale the loss in fp16 as on a GPU, for which Accelerate has a scaler."""
+    import torch
+
+    def with_scaler(build: Callable[..., Any], *arguments: Any) -> Any:
+        accelerator = build(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    wrap("mmgraph.world.build_accelerator", with_scaler)
+
+
 def at_file_call(inside: list[str], number: int, action: str, told: str | None = None) -> None:
     """At the ``number``-th call (from 1) that changes files, counted over all calls of the functions ``inside``.
 
