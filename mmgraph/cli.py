@@ -134,6 +134,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(*_flag(name), metavar=name.rsplit("_", 1)[-1].upper(), help=help)
     parser.add_argument(
+        *_flag("confine_images"), action="store_true", default=None, help="refuse image paths that leave the image root"
+    )
+    parser.add_argument(
         *_flag("num_workers"),
         type=not_negative,
         default=0,
@@ -198,7 +201,9 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _of_run(given: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(given, name) for name in ("nodes", "image_root", "model_name", "num_workers")}
+    return {
+        name: getattr(given, name) for name in ("nodes", "image_root", "confine_images", "model_name", "num_workers")
+    }
 
 
 def _convert(given: argparse.Namespace) -> None:

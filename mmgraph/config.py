@@ -52,6 +52,12 @@ class Config:
         "of the node table, then the working directory)",
     )
     demo: bool = _flag(False, f"build the emoji demo graph in {DEMO_FOLDER} if it is not there, and train on it")
+    confine_images: bool = _flag(
+        False, "refuse image paths that leave the image root (../, absolute, symbolic links): for tables from strangers"
+    )
+    max_bad_images: float = _flag(
+        1.0, "end the run where more than this share of the image files seen (100 or more) are missing or not whole"
+    )
     truncated_images: Literal["partial", "black"] = _flag(
         "partial", "an image file that ends early: use the part that is there (as the original), or black"
     )
@@ -178,6 +184,8 @@ class Config:
             raise UserError("--eval_fraction splits the edges, --eval_edges names others: give one of the two")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"--eval_fraction {self.eval_fraction}: must be 0 or more, and below 1")
+        if not 0 <= self.max_bad_images <= 1:
+            raise UserError(f"--max_bad_images {self.max_bad_images}: must be a share, from 0 to 1")
         self._check_best()
         for name in ("max_steps", "micro_batch_size", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -209,7 +217,7 @@ class Config:
 
 
 GROUPS = {  # how --help_all sets the flags out
-    "data": ("nodes", "edges", "image_root", "demo", "truncated_images"),
+    "data": ("nodes", "edges", "image_root", "confine_images", "demo", "truncated_images", "max_bad_images"),
     "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
     "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
                  "lr_schedule", "warmup_steps", "max_grad_norm", "max_skipped_steps", "temperature",

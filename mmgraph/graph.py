@@ -45,13 +45,13 @@ def load_graph(config: Config) -> Graph:
     elif config.eval_fraction:
         digests = edges_fingerprint, nodes_fingerprint
         rows, held_out = split_edges(config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed)
-    paths = find_images(nodes, config.nodes, config.image_root, config.seed)
+    paths = find_images(nodes, config, config.seed)
     return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint, held_out)
 
 
-def find_images(nodes: NodeTable, nodes_path: str, image_root: str | None, seed: int) -> ImagePaths:
+def find_images(nodes: NodeTable, config: Config, seed: int) -> ImagePaths:
     """Where the nodes' images lie; a sample of them is looked up (see :meth:`ImagePaths.check`)."""
-    paths = ImagePaths(nodes_path, image_root)
+    paths = ImagePaths(config.nodes, config.image_root, config.confine_images)
     paths.check(nodes.column("image_path"), seed)
     nodes.release()
     pa.default_memory_pool().release_unused()

@@ -1,9 +1,12 @@
 """Image files to CLIP pixels: decoding that never raises, and preprocessing equal to CLIP's."""
 
 import io
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,13 @@ from torchvision.transforms.v2 import functional as transforms
 from mmgraph.errors import UserError
 
 # Why a node's picture is not (all of) its file. A batch carries the index; 0 is a picture read in full.
-CAUSES = ("", "no image path", "file not found", "unreadable", "truncated", "too many pixels")
+CAUSES = ("", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
+          "file too large")  # fmt: skip
+NO_PATH = CAUSES.index("no image path")
+OUTSIDE = "/dev/null/outside the image root"  # instead of a path that is not to be opened; nothing can lie there
+# What Pillow may open. Others are for no picture of a node, and some run other programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
+MAX_FILE_BYTES = 1 << 30
 
 _truncated_lock = threading.Lock()
 
@@ -25,8 +34,10 @@ _truncated_lock = threading.Lock()
 def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
     """Read a picture as RGB, as ``PIL.Image.open(path).convert("RGB")`` would (EXIF rotation is not applied).
 
-    JPEG and 8-bit RGB PNG are decoded by torchvision, whose pixels are the same; everything else (GIF, WebP, palette,
-    CMYK, 16 bit, files that end early) by Pillow.
+    JPEG is decoded by torchvision, whose pixels are the same; everything else (PNG, GIF, WebP, CMYK, files that end
+    early) by Pillow, if it is of :data:`FORMATS`: torchvision's PNG decoder dies of a flipped bit (SIGSEGV). Files of
+    more than :data:`MAX_FILE_BYTES` are not read, and pictures of more than twice Pillow's ``MAX_IMAGE_PIXELS`` not
+    decoded.
 
     Returns:
         (3, H, W) uint8 and an index into ``CAUSES``. A picture that cannot be read is black, 224x224.
@@ -36,13 +47,19 @@ def read_image(path: str | None, truncated: Literal["partial", "black"] = "parti
 
 def read_file(path: str | None) -> tuple[bytes | None, int]:
     """An image file's bytes, or None; and an index into ``CAUSES``."""
-    if path is None:
-        return None, CAUSES.index("no image path")
+    if path is None or path == OUTSIDE:
+        return None, CAUSES.index("no image path" if path is None else "outside the image root")
     try:
-        data = Path(path).read_bytes() if Path(path).is_file() else None
+        status = os.stat(path)  # noqa: PTH116 - of millions of pictures
+        if not stat.S_ISREG(status.st_mode):  # a folder; or a pipe or device, which may never end
+            return None, CAUSES.index("file not found")
+        if status.st_size > MAX_FILE_BYTES:
+            return None, CAUSES.index("file too large")
+        return Path(path).read_bytes(), 0
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a NUL byte
+        return None, CAUSES.index("file not found")
     except OSError:
         return None, CAUSES.index("unreadable")
-    return data, CAUSES.index("" if data is not None else "file not found")
 
 
 def decode_picture(
@@ -58,7 +75,7 @@ def decode_picture(
 
 def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
     try:
-        header = Image.open(io.BytesIO(data))
+        header = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
         return black_image(), CAUSES.index("too many pixels")
     except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
@@ -67,9 +84,7 @@ def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
 
 
 def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Tensor, int]:
-    if (picture.format == "JPEG" and picture.mode == "RGB") or (
-        picture.format == "PNG" and picture.mode in ("RGB", "RGBA") and data[24] == 8  # bits per channel
-    ):
+    if picture.format == "JPEG" and picture.mode == "RGB":
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB), 0
         except RuntimeError:
@@ -85,11 +100,18 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
         with _truncated_lock:  # Pillow's switch is global: never leave it on, or half images pass without a word
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
-                return _to_tensor(Image.open(io.BytesIO(data))), CAUSES.index("truncated")
+                return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), CAUSES.index("truncated")
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
     except Exception:
         return black_image(), CAUSES.index("unreadable")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_tensor(picture: Image.Image) -> torch.Tensor:
@@ -99,6 +121,31 @@ def _to_tensor(picture: Image.Image) -> torch.Tensor:
 def describe_causes(codes: Sequence[int]) -> str:
     """How many of some nodes lack their whole picture, by cause, such as ``3 file not found, 1 truncated``."""
     return ", ".join(f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if cause and i in codes)
+
+
+class SeenImages:
+    """The image files that this rank has seen, and why some were not whole.
+
+    Args:
+        nodes: how many there are.
+
+    Attributes:
+        causes: (nodes,) int8, indices into ``CAUSES``; 0 also where a node was not seen.
+        read: image files so far, each once.
+        bad: those of them that were not there, or not whole.
+    """
+
+    def __init__(self, nodes: int):
+        self.causes, self._seen = np.zeros(nodes, dtype=np.int8), np.zeros(nodes, dtype=bool)
+        self.read, self.bad = 0, 0
+
+    def note(self, rows: np.ndarray, causes: np.ndarray) -> None:
+        """Note distinct nodes of a batch: (U,) rows, and (U,) indices into ``CAUSES``."""
+        with_path = causes != NO_PATH
+        new = with_path & ~self._seen[rows]
+        self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & (causes != 0)).sum())
+        self._seen[rows[with_path]] = True
+        self.causes[rows] = causes
 
 
 def is_black(causes: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:

@@ -24,8 +24,8 @@ from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor
 from mmgraph.world import together
 
 # Of the run that a checkpoint lies in, where nothing else is given.
-OF_THE_RUN = ("nodes", "edges", "image_root", "model_name", "truncated_images", "tower_cache", "eval_edges",
-              "eval_fraction", "seed")  # fmt: skip
+OF_THE_RUN = ("nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
+              "eval_edges", "eval_fraction", "seed")  # fmt: skip
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -80,7 +80,7 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     """
     digest = together(accelerator, lambda: file_fingerprint(config.nodes))
     nodes = together(accelerator, lambda: open_nodes(config.nodes, digest))
-    paths = together(accelerator, lambda: find_images(nodes, config.nodes, config.image_root, seed=0))
+    paths = together(accelerator, lambda: find_images(nodes, config, seed=0))
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
     encoder = together(

@@ -154,16 +154,13 @@ class Recorder:
         Called on every rank.
 
         Args:
-            causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen.
+            causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen, else 0.
             done: all steps; else the run was asked to stop.
             best: what is to be said of the best evaluation.
         """
         if self.accelerator.is_main_process:
             self.bar.close()  # before the last lines, or it would stand below them
-        found: dict[int, int] = {}
-        for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
-            found |= of_rank
-        told = describe_causes(list(found.values()))
+        told = describe_all_causes(causes)
         if told:
             log(f"images that are black or in part: {told} (among the nodes seen since the start)")
         if best:
@@ -177,3 +174,11 @@ class Recorder:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
         with suppress(OSError):
             flush_log()  # closing a tracker may take longer than the launcher leaves
+
+
+def describe_all_causes(causes: np.ndarray) -> str:
+    """How many nodes lack their whole picture, by cause; called on every rank with the (N,) causes that it knows of."""
+    found: dict[int, int] = {}
+    for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
+        found |= of_rank
+    return describe_causes(list(found.values()))

@@ -119,7 +119,9 @@ def _used(output: Path) -> bool:
 
 def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:
     """Raise :class:`UserError` with the differences where a state is not of the run that ``identity`` describes."""
-    later = {name: getattr(Config, name) for name in ("false_negatives", "missing_image", "eval_fraction")}
+    later = {
+        name: getattr(Config, name) for name in ("confine_images", "false_negatives", "missing_image", "eval_fraction")
+    }
     before = {**later, **read_record(state)["identity"]}  # states of before there were these flags
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"

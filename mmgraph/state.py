@@ -49,8 +49,8 @@ class Progress:
 def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
     """What may not change when a run goes on: data and all that enters the numbers. (Towers are added when loaded.)"""
     fixed = ("seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
-             "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "truncated_images", "false_negatives",
-             "missing_image", "eval_fraction")  # fmt: skip
+             "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "confine_images", "truncated_images",
+             "false_negatives", "missing_image", "eval_fraction")  # fmt: skip
     known: dict[str, Any] = {name: getattr(config, name) for name in fixed}
     if config.lr_schedule != "constant":  # the rate of a step depends on the last one
         known |= {"epochs": config.epochs, "max_steps": config.max_steps}

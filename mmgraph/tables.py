@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmgraph.errors import UserError
+from mmgraph.images import OUTSIDE
 from mmgraph.table_files import place, read_chunks
 from mmgraph.text_log import log
 
@@ -96,16 +97,24 @@ class ImagePaths:
 
     ``\\`` is read as ``/``. A relative path is looked up below ``root``, or, without one, below the folder of the node
     table and then the working directory (the original's rule).
+
+    Args:
+        confine: a path that leaves the root (by ``..``, an absolute path, a symbolic link) is not to be opened; without
+            ``root``, the root is the folder of the node table alone.
+
+    Raises:
+        UserError: there is no such root.
     """
 
-    def __init__(self, nodes_path: str | Path, root: str | Path | None = None):
+    def __init__(self, nodes_path: str | Path, root: str | Path | None = None, confine: bool = False):
         if root is not None and not Path(root).is_dir():
             raise UserError(f"--image_root {root}: no such folder")
         roots = (Path(root),) if root is not None else (Path(nodes_path).parent, Path())
-        self.roots = ["" if str(folder) == "." else str(folder) for folder in roots]
+        self.roots = ["" if str(folder) == "." else str(folder) for folder in roots[: 1 if confine else None]]
+        self.confined_to = os.path.join(os.path.realpath(roots[0]), "") if confine else None  # noqa: PTH118
 
     def resolve(self, image_path: object) -> str | None:
-        """The path to open, or None where the row has no image."""
+        """The path to open, or None where the row has no image. A path that leaves the root is ``images.OUTSIDE``."""
         if not isinstance(image_path, str) or not image_path.strip():
             return None
         # Not Path's: it interns the parts of every path, and the table of interned strings grows by megabytes.
@@ -113,9 +122,17 @@ class ImagePaths:
         for candidate in candidates[:-1]:
             if os.path.exists(candidate):  # noqa: PTH110 - False, not an error, where a name is too long
                 return candidate
+        if self.confined_to is not None and not self._is_inside(candidates[0]):
+            return OUTSIDE
         if len(candidates) > 1 and not os.path.exists(candidates[-1]):  # noqa: PTH110
             return candidates[0]
         return candidates[-1]
+
+    def _is_inside(self, path: str) -> bool:
+        try:
+            return os.path.realpath(path).startswith(str(self.confined_to))
+        except (OSError, ValueError):  # the latter of a NUL byte
+            return False
 
     def check(self, image_paths: pa.ChunkedArray | Sequence[str | None], seed: int, sample: int = 1000) -> None:
         """Look up to ``sample`` of the paths up, drawn by ``seed``, so that a wrong root is seen before training.
@@ -132,8 +149,9 @@ class ImagePaths:
         resolved = [self.resolve(path) for path in drawn]
         missing = [path for path in resolved if not os.path.isfile(str(path))]  # noqa: PTH113
         if len(missing) == len(resolved):
+            tried = resolved[0] if resolved[0] != OUTSIDE else f"{drawn[0]}, which --confine_images refuses"
             raise UserError(
-                f"none of {len(resolved):,} image files looked up exists; the first tried is {resolved[0]}. "
+                f"none of {len(resolved):,} image files looked up exists; the first tried is {tried}. "
                 "Set --image_root to the folder that image_path starts from"
             )
         if len(missing) > 0.1 * len(resolved):

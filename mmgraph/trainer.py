@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -18,7 +17,7 @@ from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.false_negatives import false_negatives_of
 from mmgraph.graph import Graph
-from mmgraph.images import is_black
+from mmgraph.images import SeenImages, is_black
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import BatchNodes, contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
@@ -26,7 +25,7 @@ from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.not_finite import NotFinite, hold_back, spread
 from mmgraph.order import GlobalBatchSampler
-from mmgraph.recorder import Recorder
+from mmgraph.recorder import Recorder, describe_all_causes
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.source import open_source
@@ -48,7 +47,8 @@ class _Pending(NamedTuple):
     """A step whose losses the device may still be working on."""
 
     row: dict[str, Any]
-    values: torch.Tensor  # (5,) or (7,): step()'s, and whether a rank was asked to stop; means over ranks
+    # (7,) or (9,): step()'s, image files read, bad ones, and whether a rank was asked to stop; means over the ranks
+    values: torch.Tensor
     own: torch.Tensor  # step()'s, of this rank
     start: int  # edges of the epoch before the step's
     scaling: bool  # fp16 left the step out, in looking for its loss scale
@@ -136,7 +136,7 @@ class Trainer:
             state.restore(self.trained, self.optimizer.optimizer, trained)
         if self.progress.loss_scale is not None:
             state.set_loss_scale(accelerator, self.trained, self.progress.loss_scale)
-        self.image_causes = np.zeros(len(self.graph.nodes), dtype=np.int8)
+        self.images = SeenImages(len(self.graph.nodes))
 
     def _count_steps(self) -> int:
         """The step that the run ends with."""
@@ -197,7 +197,7 @@ class Trainer:
         false negatives are left out, (6,): how many for a query in mm and graph loss, on average.
         """
         config = self.config
-        self.image_causes[batch["distinct"]] = batch["image_causes"]
+        self.images.note(batch["distinct"], batch["image_causes"])
         tokens = self.source.tokens(batch, self.micro_batches)
         distinct = self.trained(tokens, self.micro_batches)  # (U, proj_dim) three times
         z_graph, z_text, z_vis = (z.index_select(0, batch["inverse"]) for z in distinct)  # (2b, proj_dim) each
@@ -256,8 +256,9 @@ class Trainer:
             row["skipped"] = True
             scale = state.loss_scale(self.accelerator, self.trained)
         self.recorded = now
-        stop = values.new_full((1,), self.stop.requested or self.recorder.failure is not None)  # no copy to wait for
-        means = self.accelerator.reduce(torch.cat([values, stop]), "mean")
+        ends = self.stop.requested or self.recorder.failure is not None
+        counts = [values.new_full((1,), number) for number in (self.images.read, self.images.bad, ends)]
+        means = self.accelerator.reduce(torch.cat([values, *counts]), "mean")  # new_full: no copy to wait for
         start = self.progress.samples_in_epoch - config.global_batch_size
         scaling = scale is not None and scale["scale"] >= 1  # below, it is not the scale
         pending = _Pending(row, means, values, start, scaling)
@@ -271,7 +272,8 @@ class Trainer:
             return
         row, values, own, start, scaling = self.pending
         self.pending = None
-        loss, loss_mm, loss_graph, norm, *left_out, stop = values.tolist()
+        loss, loss_mm, loss_graph, norm, *left_out, read, bad, stop = values.tolist()
+        self._check_images(read, bad)
         if stop > 0:
             self.stopping = True
             self.stop.begin()
@@ -290,6 +292,17 @@ class Trainer:
             self.progress.components["unevaluated"] = row  # is written when it has been
         else:
             self.recorder.row(row)
+
+    def _check_images(self, read: float, bad: float) -> None:
+        """Means over the ranks; of few images, a share says nothing."""
+        count, limit = read * self.accelerator.num_processes, self.config.max_bad_images
+        if bad <= limit * read or count < min(100, len(self.graph.nodes) // 2):
+            return
+        told = describe_all_causes(self.images.causes)
+        raise UserError(
+            f"{bad / read:.0%} of the image files seen are missing or not whole ({told}), more than --max_bad_images "
+            f"{limit:g}; see to --image_root and the files, or raise it"
+        )
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -384,4 +397,4 @@ class Trainer:
         told = f"best: {self.best}, {checkpoints.best_file(self.output)}" if self.best.found else ""
         if self.best.exhausted:
             told = f"no better one in {self.config.early_stopping_patience} evaluations: stopped early; {told}"
-        self.recorder.goodbye(self.image_causes, self.done, told)
+        self.recorder.goodbye(self.images.causes, self.done, told)

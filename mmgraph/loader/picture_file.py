@@ -19,7 +19,7 @@ import torchvision
 from mmgraph.edge_table import EdgeTable
 from mmgraph.images import CAUSES
 
-FORMAT = 1
+FORMAT = 2
 DIGEST_BYTES = 16
 # An image file that changed this recently may change once more without its time telling: the kernel's clock ticks
 # every 1 to 10 ms. Its picture is kept at a later reading.

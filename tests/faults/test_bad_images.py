@@ -1,0 +1,279 @@
+"""Image files of every bad kind: the documented outcome of each, counted, the same on every rank."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import graph_files
+from PIL import Image, ImageFile
+from runs import brief, run
+
+from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, read_image
+from mmgraph.tables import ImagePaths
+
+Cases = Callable[[int], None]
+NOISE = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
+RGB, RGBA = Image.fromarray(NOISE[:, :, :3]), Image.fromarray(NOISE, "RGBA")
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(RGB, "JPEG", exif=exif)
+
+
+def png(width: int, height: int, rows: bytes = b"") -> bytes:
+    """A PNG file of 8-bit RGB that claims a size, whatever it holds."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def bmp(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+def gif(width: int, height: int) -> bytes:
+    screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)  # two colours
+    return screen + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00;"
+
+
+WHOLE = {  # decoded as Pillow does
+    "cmyk.jpg": encoded(RGB.convert("CMYK"), "JPEG"),
+    "palette.png": encoded(RGB.quantize(32), "PNG"),
+    "alpha.png": encoded(RGBA, "PNG"),
+    "gray-alpha.png": encoded(RGBA.convert("LA"), "PNG"),
+    "one-bit.png": encoded(RGB.convert("1"), "PNG"),
+    "16-bit.png": encoded(Image.fromarray(NOISE[:, :, 0].astype(np.uint16) * 257), "PNG"),
+    "float.tiff": encoded(RGB.convert("F"), "TIFF"),
+    "animated.gif": encoded(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
+    "animated.webp": encoded(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)]),
+    "animated.png": encoded(RGB, "PNG", save_all=True, append_images=[RGB.rotate(90)]),
+    "rotated.jpg": rotated(),
+    "1x1.png": encoded(RGB.crop((0, 0, 1, 1)), "PNG"),
+    "webp-named.jpg": encoded(RGB, "WEBP"),
+    "ppm.ppm": encoded(RGB, "PPM"),
+    "tga.tga": encoded(RGB, "TGA"),
+    "ico.ico": encoded(RGB.resize((64, 64)), "ICO"),
+}
+BLACK = {  # and why
+    "empty.png": (b"", "unreadable"),
+    "html.jpg": (b"<!DOCTYPE html><html><body>404</body></html>", "unreadable"),
+    "text.jpg": (b"not found\n" * 100, "unreadable"),
+    "json.png": (b'{"error": "rate limit"}', "unreadable"),
+    "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unreadable"),
+    "postscript.eps": (encoded(RGB, "EPS"), "unreadable"),  # not in the list of formats: Ghostscript would run it
+    "pdf.png": (encoded(RGB, "PDF"), "unreadable"),
+    "sgi.sgi": (encoded(RGB, "SGI"), "unreadable"),
+    "header.png": (b"\x89PNG\r\n\x1a\n", "unreadable"),
+    "zeros.jpg": (bytes(5000), "unreadable"),
+    "bomb.png": (png(50_000, 50_000), "too many pixels"),
+    "bomb.bmp": (bmp(50_000, 50_000), "too many pixels"),
+    "bomb.gif": (gif(50_000, 50_000), "too many pixels"),
+    "bomb.ppm": (b"P6 50000 50000 255\n", "too many pixels"),
+    "no-rows.png": (png(300, 200), "truncated"),
+}
+
+
+@pytest.mark.fault("images of unusual kinds: decoded as Pillow does")
+def test_unusual_pictures(tmp_path: Path, cases: Cases) -> None:
+    for name, content in WHOLE.items():
+        (tmp_path / name).write_bytes(content)
+        pixels, cause = read_image(str(tmp_path / name))
+        expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert CAUSES[cause] == "" and np.array_equal(pixels.permute(1, 2, 0).numpy(), expected), name
+    cases(len(WHOLE))
+
+
+@pytest.mark.fault("images that are none, or too many pixels: black, with the cause")
+def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
+    for name, (content, expected) in BLACK.items():
+        (tmp_path / name).write_bytes(content)
+        pixels, cause = read_image(str(tmp_path / name), "black")
+        assert CAUSES[cause] == expected and not pixels.any(), (name, CAUSES[cause])
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    others = {"pipe.png": 2, "sparse.png": 7, "missing.png": 2, "x" * 300: 3, "nul\0.png": 2, ".": 2}
+    for name, code in others.items():
+        assert read_image(f"{tmp_path}/{name}")[1] == code, name
+    for device in ("/dev/zero", "/dev/tty", "/proc/self/mem", "/dev/stdin"):
+        assert CAUSES[read_image(device)[1]] in ("file not found", "unreadable"), device
+    cases(len(BLACK) + len(others) + 4)
+
+
+@pytest.mark.fault("images cut short at ten places: the part that is there, or black")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
+    whole = encoded(RGB, kind)
+    for tenth in range(10):
+        path = tmp_path / f"{tenth}"
+        path.write_bytes(whole[: len(whole) * tenth // 10])
+        pixels, cause = read_image(str(path))
+        assert CAUSES[cause] in ("truncated", "unreadable")
+        if CAUSES[cause] == "truncated":
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                expected = np.array(Image.open(path).convert("RGB"))
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+        black, again = read_image(str(path), "black")
+        assert again == cause and not black.any()
+    cases(20)
+
+
+@pytest.mark.fault("bits of images flipped: a picture or black, never an exception")
+@pytest.mark.parametrize("flips", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
+    generator, path, tried = torch.Generator().manual_seed(0), tmp_path / "flipped", 0
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+        whole = bytearray(encoded(RGB, kind))
+        places = torch.randint(8 * len(whole), (flips // 6,), generator=generator).tolist()
+        places += range(0, 8 * 60, 8 * 60 // (flips // 6) + 1)  # headers
+        for place in places:
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            pixels, _ = read_image(str(path))
+            assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3
+            tried += 1
+    cases(tried)
+
+
+MEMORY = """
+import resource, sys
+from mmgraph.images import read_image
+read_image(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[2:]:
+    assert not read_image(path)[0].any()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.fault("small files that claim 50,000 x 50,000 pixels: refused from the header (memory measured)")
+def test_memory_of_bombs(tmp_path: Path, cases: Cases) -> None:
+    names = [name for name in BLACK if name.startswith("bomb")]
+    for name in names:
+        (tmp_path / name).write_bytes(BLACK[name][0])
+    (tmp_path / "a.png").write_bytes(encoded(RGB, "PNG"))
+    paths = [str(tmp_path / name) for name in ("a.png", *names)]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True)
+    print(f"four files of 50,000 x 50,000 pixels: {done.stdout.strip()} KB")
+    assert int(done.stdout) < 20_000, done.stderr
+    cases(len(names))
+
+
+def bad_graph(folder: Path) -> tuple[Path, Counter[str]]:
+    """A graph whose nodes have all of these images, some twice; and how many there are of each cause."""
+    graph_files(folder)
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str, keep_default_na=False)
+    files = {**{name: (content, "") for name, content in WHOLE.items()}, **BLACK}
+    paths, causes = [], Counter[str]()
+    for row, (name, (content, cause)) in enumerate(files.items()):
+        (folder / "images" / f"{row}-{name}").write_bytes(content)
+        paths.append(f"images/{row}-{name}")
+        causes[cause] += 1
+    os.mkfifo(folder / "images/pipe.png")
+    paths += ["images/pipe.png", "images/missing.png", "", "images", "../outside.png"]
+    causes += Counter({"file not found": 3, "no image path": 1, "": 1})
+    (folder.parent / "outside.png").write_bytes(WHOLE["alpha.png"])
+    paths += ["images/16.png"] * (len(nodes) - len(paths))
+    nodes["image_path"] = paths
+    nodes.to_csv(folder / "nodes.csv", index=False)
+    ends = [(nodes["node_id"][i % 40], nodes["node_id"][(i * 7 + 3) % 40]) for i in range(200)]  # of all nodes
+    pd.DataFrame(ends, columns=["src_id", "dst_id"]).to_csv(folder / "edges.csv", index=False)
+    return folder, causes
+
+
+@pytest.mark.fault(
+    "a run over a graph with all of these: the same losses on one rank and two, stored and live, counted"
+)
+def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    bad, causes = bad_graph(tmp_path / "bad")
+    (bad / "towers").symlink_to(graph / "towers")
+    causes.pop("")
+    losses = []
+    for name, ranks, flags in (("stored", 1, []), ("two", 2, []), ("live", 1, ["--tower_cache=off"])):
+        output = tmp_path / name
+        ended = run(brief(bad, output, *flags), ranks=ranks)
+        assert ended.codes == [0] * ranks, ended.said
+        [told] = [line for line in ended.said.splitlines() if line.startswith("images that are black or in part: ")]
+        for cause, count in causes.items():
+            assert f"{count} {cause}" in told, (cause, count, told)
+        losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
+    for other in losses[1:]:
+        assert np.allclose(other, losses[0], rtol=0, atol=1e-5)
+    cases(3)
+
+
+@pytest.mark.fault("image paths that leave the image root: read, or refused under --confine_images")
+def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "folder").mkdir(parents=True)
+    outside.mkdir()
+    for path in (root / "in.png", outside / "out.png", tmp_path / "root-too.png"):
+        path.write_bytes(encoded(RGB, "PNG"))
+    (root / "link.png").symlink_to(outside / "out.png")
+    (root / "linked").symlink_to(outside)
+    (root / "inner.png").symlink_to(root / "in.png")
+    (tmp_path / "alias").symlink_to(root)
+    inside = ["in.png", "folder/../in.png", "./in.png", "inner.png", "missing.png", str(root / "in.png"),
+              "folder\\..\\in.png"]  # fmt: skip
+    leaving = ["../outside/out.png", str(outside / "out.png"), "link.png", "linked/out.png", "..\\outside\\out.png",
+               "../root-too.png", "/etc/passwd", "nul\0.png", "../root", "linked/missing.png"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # below which paths are looked up too, without a root
+    for confined in (ImagePaths("x/nodes.csv", root, True), ImagePaths(root / "nodes.csv", None, True),
+                     ImagePaths("x", tmp_path / "alias", True)):  # fmt: skip
+        assert not [path for path in inside if confined.resolve(path) == OUTSIDE]
+        assert [path for path in leaving if confined.resolve(path) == OUTSIDE] == leaving
+    free = ImagePaths("x/nodes.csv", root)
+    assert not [path for path in leaving if free.resolve(path) == OUTSIDE]
+    assert read_image(free.resolve("../outside/out.png"))[1] == 0
+    assert CAUSES[read_image(OUTSIDE)[1]] == "outside the image root"
+    assert ImagePaths("x/nodes.csv", root, True).resolve(" ") is None
+    cases(3 * (len(inside) + len(leaving)))
+
+    bad, _ = bad_graph(tmp_path / "bad")
+    for flags in ([], ["--tower_cache=off"]):  # a cache that an unconfined run has filled tells nothing of outside
+        output = tmp_path / f"run{len(flags)}"
+        flags = [*brief(graph, output, *flags), f"--nodes={bad / 'nodes.csv'}", f"--edges={bad / 'edges.csv'}"]
+        assert "outside the image root" not in run(flags).said
+        refused = run([*flags, "--confine_images"])
+        assert refused.code == 2 and "confine_images False -> True" in refused.said
+        ended = run([*flags, "--confine_images", f"--output_dir={output}-confined"])
+        assert ended.code == 0 and "1 outside the image root" in ended.said, ended.said
+
+
+@pytest.mark.fault("a run whose image files are mostly bad: ended by --max_bad_images, on every rank")
+def test_mostly_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    bad, _ = bad_graph(tmp_path / "bad")
+    more = [f"--nodes={bad / 'nodes.csv'}", f"--edges={bad / 'edges.csv'}"]
+    for ranks in (1, 2):
+        flags = [*brief(graph, tmp_path / f"run{ranks}", "--tower_cache=off"), *more]
+        ended = run([*flags, "--max_bad_images=0.3"], ranks=ranks)
+        assert ended.codes == [2] * ranks and "more than --max_bad_images 0.3" in ended.said, ended.said
+        assert "4 too many pixels" in ended.said and "Traceback" not in ended.said
+        assert run([*flags, "--max_bad_images=0.6"], ranks=ranks).codes == [0] * ranks
+    cases(4)
