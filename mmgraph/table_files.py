@@ -24,16 +24,19 @@ def read_chunks(
     """Read a table of any format, ``rows`` rows at a time (all at once without); ``columns`` of it are made text.
 
     Raises:
-        UserError: no such file, not a table, a column or an id missing; with file and line. A chunk is checked when
-            it is read.
+        UserError: no such file, not a table, a column or an id missing, a CSV row of more or fewer fields than the
+            header; with file and line. A chunk is checked when it is read.
     """
     path = Path(path)
     _check_file(path)
+    if path.suffix not in ROW_FORMATS:
+        _check_rows(path, columns)
     count = 0
     for table in (_arrow_tables if path.suffix in ROW_FORMATS else _csv_tables)(path, rows):
         missing = [name for name in columns if name not in table.column_names]
         if missing:
             raise UserError(f"{path}: no column '{missing[0]}'; it has {', '.join(table.column_names)}")
+        _check_once(path, columns, table.column_names)
         table = _with_text(path, table, columns, id_columns)
         for name in id_columns:
             empty = pc.equal(pc.fill_null(table[name], ""), "").to_numpy()
@@ -48,6 +51,43 @@ def read_chunks(
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a table' if path.is_dir() else 'no such file'}")
+
+
+def _check_once(path: Path, columns: Sequence[str], header: list[str]) -> None:
+    repeated = [name for name in columns if header.count(name) > 1]
+    if repeated:
+        raise UserError(f"{path}: has the column '{repeated[0]}' more than once; which one is meant?")
+
+
+def _check_rows(path: Path, columns: Sequence[str]) -> None:
+    """What pandas passes over: rows too short are filled up, and of two columns of one name the first is taken.
+
+    So a quote or a line end too much would make a node of the rest of a text.
+    """
+    csv.field_size_limit(1 << 30)  # of 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader, header, line = csv.reader(_without_nul(path, file)), list[str](), 1
+            for fields in reader:
+                is_blank = not fields or (len(fields) == 1 and not fields[0].strip() and len(header) != 1)
+                if not header and not is_blank:
+                    header = fields
+                    _check_once(path, columns, header)
+                elif len(fields) != len(header) and not is_blank:
+                    raise UserError(
+                        f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}; look for a "
+                        "comma or a line end in a text without quotes, or a quote that does not end"
+                    )
+                line = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
+
+
+def _without_nul(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise UserError(f"{path}, line {number}: holds a NUL byte: damaged, or not a CSV table in UTF-8")
+        yield line
 
 
 def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:

@@ -225,7 +225,7 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
     for more, message in (
         (',"x",,,', "line 44: node_id is empty"),  # two fields before span lines
         ("n3,x,,,", "line 44: node_id 'n3' is already used in line 14"),
-        ("z,x,,,,,", "line 42, saw 7"),
+        ("z,x,,,,,", "line 44: 7 fields where the header has 5"),
         ('z,"x', "not a readable CSV"),
     ):
         path.write_text(good + more + "\n")
@@ -233,7 +233,7 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
             open_nodes(path)
     path.write_text(good)
     edges = edges_csv(tmp_path, path)
-    for more, message in (("0,,007", "line 102: dst_id is empty"), ("0,1,2,3", "line 102, saw 4")):
+    for more, message in (("0,,007", "line 102: dst_id is empty"), ("0,1,2,3", "line 102: 4 fields")):
         edges.write_text(edges_csv(tmp_path, path).read_text() + more + "\n")
         with pytest.raises(UserError, match=message):
             open_edges(edges, path)

@@ -62,7 +62,10 @@ BAD_TABLES = [
     (HEADER + 'a,x,"two\nlines",\n\nb,x,,\na,x,,\n', "line 6: node_id 'a' is already used in line 2"),
     (HEADER + "a,x,,\n,x,,\n", "line 3: node_id is empty"),
     (HEADER + "a,x,,\nb,x,,,,,\n", "line 3"),
-    (HEADER + "a,b,c,d,e\n", "not a readable CSV"),
+    (HEADER + "a,b,c,d,e\n", "line 2: 5 fields where the header has 4"),
+    (HEADER + "a,b,c,d\ne,f\n", "line 3: 2 fields where the header has 4"),
+    (HEADER + "a,b,c\0,d\n", "line 2: holds a NUL byte"),
+    ("node_id,node_id,short_name,summary,image_path\na,b,c,d,e\n", "the column 'node_id' more than once"),
     (b"\xff\xfe\x00broken", "not a readable CSV"),
 ]
 
