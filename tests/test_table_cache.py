@@ -226,7 +226,7 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
         (',"x",,,', "line 44: node_id is empty"),  # two fields before span lines
         ("n3,x,,,", "line 44: node_id 'n3' is already used in line 14"),
         ("z,x,,,,,", "line 44: 7 fields where the header has 5"),
-        ('z,"x', "not a readable CSV"),
+        ('z,"x', "line 44: 2 fields where the header has 5"),
     ):
         path.write_text(good + more + "\n")
         with pytest.raises(UserError, match=message):

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,21 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
+from conftest import read_metrics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import brief, each, run
 
 from mmgraph.errors import UserError
 from mmgraph.table_cache import open_edges, open_nodes
 from mmgraph.table_files import fingerprint
 
 Cases = Callable[[int], None]
-TRICKY = ["007", "7", "NA", "nan", "null", "None", "1e5", "100000", "100000.0", str(2**63), "-1", "+1", " a", "a ", "a",
-          "TRUE", "true", "é", "e\u0301", 'quo"te', "com,ma", "new\nline", "car\rriage", "crlf\r\n", "tab\t", "\ufeff", "'",
-          "#", "0x10", "1_000", "2020-01-01", "inf", "\\", "\\n", "\x1a", "\u2028", "𝔘", "a" * 300]  # fmt: skip
+TRICKY = [
+    "007", "7", "NA", "nan", "null", "None", "1e5", "100000", "100000.0", str(2**63), "-1", "+1", " a", "a ", "a", "#",
+    "TRUE", "true", "é", "e\u0301", 'quo"te', "com,ma", "new\nline", "car\rriage", "crlf\r\n", "tab\t", "\ufeff", "'",
+    "0x10", "1_000", "2020-01-01", "inf", "\\", "\\n", "\x1a", "\u2028", "\U0001d518", "a" * 300,
+]  # fmt: skip
 IDS = st.one_of(
     st.sampled_from(TRICKY), st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
 )
@@ -116,3 +121,103 @@ def test_generated_csv_tables(cases: Cases, examples: int) -> None:
 
     tables()
     cases(tried[0])
+
+
+@pytest.mark.fault("generated tables (hypothesis): Parquet, ids as text and as numbers")
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_generated_parquet_tables(cases: Cases, examples: int) -> None:
+    tried = [0]
+    numbers = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=8)
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(graphs(), st.none() | numbers)
+    def tables(graph: tuple[list[list[str]], list[list[str]]], ids: list[int] | None) -> None:
+        nodes, edges = graph
+        if ids is not None:
+            place = nodes[0].index("node_id")
+            nodes = [nodes[0], *([*nodes[1][:place], str(name), *nodes[1][place + 1 :]] for name in ids)]
+            edges = [["src_id", "dst_id"], *([str(a), str(b)] for a, b in zip(ids, reversed(ids), strict=True))]
+        with tempfile.TemporaryDirectory() as name:
+            for table, rows in (("nodes", nodes), ("edges", edges)):
+                frame = pd.DataFrame(rows[1:], columns=rows[0])
+                for column in ("node_id", "src_id", "dst_id") if ids is not None else ():
+                    if column in frame:
+                        frame[column] = frame[column].astype("int64")
+                frame.to_parquet(Path(name) / f"{table}.parquet")
+            check(Path(name), "parquet", nodes, edges)
+        tried[0] += 1
+
+    tables()
+    cases(tried[0])
+
+
+NODES = "node_id,short_name,summary,image_path\n"
+EDGES = "src_id,dst_id\n"
+GOOD = NODES + "a,x,,\nb,y,,\n", EDGES + "a,b\nb,a\n"
+TABLES: list[tuple[str | bytes, str | bytes, str]] = [  # nodes, edges, what is said
+    ("", GOOD[1], "nodes.csv: is empty"),
+    (NODES, GOOD[1], "nodes.csv: has a header but no rows"),
+    (GOOD[0], EDGES, "edges.csv: has a header but no rows"),
+    ("node_id,summary,image_path\na,,\n", GOOD[1], "no column 'short_name'"),
+    (GOOD[0], "src_id\na\n", "no column 'dst_id'"),
+    (NODES.replace("summary", "node_id") + "a,x,y,\n", GOOD[1], "the column 'node_id' more than once"),
+    (GOOD[0], "src_id,dst_id,dst_id\na,b,b\n", "the column 'dst_id' more than once"),
+    (NODES + "a,x,,\na,y,,\n", GOOD[1], "line 3: node_id 'a' is already used in line 2"),
+    (NODES + ",x,,\n", GOOD[1], "line 2: node_id is empty"),
+    (GOOD[0], EDGES + "a,b\n,a\n", "line 3: src_id is empty"),
+    (NODES + "a,x,,,\n", GOOD[1], "line 2: 5 fields where the header has 4"),
+    (NODES + "a,x\n", GOOD[1], "line 2: 2 fields where the header has 4"),
+    (NODES + 'a,x,"never ends,\nb,x,,\n', GOOD[1], "line 2: 3 fields where the header has 4"),
+    (NODES + "a,x,tw\no lines,\n", GOOD[1], "line 2: 3 fields"),
+    (NODES + "a,x,car\rriage,\n", GOOD[1], "line 2: 3 fields"),
+    (NODES + "a,x,nul\0,\n", GOOD[1], "line 2: holds a NUL byte"),
+    (NODES.encode() + b"a,caf\xe9,,\n", GOOD[1], "not a readable CSV table in UTF-8"),
+    (NODES.encode("utf-16"), GOOD[1], "nodes.csv"),
+    (b"PAR1 no parquet", GOOD[1], "no column 'node_id'"),
+    (GOOD[0], EDGES + "x,y\n", "the first unknown id is 'x'"),
+    (GOOD[0], EDGES + "A,B\n", "the first unknown id is 'A'"),
+    (NODES + "007,x,,\n7,y,,\n", EDGES + "07,7\n", "the first unknown id is '07'"),
+    (GOOD[0], GOOD[1], "--global_batch_size 48 is larger than the graph's 2 edges"),
+]
+
+
+@pytest.mark.fault("tables that cannot be used: one line with file and line, exit code 2, nothing made")
+def test_tables_that_cannot_be_used(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    def look(number: int) -> None:
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        *tables, message = TABLES[number]
+        for name, content in zip(("nodes.csv", "edges.csv"), tables, strict=True):
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        ended = run([*brief(graph, folder / "run"), f"--nodes={folder}/nodes.csv", f"--edges={folder}/edges.csv"])
+        [line] = [line for line in ended.said.splitlines() if "error" in line]
+        assert ended.code == 2 and message in line and "Traceback" not in ended.said, ended.said
+        assert not (folder / "run").exists()
+
+    cases(each(range(len(TABLES)), look))
+
+
+@pytest.mark.fault("odd tables that train: self-loops, repeated edges, isolated nodes, nodes without anything")
+def test_odd_tables_that_train(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    plain = "".join(f"{row},node {row},,\n" for row in range(20))
+    ring = "".join(f"{row},{(row + 1) % 10}\n" for row in range(10)) * 5
+    tables = {
+        "self-loops": (plain, "".join(f"{row},{row}\n" for row in range(20)) * 3),
+        "repeated": (plain, "0,1\n" * 60),
+        "isolated": (plain, ring),
+        "unknown": (plain, ring + "0,nobody\nnobody,1\n"),
+        "nothing": ("".join(f"{row},,,\n" for row in range(20)), ring),
+        "spaces": ("".join(f"{row},   ,  , \n" for row in range(20)), ring),
+    }
+    for name, (nodes, edges) in tables.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "nodes.csv").write_text(NODES + nodes)
+        (folder / "edges.csv").write_text(EDGES + edges)
+        more = [f"--nodes={folder}/nodes.csv", f"--edges={folder}/edges.csv", "--max_steps=2"]
+        for flags in ([], ["--tower_cache=off", "--false_negatives=mask_neighbors", "--missing_image=mask"]):
+            ended = run([*brief(graph, folder / f"run{len(flags)}"), *more, *flags])
+            assert ended.code == 0, ended.said
+            assert all(math.isfinite(row["loss"]) for row in read_metrics(folder / f"run{len(flags)}"))
+    cases(2 * len(tables))
