@@ -166,11 +166,17 @@ def file_fingerprints(model_name: str) -> dict[str, str]:
     """SHA-256 of each file of a model, as they lie in its folder or in the hub cache here; empty if none do.
 
     In seconds, and without loading anything.
+
+    Raises:
+        UserError: it is neither a folder nor what could be a name on the hub.
     """
     found = {}
     for name in MODEL_FILES:
         folder = Path(model_name)
-        path = folder / name if folder.is_dir() else try_to_load_from_cache(model_name, name)
+        try:
+            path = folder / name if folder.is_dir() else try_to_load_from_cache(model_name, name)
+        except ValueError as error:
+            raise _no_model(model_name, error) from None
         if isinstance(path, str | Path) and Path(path).is_file():
             with Path(path).open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
