@@ -1,10 +1,13 @@
 """``metrics.jsonl`` (one object a step) and the trackers; written by the main process alone."""
 
+import atexit
 import dataclasses
 import json
 import netrc
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +21,8 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from mmgraph.config import Config
 from mmgraph.files import sync
 from mmgraph.text_log import log
+
+START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that a tracker gets; wandb's own limits are below
 
 
 class MetricsFile:
@@ -57,7 +62,8 @@ class MetricsFile:
 class Trackers:
     """The trackers that follow a run, through Accelerate's. None can stop or stall it: an error of one is a line.
 
-    Weights & Biases without a key or a network is kept offline, below ``folder``.
+    Each works in a thread of its own, and is left to itself where it hangs. Weights & Biases without a key or a network
+    is kept offline, below ``folder``.
 
     Args:
         config: the run's settings; ``report_to`` says which.
@@ -67,42 +73,31 @@ class Trackers:
     """
 
     def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None):
-        self.wandb_id, self._trackers = wandb_id, list[GeneralTracker]()
-        for name in _chosen(config.report_to):
-            try:
-                if name == "wandb":
-                    self._start_wandb(config, folder)
-                else:
-                    self._start_tensorboard(config, folder, step)
-            except Exception as error:
-                log(f"{name} is off: {_said(error)}")
+        self.wandb_id, self._config, self._folder = wandb_id, config, folder
+        starts = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
+        followers = [_Follower(name, starts[name]) for name in _chosen(config.report_to)]
+        self._followers = [follower for follower in followers if follower.has_started()]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        values = {name: value for name, value in row.items() if name != "step" and value is not None}
-        self._call(lambda tracker: tracker.log(values, step=row["step"]))
+        for follower in self._followers:
+            follower.write(row)
 
     def close(self) -> None:
-        self._call(lambda tracker: tracker.finish())
+        for follower in self._followers:
+            follower.finish()
 
-    def _call(self, action: Callable[[GeneralTracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                action(tracker)
-            except Exception as error:
-                self._trackers.remove(tracker)
-                log(f"{tracker.name} is off from here: {_said(error)}")
-
-    def _start_tensorboard(self, config: Config, folder: Path, step: int) -> None:
-        tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
+    def _start_tensorboard(self, step: int) -> GeneralTracker:
+        tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1)
         tracker.start()
-        tracker.store_init_configuration(dataclasses.asdict(config))
-        self._trackers.append(tracker)
-        log(f"tensorboard --logdir {folder / 'tensorboard'} shows the run")
+        tracker.store_init_configuration(dataclasses.asdict(self._config))
+        log(f"tensorboard --logdir {self._folder / 'tensorboard'} shows the run")
+        return tracker
 
-    def _start_wandb(self, config: Config, folder: Path) -> None:
+    def _start_wandb(self) -> GeneralTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # costs seconds: only for those who asked
 
+        config, folder = self._config, self._folder
         known: dict[str, Any] = {"init_timeout": 30, "finish_timeout": 60}  # s; the latter is not in every version
         limits = {name: value for name, value in known.items() if name in wandb.Settings.model_fields}
         offline = _why_offline(wandb.setup().settings.base_url)
@@ -123,13 +118,67 @@ class Trackers:
                 raise
             offline = _said(error)
             tracker = started("offline")
-        self._trackers.append(tracker)
         run = tracker.tracker
         self.wandb_id = run.id
         if run.offline:
             log(f"wandb: run {run.id}, offline ({offline or 'as asked'}); wandb sync {Path(run.dir).parent} uploads it")
         else:
             log(f"wandb: run {run.id}, {run.url}")
+        return tracker
+
+
+class _Follower:
+    """A tracker in a thread, which may raise or hang: then it is off, and one line says so."""
+
+    def __init__(self, name: str, start: Callable[[], GeneralTracker]):
+        self._name, self._start, self._off = name, start, False
+        self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
+        self._started, self._since = threading.Event(), time.monotonic()  # when it began with what it is at
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def has_started(self) -> bool:
+        if not self._started.wait(START_SECONDS):
+            self._turn_off(f"has not started within {START_SECONDS:g} s")
+        return not self._off
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self._rows.empty():
+            self._since = time.monotonic()
+        elif not self._off and time.monotonic() - self._since > HANG_SECONDS:
+            self._turn_off(f"hangs since {HANG_SECONDS:g} s")
+        if not self._off:
+            self._rows.put(row)
+
+    def finish(self) -> None:
+        if self._off:
+            return
+        self._rows.put(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._turn_off(f"has not finished within {FINISH_SECONDS:g} s")
+
+    def _turn_off(self, why: str) -> None:
+        self._off = True
+        log(f"{self._name} is off from here: it {why}; the run goes on, and metrics.jsonl has all of it")
+        atexit._clear()  # where what the tracker has registered would wait for it
+
+    def _work(self) -> None:
+        doing = "start"
+        try:
+            tracker = self._start()
+            self._started.set()
+            doing = "go on"
+            while (row := self._rows.get()) is not None:
+                self._since = time.monotonic()
+                values = {name: value for name, value in row.items() if name != "step" and value is not None}
+                tracker.log(values, step=row["step"])
+            tracker.finish()
+        except Exception as error:
+            if not self._off:
+                log(f"{self._name} is off{'' if doing == 'start' else ' from here'}: {_said(error)}")
+            self._off = True
+            self._started.set()
 
 
 def _chosen(report_to: str) -> list[str]:

@@ -98,6 +98,46 @@ def loss_scaler() -> None:
     wrap("mmgraph.world.build_accelerator", with_scaler)
 
 
+def bad_wandb(where: str, action: str) -> None:
+    """A wandb that raises or sleeps in ``init``, ``log`` or ``finish``; and little patience with it."""
+    import wandb
+
+    from mmgraph import metrics
+
+    metrics.START_SECONDS = metrics.HANG_SECONDS = metrics.FINISH_SECONDS = 2
+
+    class Run:
+        id, offline, url, config = "abc", False, "https://wandb.example", {}
+
+        def log(self, *_: object, **__: object) -> None:
+            if where == "log":
+                act(action)
+
+        def finish(self) -> None:
+            if where == "finish":
+                act(action)
+
+    def init(**_: object) -> Run:
+        if where == "init":
+            act(action)
+        return Run()
+
+    wandb.init = init
+
+
+def slow_steps(seconds: float) -> None:
+    """Let each step take so long at least."""
+    from mmgraph.trainer import Trainer
+
+    take_step = Trainer.step
+
+    def slow(trainer: Trainer, batch: Any) -> Any:
+        time.sleep(seconds)
+        return take_step(trainer, batch)
+
+    Trainer.step = slow  # type: ignore[method-assign]
+
+
 def at_file_call(inside: list[str], number: int, action: str, told: str | None = None) -> None:
     """At the ``number``-th call (from 1) that changes files, counted over all calls of the functions ``inside``.
 
