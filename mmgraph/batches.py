@@ -132,11 +132,14 @@ def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, 
     return file
 
 
-def build_loader(graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int) -> DataLoader[Any]:
+def build_loader(
+    graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int, timeout: float = 0
+) -> DataLoader[Any]:
     """The loader that Accelerate shards: global batches in the sampler's order.
 
     Args:
         inputs: with these, ``workers`` processes make what live towers take; without, batches are edges alone.
+        timeout: seconds that a worker may take for a batch; 0 is without limit.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
     workers = workers if inputs is not None else 0
@@ -146,6 +149,7 @@ def build_loader(graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSa
         collate_fn=EdgeCollator() if inputs is None else BatchCollator(graph.nodes, graph.paths, inputs),
         num_workers=workers,
         persistent_workers=workers > 0,
+        timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
     )

@@ -2,8 +2,10 @@
 
 import argparse
 import atexit
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -217,24 +219,56 @@ def _run(action: Callable[[], int]) -> int:
     """Call ``action``; what a user can cause ends in one line, from the main process alone."""
     try:
         return action()
-    except UserError as error:
-        if is_main_process():
-            print(f"mmgraph: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(OTHERS_WAIT_SECONDS)
-            print(f"mmgraph: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        lost = _lost_contact(error)
-        if lost is None:
+    except Exception as error:
+        _end_workers()
+        code = _told(error)
+        if code is None:
             raise
-        print(f"mmgraph: error: rank {os.environ.get('RANK', '0')} {lost}; the last state stands", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a folder without permission: the user's to mend
+        return code
+    except KeyboardInterrupt:
+        _end_workers()
+        return 130
+
+
+def _told(error: Exception) -> int | None:
+    """Say in one line what a user or the machine has caused. Returns the exit code; None of any other error."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, UserError):
+        if not is_main_process():
+            time.sleep(OTHERS_WAIT_SECONDS)
+        print(f"mmgraph: error: {'' if is_main_process() else f'rank {rank}: '}{error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, RuntimeError):
+        lost = _lost_contact(error) or _lost_worker(error)
+        if lost is not None:
+            print(f"mmgraph: error: rank {rank} {lost}; the last state stands", file=sys.stderr)
+            return 1
+    if isinstance(error, OSError):  # a full disk, a folder without permission: the user's to mend
         print(f"mmgraph: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    return None
+
+
+def _end_workers() -> None:
+    """End the DataLoader workers. They ignore SIGTERM, which at a stop is for ranks: Python would wait for ever."""
+    workers = multiprocessing.active_children()
+    if not workers:
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker dies
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def _lost_worker(error: RuntimeError) -> str | None:
+    """What happened, where a DataLoader worker is gone or hangs."""
+    reason = " ".join(str(error).split())
+    if reason.startswith("DataLoader timed out"):
+        return f"waited --collective_timeout for a DataLoader worker, which hangs ({reason})"
+    if reason.startswith("DataLoader worker"):
+        return f"lost a DataLoader worker: out of memory? Then --num_workers or --cache_size is too large ({reason})"
+    return None
 
 
 def _lost_contact(error: RuntimeError) -> str | None:

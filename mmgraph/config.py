@@ -141,7 +141,9 @@ class Config:
     project: str = _flag("mmgraph", "wandb: the project")
     tags: str | None = _flag(None, "wandb: tags, with commas between them")
     notes: str | None = _flag(None, "wandb: a text about the run")
-    collective_timeout: float = _flag(600.0, "seconds that a rank waits for the others before it gives up")
+    collective_timeout: float = _flag(
+        600.0, "seconds that a rank waits for the others, or for a DataLoader worker, before it gives up"
+    )
     stop_grace: float = _flag(15.0, "seconds that a rank that is asked to stop gives a step, on top of its usual time")
     check: bool = _flag(False, "check arguments, data and launch, and train nothing")
 

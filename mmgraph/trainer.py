@@ -125,7 +125,7 @@ class Trainer:
             fused=accelerator.scaler is None,  # the loss scaler would not learn of a step that it skips
         )
         live = inputs if isinstance(self.source, LiveTowers) else None
-        loader = build_loader(self.graph, live, self.sampler, config.num_workers)
+        loader = build_loader(self.graph, live, self.sampler, config.num_workers, config.collective_timeout)
         edges = config.global_batch_size // accelerator.num_processes  # of a step, on this rank
         self.micro_batches = math.ceil(edges / (config.micro_batch_size or edges))
         zero.set_run(accelerator, edges, config.max_grad_norm)

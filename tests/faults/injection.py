@@ -26,6 +26,8 @@ def act(action: str) -> None:
         raise OSError(ERRORS[action], os.strerror(ERRORS[action]))
     if action == "raise":
         raise ValueError("injected by the test")
+    if action == "memory":
+        raise MemoryError("no memory left")
     if action == "sleep":
         time.sleep(3600)
     os.kill(os.getpid(), getattr(signal, action))
@@ -60,6 +62,18 @@ def at_call(target: str, number: int, action: str, after: bool = False) -> None:
         return result
 
     wrap(target, with_fault)
+
+
+def in_a_worker(action: str) -> None:
+    """In whatever DataLoader worker is first to collate."""
+    from torch.utils.data import get_worker_info
+
+    def collate(function: Callable[..., Any], *arguments: Any) -> Any:
+        if get_worker_info() is not None:
+            act(action)
+        return function(*arguments)
+
+    wrap("mmgraph.batches.BatchCollator.__call__", collate)
 
 
 def not_finite(step: int, what: str, value: str) -> None:

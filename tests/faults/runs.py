@@ -67,7 +67,8 @@ def run(
                 + "\n"
             )  # fmt: skip
             server.stdin.flush()
-            codes = json.loads(server.stdout.readline())
+            codes, orphans = json.loads(server.stdout.readline())
+            assert not orphans, "processes left behind"
             said = "".join(Path(f"{output}.{rank}").read_text(errors="replace") for rank in range(ranks))
             return Ended(codes, said)
     finally:

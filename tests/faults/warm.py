@@ -2,7 +2,8 @@
 
 Reads a JSON object a line: ``arguments`` of launch.py, ``ranks``, ``environment``, ``faults`` as [name, settings] pairs
 of functions in :mod:`injection`, ``output`` (a path for what each rank prints; the rank's number is put behind it) and
-``timeout``. Answers with a JSON list: the exit code of each rank, negative for a signal, None for one that did not end.
+``timeout``. Answers with a JSON list: the exit codes of the ranks, negative for a signal, None for one that did not
+end; and how many of the processes that they started were left behind.
 """
 
 import json
@@ -12,6 +13,8 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import injection
@@ -34,6 +37,17 @@ def main() -> None:
         print(json.dumps(serve(**json.loads(line))), flush=True)
 
 
+def family(leaders: list[int]) -> list[int]:
+    """The processes of the sessions that ``leaders`` began."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if os.getsid(int(entry.name)) in leaders:
+                    found.append(int(entry.name))
+    return found
+
+
 def serve(
     arguments: list[str],
     ranks: int,
@@ -41,7 +55,7 @@ def serve(
     faults: list[tuple[str, dict[str, Any]]],
     output: str,
     timeout: float,
-) -> list[int | None]:
+) -> list[Any]:
     port = free_port()
     children = [start(rank, ranks, port, arguments, environment, faults, f"{output}.{rank}") for rank in range(ranks)]
     codes: dict[int, int | None] = {}
@@ -57,7 +71,12 @@ def serve(
                     os.waitpid(child, 0)
                     codes[child] = None
         time.sleep(0.01)
-    return [codes[child] for child in children]
+    ended = time.monotonic()
+    while (orphans := family(children)) and time.monotonic() < ended + 15:
+        time.sleep(0.05)
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGKILL)
+    return [[codes[child] for child in children], len(orphans)]
 
 
 def free_port() -> int:
@@ -78,6 +97,7 @@ def start(
     child = os.fork()
     if child:
         return child
+    os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):

@@ -1,0 +1,181 @@
+"""Ranks and workers that die, raise or hang, and signals at any time: all end soon, say why, and the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import launch_command
+from runs import STEPS, Fault, brief, check_same, each, run, valid_steps
+
+Cases = Callable[[int], None]
+LIVE = ("--tower_cache=off", "--num_workers=2")
+FLAGS = ("--eval_fraction=0.1", "--eval_every=4", "--batch_size=44")
+PLACES = {  # function, number of its call
+    "dataset": ("mmgraph.batches.EdgeRows.__getitems__", 3),
+    "collator": ("mmgraph.batches.EdgeCollator.__call__", 3),
+    "forward": ("mmgraph.models.multimodal_graph_encoder.TrainedModule.forward", 3),
+    "loss": ("mmgraph.trainer.contrastive_losses", 3),
+    "main process, saving": ("mmgraph.state.write_state", 1),
+    "main process, recording": ("mmgraph.recorder.Recorder._write_row", 3),
+    "main process, evaluating": ("mmgraph.recorder.Recorder.evaluation", 2),
+    "evaluation": ("mmgraph.evaluation.Evaluation.evaluate", 2),
+    "start": ("mmgraph.start.open_graph", 1),
+    "towers": ("mmgraph.tower_cache.open_store", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happens to."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
+    return output
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("torch")}
+
+
+@pytest.mark.fault("a rank that raises in dataset, collator, forward pass, loss, evaluation, start, main-only code")
+def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    def check(case: tuple[str, int]) -> None:
+        place, rank = case
+        target, number = PLACES[place]
+        output = tmp_path / f"{place}-{rank}".replace(" ", "")
+        fault = ("at_call", {"target": target, "number": number, "action": "raise", "rank": rank})
+        begun = time.monotonic()
+        # A launcher would end the other rank at once; here it has to find out by itself.
+        flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
+        ended = run(flags, fault, ranks=2, timeout=20)
+        assert time.monotonic() - begun < 20 and all(code in (1, 2) for code in ended.codes), (place, rank, ended)
+        assert "ValueError: injected by the test" in ended.said
+        other = ended.said.count("lost another rank") + ended.said.count(f"rank {rank}: ValueError: injected")
+        assert other == 1, ended.said
+        assert not list(output.rglob("*.tmp*"))
+        assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
+        check_same(output, reference)
+
+    before = shared_memory()
+    pairs = [(place, rank) for place in PLACES for rank in (0, 1) if rank == 0 or "main" not in place]
+    cases(each(pairs, check))
+    assert shared_memory() == before
+
+
+@pytest.mark.fault("a DataLoader worker that is killed, is out of memory, raises or hangs")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
+    whole = tmp_path / "whole"
+    assert run(brief(graph, whole, *LIVE), ranks=ranks).codes == [0] * ranks
+    said = {
+        "SIGKILL": "lost a DataLoader worker: out of memory?",
+        "SIGSEGV": "lost a DataLoader worker: out of memory?",
+        "memory": "MemoryError: no memory left",
+        "raise": "ValueError: injected by the test",
+        "sleep": "waited --collective_timeout for a DataLoader worker",
+    }
+
+    def check(action: str) -> None:
+        output, rank = tmp_path / action, ranks - 1
+        flags = brief(graph, output, *LIVE)
+        fault = ("in_a_worker", {"action": action, "rank": rank})
+        timeout = ["--collective_timeout=3"] if action == "sleep" else []
+        begun = time.monotonic()
+        ended = run([*flags, *timeout], fault, ranks=ranks, timeout=40)
+        assert all(code == 1 for code in ended.codes), (action, ended)
+        assert time.monotonic() - begun < 40 and said[action] in ended.said, (action, ended.said)
+        assert ("Traceback" in ended.said) == (action in ("memory", "raise")), ended.said
+        assert run(flags, ranks=ranks).codes == [0] * ranks
+        check_same(output, whole)
+
+    before = shared_memory()
+    cases(each(said, check))
+    assert shared_memory() == before
+
+
+SIGNAL_PLACES = {
+    "start": ("at_call", {"target": "mmgraph.start.open_graph", "number": 1}),
+    "build": ("at_call", {"target": "mmgraph.tower_build.build", "number": 1}),
+    "first evaluation": ("at_call", {"target": "mmgraph.evaluation.Evaluation.evaluate", "number": 1}),
+    "step": ("after_step", {"step": 6}),
+    "save": ("at_call", {"target": "mmgraph.state.consolidate", "number": 3}),
+    "end of an epoch": ("after_step", {"step": 8}),
+    "evaluation": ("at_call", {"target": "mmgraph.evaluation.Evaluation.evaluate", "number": 2}),
+    "last step": ("after_step", {"step": STEPS}),
+}
+
+
+@pytest.mark.fault("SIGTERM and SIGUSR1 to one rank or all: at start-up, in the build, a step, a save, an evaluation")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signals(graph: Path, reference: Path, tmp_path: Path, cases: Cases, name: str) -> None:
+    def check(case: tuple[str, tuple[int, ...]]) -> None:
+        place, ranks = case
+        output = tmp_path / f"{place}-{len(ranks)}{ranks[0]}".replace(" ", "")
+        cache = {"MMGRAPH_CACHE": str(tmp_path / f"cache-{output.name}")} if place == "build" else {}
+        kind, settings = SIGNAL_PLACES[place]
+        faults: list[Fault] = [(kind, {**settings, "action": name, "rank": rank}) for rank in ranks]
+        flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
+        ended = run(flags, *faults, ranks=2, timeout=25, environment=cache)
+        assert None not in ended.codes and "Traceback" not in ended.said, (case, ended)
+        if place in ("start", "build"):  # nothing to write yet
+            assert -getattr(signal, name) in ended.codes and 0 not in ended.codes, (case, ended)
+        elif place == "last step":
+            assert ended.codes == [0, 0], (case, ended)
+        else:
+            assert ended.codes == [143, 143] and "state written" in ended.said, (case, ended)
+            assert valid_steps(output)
+        assert run(brief(graph, output, *FLAGS), ranks=2, environment=cache).codes == [0, 0]
+        check_same(output, reference)
+
+    cases(each([(place, ranks) for place in SIGNAL_PLACES for ranks in ((0,), (1,), (0, 1))], check))
+
+
+def launched(*flags: str, faults: list[Fault], within: float) -> subprocess.CompletedProcess[str]:
+    """A real launch of two ranks with faults (``rank`` as text); within so many seconds nothing of it is left."""
+    command = launch_command("cpu_2proc.yaml")[:-1]
+    script = str(Path(__file__).parent / "launched.py")
+    marked = {**os.environ, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, *flags], env=marked, capture_output=True, text=True, timeout=within)
+    for _ in range(50):
+        left = [process for process in psutil.process_iter() if script in _command(process)]
+        if not left:
+            return done
+        time.sleep(0.1)
+    raise AssertionError(f"left behind: {left}")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.fault("accelerate launch: a rank killed in a step or in a save, or asleep for ever: all end, it is named")
+def test_real_launches(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    in_a_save = {"inside": ["mmgraph.state.write_state"], "number": 9, "action": "SIGKILL", "rank": "0"}
+    kills: list[tuple[str, Fault]] = [
+        ("0", ("after_step", {"step": 6, "action": "SIGKILL", "rank": "0"})),
+        ("1", ("after_step", {"step": 6, "action": "SIGKILL", "rank": "1"})),
+        ("0", ("at_file_call", in_a_save)),
+        ("1", ("at_call", {"target": "mmgraph.state.consolidate", "number": 3, "action": "SIGKILL", "rank": "1"})),
+    ]  # fmt: skip
+    for number, (rank, fault) in enumerate(kills):
+        output = tmp_path / f"{number}"
+        done = launched(*brief(graph, output, *FLAGS), faults=[fault], within=40)
+        assert done.returncode == 1 and "exitcode  : -9" in done.stderr and f"rank      : {rank}" in done.stderr
+        assert "mmgraph/" not in done.stderr  # no traceback of ours
+        assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
+        check_same(output, reference)
+    output = tmp_path / "asleep"
+    fault = ("after_step", {"step": 6, "action": "sleep", "rank": "1"})
+    done = launched(*brief(graph, output, *FLAGS, "--collective_timeout=4"), faults=[fault], within=60)
+    assert done.returncode == 1 and "rank 0 waited --collective_timeout for another rank" in done.stderr
+    assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
+    check_same(output, reference)
+    cases(len(kills) + 1)
