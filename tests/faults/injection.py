@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import pkgutil
 import signal
@@ -110,6 +111,21 @@ def loss_scaler() -> None:
         return accelerator
 
     wrap("mmgraph.world.build_accelerator", with_scaler)
+
+
+def note_edges(folder: str) -> None:
+    """Write down this rank's edges of each step, a file a rank: step, edges."""
+    from mmgraph.trainer import Trainer
+
+    take_step = Trainer.step
+
+    def noted(trainer: Trainer, batch: Any) -> Any:
+        values = take_step(trainer, batch)
+        with (Path(folder) / os.environ.get("RANK", "0")).open("a") as file:
+            print(json.dumps([trainer.progress.step, batch["edges"].tolist()]), file=file)
+        return values
+
+    Trainer.step = noted  # type: ignore[method-assign]
 
 
 def bad_wandb(where: str, action: str) -> None:
