@@ -1,6 +1,6 @@
 """The losses of 100 steps, kept: whatever changes them is seen.
 
-``python tests/faults/test_golden.py`` writes golden.json anew, which takes a reason and a comparison of before and after.
+``python tests/faults/test_golden.py`` writes golden.json anew: with a reason, and a comparison of before and after.
 """
 
 import json
