@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_error_before_training(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2_000_000))
     assert train_main(settings(graph, tmp_path / "run")) == 2
-    assert "0.00 GB free, and an epoch file with its state takes 0.01 GB; make room" in capsys.readouterr().err
+    assert "2 MB free, and an epoch file with its state takes 5.1 MB; make room" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 50_000_000))
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=1")) == 0
     assert re.search(r"warning: .* writable, 0.1 GB free; a whole run takes up to 0.1 GB", capsys.readouterr().out)
