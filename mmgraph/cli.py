@@ -258,7 +258,7 @@ def _end_workers() -> None:
     for worker in workers:
         worker.kill()
         worker.join()
-    signal.signal(signal.SIGCHLD, handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 def _lost_worker(error: RuntimeError) -> str | None:

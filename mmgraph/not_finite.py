@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -86,7 +85,8 @@ class NotFinite:
     def _write(self, row: dict[str, Any], ranks: list[int], start: int) -> None:
         size, graph = self.config.global_batch_size, self.graph
         edges = permuted(np.arange(start, start + size), len(graph.rows), self.config.seed, row["epoch"])
-        ids = graph.nodes.column("node_id").take(pa.array(graph.rows[edges].ravel())).to_pylist()  # 2 * size
+        column = graph.nodes.column("node_id")  # one by one: take() may put all of its chunks together
+        ids = [column[int(row)].as_py() for row in graph.rows[edges].ravel()]  # 2 * size
         graph.nodes.release()
         told = {
             "step": row["step"],
