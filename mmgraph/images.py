@@ -5,7 +5,8 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,39 @@ OUTSIDE = "/dev/null/outside the image root"  # instead of a path that is not to
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
 MAX_FILE_BYTES = 1 << 30
 
-_truncated_lock = threading.Lock()
+
+class _Switch:
+    """Pillow's ``LOAD_TRUNCATED_IMAGES``, which is all threads': many decode while it is off, or one while it is on.
+
+    Left on, half images would pass without a word, and damaged ones as whole.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._decoding = threading.Condition(), 0
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with self._changed:
+            self._decoding += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._decoding -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with self._changed:  # held all along: nobody else begins
+            self._changed.wait_for(lambda: not self._decoding)
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                yield
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+_accept_truncated = _Switch()
 
 
 def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
@@ -75,7 +108,8 @@ def decode_picture(
 
 def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
     try:
-        header = Image.open(io.BytesIO(data), formats=_formats())
+        with _accept_truncated.off():
+            header = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
         return black_image(), CAUSES.index("too many pixels")
     except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
@@ -90,19 +124,16 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
         except RuntimeError:
             pass  # truncated or broken: Pillow tells which
     try:
-        return _to_tensor(picture), 0
+        with _accept_truncated.off():
+            return _to_tensor(picture), 0
     except Exception as error:
         if not (isinstance(error, OSError) and "truncated" in str(error)):
             return black_image(), CAUSES.index("unreadable")
     if truncated == "black":
         return black_image(), CAUSES.index("truncated")
     try:
-        with _truncated_lock:  # Pillow's switch is global: never leave it on, or half images pass without a word
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
-            try:
-                return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), CAUSES.index("truncated")
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
+        with _accept_truncated.on():
+            return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), CAUSES.index("truncated")
     except Exception:
         return black_image(), CAUSES.index("unreadable")
 

@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from conftest import graph_files
 from PIL import Image, ImageFile
 from runs import brief, run
 
-from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, read_image
+from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
 from mmgraph.tables import ImagePaths
 
 Cases = Callable[[int], None]
@@ -161,6 +162,22 @@ def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
     cases(tried)
 
 
+@pytest.mark.fault("damaged images decoded by four threads at once: each has the outcome that it has alone")
+def test_threads(cases: Cases) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), "PNG", compress_level=1)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x55  # a wrong checksum, which Pillow's switch for truncated files would pass over
+    kinds = [(whole, ""), (whole[: len(whole) * 4 // 5], "truncated"), (bytes(flipped), "unreadable")]
+    alone = [decode_picture(data, 0) for data, _ in kinds]
+    assert [CAUSES[cause] for _, cause in alone] == [expected for _, expected in kinds]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda kind: decode_picture(kind[0], 0), kinds * 60))
+    for (pixels, cause), (expected_pixels, expected) in zip(found, alone * 60, strict=True):
+        assert cause == expected and torch.equal(pixels, expected_pixels)
+    cases(len(found))
+
+
 MEMORY = """
 import resource, sys
 from mmgraph.images import read_image
@@ -215,7 +232,8 @@ def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> Non
     (bad / "towers").symlink_to(graph / "towers")
     causes.pop("")
     losses = []
-    for name, ranks, flags in (("stored", 1, []), ("two", 2, []), ("live", 1, ["--tower_cache=off"])):
+    live, threads = ["--tower_cache=off"], ["--num_workers=4", f"--tower_cache={tmp_path / 'another'}"]
+    for name, ranks, flags in (("stored", 1, []), ("two", 2, []), ("live", 1, live), ("threads", 1, threads)):
         output = tmp_path / name
         ended = run(brief(bad, output, *flags), ranks=ranks)
         assert ended.codes == [0] * ranks, ended.said
@@ -225,7 +243,7 @@ def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> Non
         losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
     for other in losses[1:]:
         assert np.allclose(other, losses[0], rtol=0, atol=1e-5)
-    cases(3)
+    cases(4)
 
 
 @pytest.mark.fault("image paths that leave the image root: read, or refused under --confine_images")
