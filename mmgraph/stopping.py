@@ -36,19 +36,22 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer the signals while the block runs."""
+        """Answer the signals while the block runs. After an error, which ends the process, SIGTERM goes on unheeded."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         # Python calls a handler between two bytecodes, so not while this rank waits for others in a collective: a
         # thread that reads the numbers of the signals as they come is never late.
         wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        before = [signal.signal(number, lambda *_: None) for number in STOP_SIGNALS]
+        before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         watcher = threading.Thread(target=self._watch, args=(read,), daemon=True)
         watcher.start()
         try:
             yield
+        except Exception:
+            del before[signal.SIGTERM]  # a launcher sends it where a rank is lost: the others have yet to say so
+            raise
         finally:
-            for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             self._begun.set()

@@ -67,6 +67,14 @@ def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases:
     assert shared_memory() == before
 
 
+@pytest.mark.fault("the launcher's SIGTERM to the rank that is left, before that has said what happened: it says so")
+def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> None:
+    killed = ("after_step", {"step": 5, "action": "SIGKILL", "rank": 1})
+    signalled = ("at_call", {"target": "mmgraph.cli._end_workers", "number": 1, "action": "SIGTERM", "rank": 0})
+    ended = run(brief(graph, tmp_path / "run"), killed, signalled, ranks=2)
+    assert ended.codes == [1, -9] and "rank 0 lost another rank" in ended.said, ended
+
+
 @pytest.mark.fault("a DataLoader worker that is killed, is out of memory, raises or hangs")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
