@@ -20,7 +20,7 @@ from mmgraph.files import locked, sync, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
-from mmgraph.state import Progress
+from mmgraph.state import Progress, gone_on
 from mmgraph.text_log import flush_log, log, log_file
 from mmgraph.world import on_main_process
 
@@ -32,11 +32,15 @@ class Recorder:
         config: the run's settings.
         accelerator: of this rank.
         progress: where the run begins; the tracker's id is kept in its ``components``.
+        start: the state that the run goes on from.
         total_steps: the step that the run ends with.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, progress: Progress, total_steps: int):
+    def __init__(
+        self, config: Config, accelerator: Accelerator, progress: Progress, start: Path | None, total_steps: int
+    ):
         self.config, self.accelerator, self.progress, self.total_steps = config, accelerator, progress, total_steps
+        self.start = start
         self.output = config.output_folder
         self.failure: OSError | None = None  # of writing a row, on the main process
 
@@ -53,6 +57,9 @@ class Recorder:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
             if not locked(self.output, stack):  # two runs that write to one folder would damage each other
                 raise UserError(f"{self.output}: another process is training in this folder")
+            newer = gone_on(self.output / "state", self.start, self.progress)
+            if newer is not None:  # it had the folder until now; its states and metrics would be lost
+                raise UserError(f"{self.output}: another process has gone on to {newer.name} meanwhile; start again")
             write_durably(self.output / "config.yaml", config.save)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
@@ -124,16 +131,11 @@ class Recorder:
         sync(self.log_path)
         return self.metrics.sync()
 
-    def hello(self, start: Path | None, graph: Graph, trained: int, frozen: int) -> None:
-        """Tell what begins.
-
-        Args:
-            start: the state that the run goes on from.
-            trained, frozen: numbers of parameters.
-        """
+    def hello(self, graph: Graph, trained: int, frozen: int) -> None:
+        """Tell what begins; ``trained`` and ``frozen`` are numbers of parameters."""
         config, progress = self.config, self.progress
-        if start is not None:
-            log(f"resumed at step {progress.step:,} from {start}")
+        if self.start is not None:
+            log(f"resumed at step {progress.step:,} from {self.start}")
         elif config.init_from is not None:
             log(f"weights from {config.init_from}; begins at epoch {progress.epoch}")
         if is_stand_in(config.model_name):

@@ -247,6 +247,14 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
     return None
 
 
+def gone_on(folder: Path, start: Path | None, progress: Progress) -> Path | None:
+    """The newest valid state, where it is not the one that a run begins with, as it was read: somebody went on."""
+    newest = newest_state(folder, tell=lambda line: None)
+    if newest is None or start is None or newest.resolve() != start.resolve():
+        return newest
+    return newest if read_record(newest)["metrics_bytes"] != progress.metrics_bytes else None
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The ``state.json`` of a state whose files are whole.
 

@@ -86,7 +86,7 @@ class Trainer:
         self._open_graph(inputs)
         self._build(inputs, trained)
         self.best = Best(config, self.progress.components, graph.held_out.fingerprint if graph.held_out else "")
-        self.recorder = Recorder(config, accelerator, self.progress, self.total_steps)
+        self.recorder = Recorder(config, accelerator, self.progress, self.start_state, self.total_steps)
         self.not_finite = NotFinite(config, accelerator, graph, self.progress)
         self.stop, self.stopping = StopRequest(config.stop_grace), False
         self.pending: _Pending | None = None
@@ -391,7 +391,7 @@ class Trainer:
 
     def _say_hello(self) -> None:
         frozen = sum(tensor.numel() for tensor in self.frozen.values())
-        self.recorder.hello(self.start_state, self.graph, self.trained_parameters, frozen)
+        self.recorder.hello(self.graph, self.trained_parameters, frozen)
 
     def _say_goodbye(self) -> None:
         told = f"best: {self.best}, {checkpoints.best_file(self.output)}" if self.best.found else ""

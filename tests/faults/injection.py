@@ -65,6 +65,18 @@ def at_call(target: str, number: int, action: str, after: bool = False) -> None:
     wrap(target, with_fault)
 
 
+def meet_at(target: str, folder: str) -> None:
+    """At a call of a function or method: make ``folder``/here, and wait for ``folder``/go."""
+
+    def with_fault(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        (Path(folder) / "here").touch()
+        while not (Path(folder) / "go").exists():
+            time.sleep(0.02)
+        return function(*arguments, **named)
+
+    wrap(target, with_fault)
+
+
 def in_a_worker(action: str) -> None:
     """In whatever DataLoader worker is first to collate."""
     from torch.utils.data import get_worker_info

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -146,6 +147,23 @@ def test_two_runs_in_one_folder(graph: Path, tmp_path: Path) -> None:
         assert time.monotonic() - begun < 30 and not (output / "metrics.jsonl").exists()
         first.communicate("\n")
     assert run(brief(graph, output)).code == 0
+
+
+@pytest.mark.fault("a second start that has read the state, and waits while the first goes on and ends: refused")
+def test_a_start_that_comes_late(graph: Path, tmp_path: Path) -> None:
+    output, flags = tmp_path / "run", brief(graph, tmp_path / "run")
+    assert run(flags, ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
+    with ThreadPoolExecutor(1) as thread:
+        meet = {"target": "mmgraph.trainer.Trainer._build", "folder": str(tmp_path)}
+        late = thread.submit(run, flags, ("meet_at", meet))
+        while not (tmp_path / "here").exists():
+            time.sleep(0.02)
+        assert run(flags).code == 0
+        done = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        (tmp_path / "go").touch()
+        ended = late.result()
+    assert ended.code == 2 and "another process has gone on to step-00000012 meanwhile; start again" in ended.said
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == done
 
 
 @pytest.mark.fault(
