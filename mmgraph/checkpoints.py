@@ -1,6 +1,7 @@
 """Checkpoint files in the original's format, and encoders from them."""
 
 import errno
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.config import Config
@@ -19,6 +21,7 @@ from mmgraph.towers import load_tower_configs, random_towers
 
 DEFAULT_MODEL = Config.model_name
 HEADS = 8  # of the fusion's attention
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TrainedState(NamedTuple):
@@ -81,8 +84,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        _refuse_bomb(Path(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_safely(Path(path))
     except Exception as error:  # torch raises whatever a broken zip or a forbidden pickle makes it raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -95,38 +97,71 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ):
         raise UserError(f"{path}: holds no model_state_dict")
     _check_data(path, state)
+    model = file_keys(state)
+    for key, tensor in model.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers of 16 bits or more")
     if "graph_proj.weight" not in state or "fusion.text_proj.weight" not in state:
         raise UserError(
             f"{path}: not a multimodal graph encoder: it has no graph_proj.weight or fusion.text_proj.weight"
         )
     if not whole:
-        return Checkpoint(file_keys(state))
+        return Checkpoint(model)
     missing = {"epoch", "optimizer_state_dict", "loss"} - content.keys()
     if missing:
         raise UserError(f"{path}: an epoch file without {', '.join(sorted(missing))}")
+    _check_optimizer(path, content["optimizer_state_dict"])
     try:
-        epoch, loss = int(content["epoch"]), float(content["loss"])
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: its epoch or loss is no number") from None
-    return Checkpoint(file_keys(state), content["optimizer_state_dict"], epoch, loss)
+        loss = float(content["loss"])
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise UserError(f"{path}: its loss is no number") from None
+    return Checkpoint(model, content["optimizer_state_dict"], _count(path, "epoch", content["epoch"]), loss)
 
 
-def _refuse_bomb(path: Path) -> None:
-    """Raise ValueError where a zip would give more than it holds: torch.save never compresses."""
-    if not zipfile.is_zipfile(path):
-        return  # for torch to say
+def load_safely(path: Path) -> Any:
+    """``torch.load`` of a file from strangers: no code in it is run, and memory is given for what it holds alone.
+
+    Raises:
+        Exception: whatever a broken zip or a forbidden pickle makes torch raise.
+    """
+    if not zipfile.is_zipfile(path):  # torch's older format may claim tensors without having their data
+        raise ValueError("no zip, as torch.save has written since torch 1.6; load and save an older file with torch")
     with zipfile.ZipFile(path) as file:
         size = sum(entry.file_size for entry in file.infolist())
-    if size > path.stat().st_size:
+    if size > path.stat().st_size:  # torch.save never compresses
         raise ValueError(f"a zip of {size:,} bytes in a file of {path.stat().st_size:,}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_optimizer(path: str | Path, content: object) -> None:
+    """Raise :class:`UserError` where an ``optimizer_state_dict`` is not made like one of torch's."""
+    try:
+        states = content["state"]  # type: ignore[index]
+        values = {f"param {i}: {name}": value for i, state in states.items() for name, value in state.items()}
+        fits = isinstance(content["param_groups"], list)  # type: ignore[index]
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits or not all(isinstance(value, torch.Tensor | int | float) for value in values.values()):
+        raise UserError(f"{path}: its optimizer_state_dict is not one of torch's")
+    _check_data(path, {name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+
+
+def _count(path: str | Path, what: str, value: Any) -> int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # such as a tensor of two numbers, or complex
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise UserError(f"{path}: its {what} is no number of 0 or more")
+    return int(number)
 
 
 def _check_data(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise :class:`UserError` where a tensor is not what it looks like: of strides of 0, sparse, or of no data."""
     for key, tensor in tensors.items():
-        plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
-        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: {key}, {tuple(tensor.shape)}, holds less data than its shape says")
+        plain = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_quantized
+        if not plain or tensor.device.type != "cpu" or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key} is no plain tensor that has all of its data")
 
 
 def model_state(towers: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,30 +189,51 @@ def optimizer_state(trained: TrainedState, group: Mapping[str, Any]) -> dict[str
     return {"state": state, "param_groups": [{**settings, "params": list(range(len(names)))}]}
 
 
-def trained_state(checkpoint: Checkpoint, names: list[str], path: str | Path) -> TrainedState:
-    """The trained part of a file, for the parameters ``names``; without moments where it is a final file.
+def trained_state(checkpoint: Checkpoint, module: nn.Module, path: str | Path) -> TrainedState:
+    """The trained part of a file, float32; without moments where it is a final file.
+
+    Args:
+        module: what it is for, if only on torch's meta device; its parameters' names and shapes are compared.
 
     Raises:
-        UserError: a tensor is missing, or the moments are no AdamW's.
+        UserError: a tensor is missing or of another shape, or the moments are no AdamW's.
     """
+    names = [name for name, _ in module.named_parameters()]
     missing = [name for name in names if name not in checkpoint.model_state_dict]
     if missing:
         raise UserError(f"{path}: has no tensor {missing[0]}")
-    weights = {name: checkpoint.model_state_dict[name].float() for name in names}
-    if checkpoint.optimizer_state_dict is None:
-        return TrainedState(weights, {}, {}, 0)
-    try:
-        states = checkpoint.optimizer_state_dict.get("state", {})
-        if not states:
-            return TrainedState(weights, {}, {}, 0)
-        for i in range(len(names)):
-            _check_data(path, {f"param {i}: {key}": states[i][key] for key in ("exp_avg", "exp_avg_sq")})
-        first, second = (
-            {name: states[i][key].float() for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")
-        )
-        return TrainedState(weights, first, second, int(states[0]["step"]))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: its optimizer_state_dict is not AdamW's over {len(names)} parameters") from None
+    found = TrainedState({name: checkpoint.model_state_dict[name] for name in names}, {}, {}, 0)
+    states = (checkpoint.optimizer_state_dict or {}).get("state")
+    if states:
+        try:
+            first, second = (
+                {name: states[i][key] for i, name in enumerate(names)} for key in ("exp_avg", "exp_avg_sq")
+            )
+            found = TrainedState(found.weights, first, second, _count(path, "Adam step", states[0]["step"]))
+        except KeyError:
+            raise UserError(f"{path}: its optimizer_state_dict is not AdamW's over {len(names)} parameters") from None
+    check_fit(found, module, path)  # before more memory is given
+    weights, first, second = ({name: tensor.float() for name, tensor in part.items()} for part in found[:3])
+    return TrainedState(weights, first, second, found.adam_step)
+
+
+def check_fit(trained: TrainedState, module: nn.Module, path: str | Path) -> None:
+    """Raise :class:`UserError` where weights or moments have other names or shapes than the module's, or no floats."""
+    expected = dict(module.named_parameters())
+    kinds = {"weights": trained.weights}
+    if trained.exp_avg or trained.exp_avg_sq:
+        kinds |= {"Adam's first moments": trained.exp_avg, "Adam's second moments": trained.exp_avg_sq}
+    for kind, tensors in kinds.items():
+        for name in [*expected, *tensors]:
+            found, wanted = (_described(among.get(name)) for among in (tensors, expected))
+            if found != wanted:
+                raise UserError(f"{path}: its {kind} do not fit the model: {name} is {found}, expected {wanted}")
+
+
+def _described(tensor: object) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return "missing"
+    return f"{tuple(tensor.shape)}{'' if tensor.dtype in FLOATS else f' {tensor.dtype}'}"
 
 
 def load_pretrained_encoder(

@@ -43,9 +43,12 @@ def _to_safetensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], di
     metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # safetensors keeps no order of its own
     if checkpoint.optimizer_state_dict is not None:
         for param, state in checkpoint.optimizer_state_dict["state"].items():
-            tensors |= {f"{OPTIMIZER}{param}.{name}": tensor for name, tensor in state.items()}
-        groups = checkpoint.optimizer_state_dict["param_groups"]
-        metadata |= {"epoch": str(checkpoint.epoch), "loss": repr(checkpoint.loss), "param_groups": json.dumps(groups)}
+            tensors |= {f"{OPTIMIZER}{param}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        try:
+            groups = json.dumps(checkpoint.optimizer_state_dict["param_groups"])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"the optimizer's settings are not plain ones, which alone can be kept: {error}") from None
+        metadata |= {"epoch": str(checkpoint.epoch), "loss": repr(checkpoint.loss), "param_groups": groups}
     return {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata
 
 
@@ -61,14 +64,14 @@ def _read_safetensors(path: Path) -> Checkpoint:
         if "epoch" not in metadata:
             return Checkpoint(model)
         groups = json.loads(metadata["param_groups"])
+        for group in groups:
+            group["betas"] = tuple(group["betas"])  # JSON has only lists
         epoch, loss = int(metadata["epoch"]), float(metadata["loss"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key in sorted(key for key in tensors if key.startswith(OPTIMIZER)):
+            param, name = key.removeprefix(OPTIMIZER).split(".")
+            state.setdefault(int(param), {})[name] = tensors[key]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a converted checkpoint ({type(error).__name__}: {error})") from None
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key in sorted(key for key in tensors if key.startswith(OPTIMIZER)):
-        param, name = key.removeprefix(OPTIMIZER).split(".")
-        state.setdefault(int(param), {})[name] = tensors[key]
     state = {param: state[param] for param in sorted(state)}
-    for group in groups:
-        group["betas"] = tuple(group["betas"])  # JSON has only lists
     return Checkpoint(model, {"state": state, "param_groups": groups}, epoch, loss)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
+from mmgraph.checkpoints import load_safely
 from mmgraph.errors import UserError
 from mmgraph.files import sync
 
@@ -134,7 +135,7 @@ def _read_parquet(path: Path) -> tuple[Any, list[str]]:
 
 
 _READERS: dict[str, Any] = {
-    ".pt": lambda path: (torch.load(path, map_location="cpu", weights_only=True), None),
+    ".pt": lambda path: (load_safely(path), None),
     ".npy": lambda path: (torch.from_numpy(np.load(path)), None),
     ".safetensors": _read_safetensors,
     ".parquet": _read_parquet,

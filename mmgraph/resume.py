@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from mmgraph.checkpoints import TrainedState, best_file, read_checkpoint, trained_state
+from mmgraph.checkpoints import TrainedState, best_file, check_fit, read_checkpoint, trained_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.state import Progress, check_fit, newest_state, read_record, read_state
+from mmgraph.state import Progress, newest_state, read_record, read_state
 from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs
 
@@ -95,13 +95,10 @@ def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[
     if epoch >= config.epochs:
         raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
     module = _empty_module(config)
-    names = [name for name, _ in module.named_parameters()]
-    extra = checkpoint.model_state_dict.keys() - frozen.keys() - set(names)
+    extra = checkpoint.model_state_dict.keys() - frozen.keys() - dict(module.named_parameters()).keys()
     if extra:
         raise UserError(f"--init_from {path}: has {min(extra)} too, which is not this model's")
-    trained = trained_state(checkpoint, names, path)
-    check_fit(trained, module, path)
-    return trained, epoch
+    return trained_state(checkpoint, module, path), epoch
 
 
 def _empty_module(config: Config) -> TrainedModule:

@@ -80,23 +80,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def check_fit(trained: TrainedState, module: nn.Module, path: Path) -> None:
-    """Raise :class:`UserError` where weights or moments have other names, shapes or types than the module's."""
-    expected = dict(module.named_parameters())
-    kinds = {"weights": trained.weights}
-    if trained.exp_avg or trained.exp_avg_sq:
-        kinds |= {"Adam's first moments": trained.exp_avg, "Adam's second moments": trained.exp_avg_sq}
-    for kind, tensors in kinds.items():
-        for name in [*expected, *tensors]:
-            found, wanted = (_described(among.get(name)) for among in (tensors, expected))
-            if found != wanted:
-                raise UserError(f"{path}: its {kind} do not fit the model: {name} is {found}, expected {wanted}")
-
-
-def _described(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
     """Put a consolidated state's moments into the optimizer of a prepared module that has its weights. On every rank.
 
