@@ -1,6 +1,7 @@
 """Resume state: one consolidated folder a state, whole or not there, free of how many processes wrote it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -8,9 +9,10 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +25,16 @@ from mmgraph.checkpoints import TrainedState
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import sync
+from mmgraph.text_log import log
+
+Result = TypeVar("Result")
 
 FORMAT = 1
 WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
 
-class NewerFormatError(UserError):
-    """A state that a newer mmgraph wrote: not damaged, so never to be passed over."""
+class NotDamagedError(UserError):
+    """A state that a newer mmgraph wrote, or that cannot be read now: never to be passed over, nor to be removed."""
 
 
 @dataclasses.dataclass
@@ -132,8 +137,10 @@ def write_state(
     Called on the main process alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sync(folder.parent)  # where it may be new
     for leftover in folder.glob(".tmp-*"):
-        _remove(leftover)
+        with suppress(OSError):  # some file of it may be open still, on a network file system
+            _remove(leftover)
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
     try:
         hashes = _fill(temporary, progress, trained, run_identity, config)
@@ -146,7 +153,10 @@ def write_state(
         _remove(temporary)  # on a full disk it is in the way
     sync(target)
     sync(folder)
-    _prune(folder, target, keep_last)
+    try:
+        _prune(folder, target, keep_last)
+    except OSError as error:  # the new state is there: no reason to end
+        log(f"{folder}: states that are no longer needed cannot be removed: {error}")
     return target
 
 
@@ -189,7 +199,13 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
     the run would have gone on from there."""
     kept = 0
     for path in state_folders(folder):
-        if path == newest or (kept and kept < keep_last and _is_valid(path)):
+        try:
+            keep = path == newest or (0 < kept < keep_last and bool(read_record(path)))
+        except NotDamagedError:
+            continue
+        except UserError:
+            keep = False
+        if keep:
             kept += 1
         else:
             _remove(path)
@@ -201,14 +217,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        read_record(path)
-    except UserError:
-        return False
-    return True
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -223,7 +231,7 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
         try:
             read_record(path)
             return path
-        except NewerFormatError:
+        except NotDamagedError:
             raise
         except UserError as error:
             tell(f"ignored: {error}")
@@ -242,29 +250,63 @@ def read_record(path: Path) -> dict[str, Any]:
     """The ``state.json`` of a state whose files are whole.
 
     Raises:
-        UserError: no state, a newer format, or a file that its SHA-256 does not match; with the file's name.
+        UserError: no state, a newer format, or a file that its SHA-256 does not match, or that cannot be read; with the
+            file's name.
     """
     try:
-        text = (path / RECORD).read_text(encoding="utf-8")
+        text = _read(path / RECORD, Path.read_bytes).decode()
         record = json.loads(text)
         hashes = record["sha256"]
         if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # whatever the format
             raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
         if record["format"] > FORMAT:
-            raise NewerFormatError(
+            raise NotDamagedError(
                 f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
             )
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
             raise ValueError(f"has SHA-256 of {', '.join(hashes)}")
-        Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a state, it has no {RECORD}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _progress(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
     for name in (WEIGHTS, MOMENTS):
-        if not (path / name).is_file() or _sha256(path / name) != hashes.get(name):
+        if _read(path / name, _sha256) != hashes.get(name):
             raise UserError(f"{path / name}: damaged, its SHA-256 is not the one in {RECORD}")
     return record
+
+
+def _read(path: Path, how: Callable[[Path], Result]) -> Result:
+    """Read a file of a state.
+
+    Raises:
+        NotDamagedError: it may be read another time, as on a network file system, or with permission.
+        UserError: it is not there, or damaged.
+    """
+    try:
+        return how(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"{path}: no such file, so this is not a whole state") from None
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise UserError(f"{path}: damaged, the disk cannot read it ({error.strerror})") from None
+        raise NotDamagedError(
+            f"{path}: cannot be read now ({error.strerror or error}); start again, or remove {path.parent.name} to "
+            "go on from the state before it"
+        ) from None
+
+
+def _progress(record: Mapping[str, Any]) -> Progress:
+    """Where a record says that its run stood. Raises ValueError, TypeError or KeyError where that is nonsense."""
+    progress = Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
+    counts = ("step", "epoch", "samples_in_epoch", "adam_step", "metrics_bytes")
+    for name in counts:
+        if type(record[name]) is not int or record[name] < (name == "epoch"):
+            raise ValueError(f"{name} {record[name]!r}")
+    for name in ("identity", "components", "epoch_sums", *["loss_scale"] * (record["loss_scale"] is not None)):
+        if not isinstance(record[name], dict):
+            raise ValueError(f"{name} {record[name]!r}")
+    if not all(isinstance(value, int | float) for value in progress.epoch_sums.values()):
+        raise ValueError(f"epoch_sums {record['epoch_sums']!r}")
+    return progress
 
 
 def _text(record: Mapping[str, Any]) -> str:
@@ -280,7 +322,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 def read_state(path: Path) -> tuple[Progress, TrainedState]:
     """A state's progress and tensors. Raises :class:`UserError` where it is not valid."""
     record = read_record(path)
-    progress = Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
+    progress = _progress(record)
     try:
         weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
     except (SafetensorError, OSError) as error:

@@ -79,6 +79,11 @@ class Trainer:
         )
         self.sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
         self.samples_per_epoch = len(self.sampler) * config.global_batch_size
+        done = self.progress.samples_in_epoch
+        if done > self.samples_per_epoch or done % config.global_batch_size:
+            raise UserError(
+                f"{self.start_state}: {done:,} edges of an epoch of {self.samples_per_epoch:,}: not this run's"
+            )
         self.total_steps = self._count_steps()
         tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
         inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)

@@ -1,6 +1,8 @@
 """Files that are damaged, hostile, or not mmgraph's at all, where a run looks for its states and checkpoints."""
 
+import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from mmgraph import load_pretrained_encoder
 from mmgraph.checkpoints import read_checkpoint
 from mmgraph.errors import UserError
-from mmgraph.state import newest_state, read_record, state_folders
+from mmgraph.state import _prune, newest_state, read_record, state_folders
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 Cases = Callable[[int], None]
@@ -114,6 +116,39 @@ def test_retention_counts_valid_states_alone(graph: Path, done: Path, tmp_path: 
     assert second.code == -9 and [path.name[-2:] for path in state_folders(output / "state")] == ["08", "06"]
     assert run(brief(graph, output)).code == 0
     check_same(output, done)
+
+
+UNREADABLE = ["ESTALE", "EACCES", "EMFILE", "ENOMEM", "EIO"]
+
+
+@pytest.mark.fault("a state that the file system does not give now: not taken for damaged; a bad sector is")
+def test_states_that_cannot_be_read_now(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: Cases
+) -> None:
+    states = tmp_path / "state"
+    shutil.copytree(done / "state", states)
+    newest, older = state_folders(states)
+    open_file = io.open
+    for name, path in itertools.product(UNREADABLE, (FILES[0], FILES[2])):
+        number = getattr(errno, name)
+
+        def fails(opened: Any, *arguments: Any, number: int = number, path: str = path, **named: Any) -> Any:
+            if opened in (newest / path, older / path):
+                raise OSError(number, os.strerror(number), str(opened))
+            return open_file(opened, *arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(io, "open", fails)
+            if name == "EIO":
+                assert newest_state(states, print) is None
+            else:
+                with pytest.raises(UserError, match=f"{path}: cannot be read now"):
+                    newest_state(states, print)
+            _prune(states, newest, 2)
+            assert state_folders(states) == ([newest] if name == "EIO" else [newest, older])
+        shutil.rmtree(states)
+        shutil.copytree(done / "state", states)
+    cases(2 * len(UNREADABLE))
 
 
 @pytest.mark.fault("stray names beside the states, and lost temporaries")
@@ -330,6 +365,13 @@ STATES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
 }
 
 
+RECORDS = [
+    ("step", "12"), ("step", None), ("step", -1), ("step", 1.5), ("step", True), ("epoch", 0), ("samples_in_epoch", -7),
+    ("adam_step", "x"), ("metrics_bytes", -5), ("epoch_sums", {"loss": "a"}), ("epoch_sums", []), ("loss_scale", 3),
+    ("components", []), ("identity", 5), ("format", "1"),
+]  # fmt: skip
+
+
 @pytest.mark.fault("states with valid hashes and wrong contents")
 def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     def check(kind: str) -> None:
@@ -346,6 +388,26 @@ def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: 
         assert ended.code == 2 and "do not fit the model" in ended.said and "Traceback" not in ended.said, ended.said
 
     cases(each(STATES, check))
+    for field, value in RECORDS:
+        output = tmp_path / "record"
+        shutil.copytree(done, output)
+        newest, older = state_folders(output / "state")
+        record = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps({**record, field: value}))
+        signed(newest)
+        with pytest.raises(UserError, match=r"state\.json: damaged"):
+            read_record(newest)
+        assert newest_state(output / "state", print) == older
+        shutil.rmtree(output)
+    output = tmp_path / "far"
+    shutil.copytree(done, output)
+    newest = state_folders(output / "state")[0]
+    record = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**record, "samples_in_epoch": 10**6}))
+    signed(newest)
+    ended = run(brief(graph, output, "--max_steps=13"))
+    assert ended.code == 2 and "1,000,000 edges of an epoch of 192" in ended.said, ended.said
+    cases(len(RECORDS) + 1)
     deep = tmp_path / "step-00000012"
     deep.mkdir()
     (deep / "state.json").write_text("[" * 100_000)
