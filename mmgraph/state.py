@@ -284,7 +284,7 @@ def _read(path: Path, how: Callable[[Path], Result]) -> Result:
     try:
         return how(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path}: no such file, so this is not a whole state") from None
+        raise UserError(f"{path.parent}: not a state, it has no {path.name}") from None
     except OSError as error:
         if error.errno == errno.EIO:
             raise UserError(f"{path}: damaged, the disk cannot read it ({error.strerror})") from None
