@@ -20,9 +20,10 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from mmgraph.config import Config
 from mmgraph.files import sync
-from mmgraph.text_log import log
+from mmgraph.table_cache import remove_stand_ins
+from mmgraph.text_log import flush_log, log
 
-START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that a tracker gets; wandb's own limits are below
+START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that trackers get; wandb's own limits are below
 
 
 class MetricsFile:
@@ -76,7 +77,9 @@ class Trackers:
         self.wandb_id, self._config, self._folder = wandb_id, config, folder
         starts = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
         followers = [_Follower(name, starts[name]) for name in _chosen(config.report_to)]
-        self._followers = [follower for follower in followers if follower.has_started()]
+        patience = min(START_SECONDS, config.collective_timeout / 2)  # for which the other ranks wait
+        deadline = time.monotonic() + patience
+        self._followers = [follower for follower in followers if follower.has_started(deadline, patience)]
 
     def write(self, row: Mapping[str, Any]) -> None:
         for follower in self._followers:
@@ -84,7 +87,10 @@ class Trackers:
 
     def close(self) -> None:
         for follower in self._followers:
-            follower.finish()
+            follower.end()
+        deadline = time.monotonic() + FINISH_SECONDS
+        for follower in self._followers:
+            follower.has_finished(deadline)
 
     def _start_tensorboard(self, step: int) -> GeneralTracker:
         tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1)
@@ -137,9 +143,9 @@ class _Follower:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def has_started(self) -> bool:
-        if not self._started.wait(START_SECONDS):
-            self._turn_off(f"has not started within {START_SECONDS:g} s")
+    def has_started(self, deadline: float, patience: float) -> bool:
+        if not self._started.wait(max(0, deadline - time.monotonic())):
+            self._turn_off(f"has not started within {patience:g} s")
         return not self._off
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -150,18 +156,22 @@ class _Follower:
         if not self._off:
             self._rows.put(row)
 
-    def finish(self) -> None:
+    def end(self) -> None:
+        self._rows.put(None)
+
+    def has_finished(self, deadline: float) -> None:
         if self._off:
             return
-        self._rows.put(None)
-        self._thread.join(FINISH_SECONDS)
+        self._thread.join(max(0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._turn_off(f"has not finished within {FINISH_SECONDS:g} s")
 
     def _turn_off(self, why: str) -> None:
         self._off = True
         log(f"{self._name} is off from here: it {why}; the run goes on, and metrics.jsonl has all of it")
-        atexit._clear()  # where what the tracker has registered would wait for it
+        atexit._clear()  # where what the tracker has registered would wait for it; but ours is to be done
+        atexit.register(flush_log)
+        atexit.register(remove_stand_ins)
 
     def _work(self) -> None:
         doing = "start"

@@ -100,7 +100,6 @@ def made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]
             raise
         log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
     _stand_ins[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
-    atexit.register(_remove, _stand_ins[folder], os.getpid())
     return _make(_stand_ins[folder] / name, write)
 
 
@@ -117,9 +116,14 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # no process that was forked from it
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_stand_ins() -> None:
+    """Remove the temporary folders of this process; called at its exit."""
+    while _stand_ins:
+        shutil.rmtree(_stand_ins.popitem()[1], ignore_errors=True)
+
+
+atexit.register(remove_stand_ins)
+os.register_at_fork(after_in_child=_stand_ins.clear)  # they are the parent's
 
 
 def _in_place(path: str | Path) -> NodeTable | None:

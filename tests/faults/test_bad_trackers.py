@@ -1,12 +1,13 @@
 """Trackers that raise, hang, or cannot write: training goes on, with one line about it."""
 
 import itertools
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import brief, check_same, each, run
+from runs import Fault, brief, check_same, each, run
 
 Cases = Callable[[int], None]
 
@@ -34,6 +35,27 @@ def test_wandb_that_raises_or_hangs(graph: Path, reference: Path, tmp_path: Path
         check_same(output, reference)
 
     cases(each(itertools.product(("init", "log", "finish"), ("raise", "sleep")), check))
+
+
+@pytest.mark.fault("wandb that hangs at init, while another rank waits for less long: training goes on")
+def test_wandb_that_hangs_beside_a_rank(graph: Path, tmp_path: Path) -> None:
+    fault: Fault = ("bad_wandb", {"where": "init", "action": "sleep", "patience": 90, "rank": 0})
+    flags = brief(graph, tmp_path / "run", "--report_to=wandb", "--collective_timeout=8")
+    ended = run(flags, fault, ranks=2, timeout=60)
+    assert ended.codes == [0, 0] and "wandb is off from here: it has not started within 4 s" in ended.said, ended
+
+
+@pytest.mark.fault("wandb that hangs, where workers are to end and a temporary folder is to be removed: both are done")
+def test_what_is_to_be_done_at_the_exit(graph: Path, tmp_path: Path) -> None:
+    def folders() -> set[Path]:
+        return set(Path(tempfile.gettempdir()).glob("mmgraph_tables_*"))
+
+    before = folders()
+    flags = brief(graph, tmp_path / "run", "--report_to=wandb", "--tower_cache=off", "--num_workers=2")
+    cache = {"MMGRAPH_CACHE": "/proc/none"}  # so converted tables are in a temporary folder
+    ended = run(flags, ("bad_wandb", {"where": "init", "action": "sleep"}), timeout=60, environment=cache)
+    assert ended.code == 0 and ended.said.count("wandb is off") == 1, ended
+    assert "converted tables are kept for this run only" in ended.said and folders() == before
 
 
 @pytest.mark.fault("a TensorBoard folder that cannot be written, or is full: training goes on, one line")
