@@ -70,9 +70,14 @@ class Recorder:
         self.trackers = Trackers(config, self.output, self.progress.step, self.progress.components.get("wandb"))
         stack.callback(self.trackers.close)
         self.progress.components["wandb"] = self.trackers.wandb_id
-        self.bar = stack.enter_context(
-            tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True
         )
+        stack.callback(self._close_bar)
+
+    def _close_bar(self) -> None:
+        with suppress(OSError):
+            self.bar.close()
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""
@@ -82,10 +87,14 @@ class Recorder:
             self._write_row(row)
         except OSError as error:  # raised by sync(), where the other ranks learn of it
             self.failure = error
+        with suppress(OSError):  # of a terminal that is gone
+            self._show(row)
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
         self.metrics.write(row)
         self.trackers.write(row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
         self.bar.update()
         loss, loss_mm, loss_graph = (
             "not finite" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "loss_mm", "loss_graph")
@@ -161,7 +170,7 @@ class Recorder:
             best: what is to be said of the best evaluation.
         """
         if self.accelerator.is_main_process:
-            self.bar.close()  # before the last lines, or it would stand below them
+            self._close_bar()  # before the last lines, or it would stand below them
         told = describe_all_causes(causes)
         if told:
             log(f"images that are black or in part: {told} (among the nodes seen since the start)")

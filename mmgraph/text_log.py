@@ -7,6 +7,7 @@ handed a logger. Outside a run there is no file: lines are printed, and the last
 import atexit
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from tqdm import tqdm
 _waiting: deque[str] = deque(maxlen=1000)
 _path: Path | None = None
 _size = 10
+_lock = threading.RLock()  # trackers log from threads of their own
 
 
 def log(*args: object, **kwargs: object) -> None:
@@ -26,17 +28,20 @@ def log(*args: object, **kwargs: object) -> None:
     Args:
         *args, **kwargs: as for :func:`print`; ``sep`` and ``end`` are honoured.
 
-    Silent in processes whose ``RANK`` is not 0 and in DataLoader workers. The file is written when ``log_buffer_size``
-    lines wait, on :func:`flush_log`, and at exit.
+    Silent in processes whose ``RANK`` is not 0 and in DataLoader workers. What cannot be printed, to a terminal or a
+    pipe that is gone, is in the file still. That is written when ``log_buffer_size`` lines wait, on :func:`flush_log`,
+    and at exit.
     """
     if not is_main_process():
         return
     text = str(kwargs.get("sep", " ")).join(map(str, args)) + str(kwargs.get("end", "\n"))
-    tqdm.write(text, end="")  # a plain print would tear a progress bar
-    _waiting.append(text)
-    if _path is not None and len(_waiting) >= _size:
-        with suppress(OSError):  # the lines wait, and the next flush_log() tells
-            flush_log()
+    with suppress(OSError):
+        tqdm.write(text, end="")  # a plain print would tear a progress bar
+    with _lock:
+        _waiting.append(text)
+        if _path is not None and len(_waiting) >= _size:
+            with suppress(OSError):  # the lines wait, and the next flush_log() tells
+                flush_log()
 
 
 def flush_log() -> None:
@@ -45,19 +50,20 @@ def flush_log() -> None:
     Raises:
         OSError: they cannot be written, as on a full disk. They go on waiting, and the file is as it was.
     """
-    if _path is None or not _waiting:
-        return
-    with _path.open("ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        lines = memoryview("".join(_waiting).encode())
-        try:
-            while lines:
-                lines = lines[file.write(lines) :]
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)  # no part of a line, which would be written twice
-            raise
-    _waiting.clear()
+    with _lock:
+        if _path is None or not _waiting:
+            return
+        with _path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            lines = memoryview("".join(_waiting).encode())
+            try:
+                while lines:
+                    lines = lines[file.write(lines) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)  # no part of a line, which would be written twice
+                raise
+        _waiting.clear()
 
 
 @contextmanager
@@ -86,8 +92,11 @@ def is_main_process() -> bool:
 
 
 def _drop() -> None:
+    """In a child: the parent writes the lines that wait, and whoever had the lock is no thread of the child's."""
+    global _lock
+    _lock = threading.RLock()
     _waiting.clear()
 
 
 atexit.register(flush_log)
-os.register_at_fork(after_in_child=_drop)  # the parent writes these lines; a child would write them again
+os.register_at_fork(after_in_child=_drop)

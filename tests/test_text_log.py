@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def count_writes(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> int:
                 log("message", i)
     assert path.read_text().splitlines() == [f"message {i}" for i in range(1000)]
     return opened
+
+
+def test_threads_lose_no_line(tmp_path: Path) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with log_file(tmp_path / "log.txt", 3), ThreadPoolExecutor(2) as threads:
+            list(threads.map(lambda name: [log(name, i) for i in range(2000)], "ab"))
+    finally:
+        sys.setswitchinterval(before)
+    assert sorted((tmp_path / "log.txt").read_text().splitlines()) == sorted(
+        f"{n} {i}" for n in "ab" for i in range(2000)
+    )
 
 
 def test_a_tenth_of_the_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

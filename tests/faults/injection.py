@@ -5,10 +5,13 @@ import io
 import json
 import os
 import pkgutil
+import pty
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +39,10 @@ def act(action: str) -> None:
 
 def after_step(step: int, action: str) -> None:
     """Once step ``step`` is recorded, before anything else."""
+    at_step(step, lambda: act(action))
+
+
+def at_step(step: int, do: Callable[[], object]) -> None:
     from mmgraph.trainer import Trainer
 
     record = Trainer.record
@@ -43,7 +50,7 @@ def after_step(step: int, action: str) -> None:
     def recorded(trainer: Trainer, values: Any) -> None:
         record(trainer, values)
         if trainer.progress.step == step:
-            act(action)
+            do()
 
     Trainer.record = recorded  # type: ignore[method-assign]
 
@@ -140,13 +147,13 @@ def note_edges(folder: str) -> None:
     Trainer.step = noted  # type: ignore[method-assign]
 
 
-def bad_wandb(where: str, action: str) -> None:
-    """A wandb that raises or sleeps in ``init``, ``log`` or ``finish``; and little patience with it."""
+def bad_wandb(where: str, action: str, patience: float = 2) -> None:
+    """A wandb that raises or sleeps in ``init``, ``log`` or ``finish``; and so many seconds of patience with it."""
     import wandb
 
     from mmgraph import metrics
 
-    metrics.START_SECONDS = metrics.HANG_SECONDS = metrics.FINISH_SECONDS = 2
+    metrics.START_SECONDS = metrics.HANG_SECONDS = metrics.FINISH_SECONDS = patience
 
     class Run:
         id, offline, url, config = "abc", False, "https://wandb.example", {}
@@ -165,6 +172,37 @@ def bad_wandb(where: str, action: str) -> None:
         return Run()
 
     wandb.init = init
+
+
+def lost_output(step: int, kind: str) -> None:
+    """From step ``step`` on, print to a terminal that is gone, a pipe that nobody reads, or a full disk."""
+    if kind == "full":
+        lost = os.open("/dev/full", os.O_WRONLY)
+    else:
+        ours, lost = pty.openpty() if kind == "terminal" else os.pipe()
+    now = lost
+    if kind == "terminal":  # before, too: a bar is shown
+        threading.Thread(target=_read_all, args=(ours,), daemon=True).start()
+    else:
+        now = os.open(os.devnull, os.O_WRONLY)
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        os.dup2(now, descriptor)
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    def lose() -> None:
+        if kind != "full":
+            os.close(ours)
+        for descriptor in (1, 2):
+            os.dup2(lost, descriptor)
+
+    at_step(step, lose)
+
+
+def _read_all(descriptor: int) -> None:
+    with suppress(OSError):
+        while os.read(descriptor, 1 << 16):
+            pass
 
 
 def slow_steps(seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Disks that are full, over a quota, or broken: nothing is lost, one line says so, and the run goes on after it."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -93,7 +94,7 @@ def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Pat
         if stopped.codes != [0] * ranks:  # an error in reading metadata alone is none
             assert stopped.codes == [1] * ranks, stopped.said
             assert str(output) in one_line(stopped.said)
-        assert not list(output.rglob(".tmp*"))
+        assert not list(output.rglob("*.tmp*"))
         went_on = run(brief(graph, output), ranks=ranks)
         assert went_on.codes == [0] * ranks, went_on.said
         check_same(output, reference[ranks], was_done=True)
@@ -155,6 +156,21 @@ def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Pa
                 check_same(output, reference[ranks])
                 tried += 1
     cases(tried)
+
+
+@pytest.mark.fault("a terminal that is closed, a pipe that nobody reads, a full disk under what is printed: trains on")
+def test_lost_output(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+    def check(case: tuple[str, int]) -> None:
+        kind, ranks = case
+        output = tmp_path / f"{kind}-{ranks}"
+        lost = ("lost_output", {"step": 5, "kind": kind, "rank": 0})
+        ended = run(brief(graph, output, "--log_every=1"), lost, ranks=ranks)
+        assert ended.codes == [0] * ranks, ended
+        check_same(output, reference[ranks])
+        log = (output / "training_log.txt").read_text()
+        assert [f"step {step}/12" in log for step in range(1, 13)] == [True] * 12 and "done: " in log
+
+    cases(each(itertools.product(("terminal", "pipe", "full"), (1, 2)), check))
 
 
 @pytest.mark.fault("a disk that is full as the run begins: nothing is made")

@@ -124,8 +124,6 @@ def run(arguments: list[str], faults: list[tuple[str, dict[str, Any]]], rank: in
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
     os.environ.setdefault("RANK", "0")  # ends as a launched rank does
     cli.leave(code)
 
