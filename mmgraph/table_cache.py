@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ from mmgraph.node_table import NodeTable
 from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.text_log import log
+
+Opened = TypeVar("Opened")
 
 FORMAT = 2  # raised where the same table would be converted otherwise
 RELATION = "rel_id"
@@ -62,7 +64,7 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
         made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
         table.release()
         return table
-    return NodeTable(made(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest)))
+    return _open(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
 
 
 def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> Edges:
@@ -75,12 +77,29 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
         UserError: as :func:`mmgraph.tables.read_edges` and :func:`mmgraph.tables.known_edges`.
     """
     name = f"edges-{_hash(digest, nodes_digest)}.npy"
-    path_made = made(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes))
-    told = json.loads(path_made.with_suffix(".json").read_text())
-    if told["dropped"][0]:
-        check_dropped(path, *told["dropped"])
-    relations = np.load(path_made.with_suffix(".relations.npy"), mmap_mode="r") if told["relations"] else None
-    return Edges(EdgeTable(path_made), relations, told["relations"])
+
+    def opened(path_made: Path) -> tuple[Edges, list[Any]]:
+        told = json.loads(path_made.with_suffix(".json").read_text())
+        relations = np.load(path_made.with_suffix(".relations.npy"), mmap_mode="r") if told["relations"] else None
+        return Edges(EdgeTable(path_made), relations, told["relations"]), told["dropped"]
+
+    edges, dropped = _open(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), opened)
+    if dropped[0]:
+        check_dropped(path, *dropped)
+    return edges
+
+
+def _open(
+    table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], opened: Callable[[Path], Opened]
+) -> Opened:
+    """What :func:`made` makes, opened; made anew where it is damaged: cut short, or another's."""
+    path = made(table, name, write)
+    try:
+        return opened(path)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        log(f"{path}: damaged ({type(error).__name__}: {error}), made anew")
+    path.unlink(missing_ok=True)
+    return opened(made(table, name, write))
 
 
 def _hash(*digests: str) -> str:
@@ -130,9 +149,9 @@ def _in_place(path: str | Path) -> NodeTable | None:
     """An Arrow file of the user's as it is; None where it has to be converted, or an error told."""
     try:
         table = NodeTable(path)
-    except (OSError, ValueError):
+        kinds = {field.name: field.type for field in table.table.schema}
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    kinds = {field.name: field.type for field in table.table.schema}
     as_needed = (
         len(table) > 0
         and all(name in kinds for name in NODE_COLUMNS)

@@ -4,6 +4,10 @@ import csv
 import io
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 from conftest import read_metrics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from runs import brief, each, run
 
 from mmgraph.errors import UserError
@@ -196,6 +201,71 @@ def test_tables_that_cannot_be_used(graph: Path, tmp_path: Path, cases: Cases) -
         assert not (folder / "run").exists()
 
     cases(each(range(len(TABLES)), look))
+
+
+FLIPS = """
+import os, random, shutil, sys
+from mmgraph.errors import UserError
+from mmgraph.table_cache import open_nodes
+from mmgraph.table_files import fingerprint
+
+folder, kind, tries = sys.argv[1], sys.argv[2], int(sys.argv[3])
+os.environ["MMGRAPH_CACHE"] = f"{folder}/cache"
+whole = open(f"{folder}/nodes.{kind}", "rb").read()
+for seed in range(tries):
+    generator, damaged = random.Random(seed), bytearray(whole)
+    for _ in range(generator.choice((1, 1, 3))):
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+    path = f"{folder}/damaged.{kind}"
+    open(path, "wb").write(damaged)
+    print(seed, flush=True)
+    try:
+        table = open_nodes(path, fingerprint(path))
+        [table[row] for row in range(len(table))]
+    except UserError:
+        pass
+    shutil.rmtree(f"{folder}/cache", ignore_errors=True)
+"""
+
+
+@pytest.mark.fault("bits of Arrow and Parquet tables flipped: another text or one line, never a crash")
+@pytest.mark.parametrize("tries", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_flipped_bits(tmp_path: Path, cases: Cases, tries: int) -> None:
+    names = [f"n{row}" for row in range(50)]
+    table = pa.table({"node_id": names, "short_name": names, "summary": ["a b c d"] * 50, "image_path": [""] * 50})
+    with pa.OSFile(str(tmp_path / "nodes.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    parquet.write_table(table, tmp_path / "nodes.parquet")
+    for kind in ("arrow", "parquet"):
+        command = [sys.executable, "-c", FLIPS, tmp_path, kind, str(tries)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (done.returncode, done.stdout[-20:], done.stderr)
+    cases(2 * tries)
+
+
+@pytest.mark.fault("converted tables that are cut short or lost: made anew, and the same run")
+def test_damaged_converted_tables(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    flags, cache = brief(graph, tmp_path / "whole"), {"MMGRAPH_CACHE": str(tmp_path / "cache")}
+    assert run(flags, environment=cache).code == 0
+
+    def check(case: tuple[str, str]) -> None:
+        pattern, damage = case
+        copy = tmp_path / f"{pattern.replace('*', '')}-{damage}"
+        shutil.copytree(tmp_path / "cache", copy)
+        [path] = copy.rglob(pattern)
+        if damage == "lost":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2 if damage == "half" else 0)
+        ranks = 1 + (damage == "half")
+        ended = run(brief(graph, copy / "run"), ranks=ranks, environment={"MMGRAPH_CACHE": str(copy)})
+        assert ended.codes == [0] * ranks, ended.said
+        assert ("damaged" in ended.said or "converted in" in ended.said) or "texts" in pattern or "images" in pattern
+        losses = [[row["loss"] for row in read_metrics(folder)] for folder in (copy / "run", tmp_path / "whole")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) if ranks > 1 else losses[0] == losses[1]
+
+    files = ["nodes-*.arrow", "edges-*.npy", "edges-*.json", "texts-*.npy", "images-*.npy"]
+    cases(each(itertools.product(files, ("half", "empty", "lost")), check))
 
 
 @pytest.mark.fault("odd tables that train: self-loops, repeated edges, isolated nodes, nodes without anything")
