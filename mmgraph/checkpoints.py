@@ -286,7 +286,7 @@ def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
     path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 

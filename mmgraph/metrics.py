@@ -208,7 +208,7 @@ def _may_have_key() -> bool:
 def _logins() -> dict[str, Any]:
     try:
         return netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return {}
 
 

@@ -100,6 +100,9 @@ def test_auto_follows_the_run_where_there_is_a_login(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert train_main(settings(graph, tmp_path / "none", "--max_steps=2")) == 0
     assert "no tracker follows the run: wandb login" in capsys.readouterr().out
+    (tmp_path / "netrc").write_bytes(b"\xff\xfe")
+    assert train_main(settings(graph, tmp_path / "broken", "--max_steps=2")) == 0
+    assert "no tracker follows the run: wandb login" in capsys.readouterr().out
     assert not (tmp_path / "none/wandb").exists()
     (tmp_path / "netrc").write_text("machine localhost login user password " + "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # where nothing listens

@@ -18,6 +18,7 @@ class Table:
         self.faults: dict[str, str] = {}  # by test
         self.tried: dict[str, int] = defaultdict(int)
         self.lost: dict[str, int] = defaultdict(int)
+        self.skipped: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -29,6 +30,8 @@ class Table:
         fault = self.faults[report.nodeid]
         if report.when == "call" and report.passed:
             self.tried[fault] += sum(count for name, count in report.user_properties if name == "cases") or 1
+        elif report.skipped:
+            self.skipped.append(fault)
         elif report.failed:
             self.tried[fault] += 1
             self.lost[fault] += 1
@@ -41,6 +44,8 @@ def main() -> int:
     for fault in table.tried:
         print(f"| {fault} | {table.tried[fault]:,} | {table.lost[fault]} |")
     print(f"| **all** | **{sum(table.tried.values()):,}** | **{sum(table.lost.values())}** |")
+    for fault in table.skipped:
+        print(f"not tried here: {fault}")
     return int(code)
 
 

@@ -64,6 +64,7 @@ FILES: dict[str, tuple[bytes, str]] = {  # YAML
     "yaml": (b"epochs: [3\n", "not valid YAML"),
     "bytes": (b"epochs: \xff\n", "not valid YAML"),
     "code": (b"epochs: !!python/object/apply:os.mkdir [ran]\n", "not valid YAML"),
+    "deep": (b"epochs: " + b"[" * 20_000, "not valid YAML"),
     "nul": (b"epochs: 3\0\n", "not valid YAML"),
     "contradiction": (b"eval_fraction: 0.1\neval_edges: edges.csv\n", "give one of the two"),
 }
