@@ -1,7 +1,7 @@
 """Run the fault tests, and print what they tried as the README's table.
 
-Arguments are pytest's: ``python tests/faults/table.py`` runs the core, ``-m "slow or not slow" -k "not flat"`` the sweeps
-too, a quarter of an hour more; without the ``-k``, half an hour under load as well.
+Arguments are pytest's: ``python tests/faults/table.py`` runs the core, ``-m "slow or not slow" -k "not flat"`` the
+sweeps too, ten minutes more; without the ``-k``, half an hour under load as well.
 """
 
 import sys
