@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in state.items()
     ):
         raise UserError(f"{path}: holds no model_state_dict")
-    _check_data(path, state)
+    check_data(path, state)
     model = file_keys(state)
     for key, tensor in model.items():
         if tensor.dtype not in FLOATS:
@@ -143,7 +143,7 @@ def _check_optimizer(path: str | Path, content: object) -> None:
         fits = False
     if not fits or not all(isinstance(value, torch.Tensor | int | float) for value in values.values()):
         raise UserError(f"{path}: its optimizer_state_dict is not one of torch's")
-    _check_data(path, {name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    check_data(path, {name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
 
 
 def _count(path: str | Path, what: str, value: Any) -> int:
@@ -156,7 +156,7 @@ def _count(path: str | Path, what: str, value: Any) -> int:
     return int(number)
 
 
-def _check_data(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_data(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise :class:`UserError` where a tensor is not what it looks like: of strides of 0, sparse, or of no data."""
     for key, tensor in tensors.items():
         plain = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_quantized

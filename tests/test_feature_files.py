@@ -65,9 +65,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> 
 def test_other_files_are_told(tmp_path: Path) -> None:
     torch.save({"a": VECTORS}, tmp_path / "dict.pt")
     torch.save(torch.arange(5), tmp_path / "flat.pt")
+    torch.save(torch.zeros(1, 1).expand(10**6, 10**6), tmp_path / "huge.pt")
+    torch.save(torch.empty(10**6, 10**6, device="meta"), tmp_path / "meta.pt")
     (tmp_path / "broken.npy").write_bytes(b"x")
     (tmp_path / "table.csv").write_text("a,b\n")
     for name, message in (
+        ("huge.pt", "no plain tensor"), ("meta.pt", "no plain tensor"),
         ("dict.pt", "holds no"), ("flat.pt", "holds no"), ("broken.npy", "not a readable"), ("table.csv", "are in .pt"),
         ("none.pt", "no such file"),
     ):  # fmt: skip
