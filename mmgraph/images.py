@@ -37,11 +37,12 @@ class _Switch:
     """
 
     def __init__(self) -> None:
-        self._changed, self._decoding = threading.Condition(), 0
+        self._changed, self._decoding, self._waiting = threading.Condition(), 0, 0
 
     @contextmanager
     def off(self) -> Iterator[None]:
         with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)  # or those who wait would wait for ever
             self._decoding += 1
         try:
             yield
@@ -53,15 +54,27 @@ class _Switch:
     @contextmanager
     def on(self) -> Iterator[None]:
         with self._changed:  # held all along: nobody else begins
+            self._waiting += 1
             self._changed.wait_for(lambda: not self._decoding)
+            self._waiting -= 1
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
                 yield
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
+                self._changed.notify_all()
 
 
 _accept_truncated = _Switch()
+
+
+def _renew() -> None:
+    """In a child: who was decoding is no thread of it."""
+    global _accept_truncated
+    _accept_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = _Switch(), False
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:

@@ -74,7 +74,7 @@ def read_start(
         check_identity(state, identity, f"{state} was made with other towers")
         progress, trained = read_state(state)
         check_fit(trained, _empty_module(config), state)
-        if state.resolve().parent != (config.output_folder / "state").resolve():
+        if state.parent.resolve() != (config.output_folder / "state").resolve():
             progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
         return progress, trained
     if config.init_from is not None:

@@ -96,7 +96,7 @@ def _open(
     path = made(table, name, write)
     try:
         return opened(path)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         log(f"{path}: damaged ({type(error).__name__}: {error}), made anew")
     path.unlink(missing_ok=True)
     return opened(made(table, name, write))

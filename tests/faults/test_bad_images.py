@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from conftest import graph_files
 from PIL import Image, ImageFile
 from runs import brief, run
 
+from mmgraph import images
 from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
 from mmgraph.tables import ImagePaths
 
@@ -175,7 +177,13 @@ def test_threads(cases: Cases) -> None:
         found = list(threads.map(lambda kind: decode_picture(kind[0], 0), kinds * 60))
     for (pixels, cause), (expected_pixels, expected) in zip(found, alone * 60, strict=True):
         assert cause == expected and torch.equal(pixels, expected_pixels)
-    cases(len(found))
+    with images._accept_truncated.off():  # as if a thread were decoding
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(CAUSES[decode_picture(kinds[1][0], 0)[1]] != "truncated")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    cases(len(found) + 1)
 
 
 MEMORY = """
