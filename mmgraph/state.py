@@ -243,7 +243,8 @@ def gone_on(folder: Path, start: Path | None, progress: Progress) -> Path | None
     newest = newest_state(folder, tell=lambda line: None)
     if newest is None or start is None or newest.resolve() != start.resolve():
         return newest
-    return newest if read_record(newest)["metrics_bytes"] != progress.metrics_bytes else None
+    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # was found valid just now
+    return newest if record["metrics_bytes"] != progress.metrics_bytes else None
 
 
 def read_record(path: Path) -> dict[str, Any]:

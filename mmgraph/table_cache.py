@@ -162,10 +162,6 @@ def _in_place(path: str | Path) -> NodeTable | None:
 
 
 def _check_nodes(path: str | Path, table: NodeTable) -> None:
-    try:
-        table.table.validate(full=True)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Arrow table: {str(error).strip()}") from None
     for _ in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
         pass
     check_unique(path, _ids(table))

@@ -111,30 +111,30 @@ def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
 
 
 def _arrow_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
-    """Tables of a Parquet or Arrow file, validated: what reads damaged ones would die of it, or find no UTF-8."""
+    """Tables of a Parquet or Arrow file."""
     kind = "Parquet" if path.suffix in PARQUET else "Arrow"
     try:
-        for table in _unchecked_tables(path, kind, rows):
-            table.validate(full=True)
-            yield table
+        if kind == "Parquet" and rows is None:
+            yield _validated(pq.read_table(path))
+        elif kind == "Parquet":
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(rows):
+                    yield _validated(pa.Table.from_batches([batch]))
+        else:
+            with pa.memory_map(str(path)) as file:
+                tables = (_validated(pa.Table.from_batches([batch])) for batch in arrow_batches(file))
+                if rows is None:
+                    yield from [pa.concat_tables(whole) for whole in [list(tables)] if whole]
+                else:
+                    yield from (table.slice(start, rows) for table in tables for start in range(0, len(table), rows))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable {kind} table: {str(error).strip()}") from None
 
 
-def _unchecked_tables(path: Path, kind: str, rows: int | None) -> Iterator[pa.Table]:
-    if kind == "Parquet" and rows is None:
-        yield pq.read_table(path)
-    elif kind == "Parquet":
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(rows):
-                yield pa.Table.from_batches([batch])
-    else:
-        with pa.memory_map(str(path)) as file:
-            tables = (pa.Table.from_batches([batch]) for batch in arrow_batches(file))
-            if rows is None:
-                yield from [pa.concat_tables(whole) for whole in [list(tables)] if whole]
-            else:
-                yield from (table.slice(start, rows) for table in tables for start in range(0, len(table), rows))
+def _validated(table: pa.Table) -> pa.Table:
+    """A table whose offsets lie in its data and whose texts are UTF-8: what reads damaged ones would die of it."""
+    table.validate(full=True)
+    return table
 
 
 def arrow_batches(source: pa.NativeFile | pa.Buffer) -> Iterator[pa.RecordBatch]:
