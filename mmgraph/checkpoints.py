@@ -65,10 +65,11 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             "loss": checkpoint.loss,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, lambda temporary: _save(content, temporary))
+    write_durably(path, lambda temporary: save(content, temporary))
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
+def save(content: Any, path: Path) -> None:
+    """``torch.save``, whose failures to write are an ``OSError``."""
     try:
         torch.save(content, path)
     except RuntimeError as error:  # its C++ has no other word for a full disk
@@ -118,8 +119,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(model, content["optimizer_state_dict"], _count(path, "epoch", content["epoch"]), loss)
 
 
-def load_safely(path: Path) -> Any:
+def load_safely(path: Path, mmap: bool = False) -> Any:
     """``torch.load`` of a file from strangers: no code in it is run, and memory is given for what it holds alone.
+
+    Args:
+        mmap: leave tensors in the file, to be read as they are used.
 
     Raises:
         Exception: whatever a broken zip or a forbidden pickle makes torch raise.
@@ -130,7 +134,7 @@ def load_safely(path: Path) -> Any:
         size = sum(entry.file_size for entry in file.infolist())
     if size > path.stat().st_size:  # torch.save never compresses
         raise ValueError(f"a zip of {size:,} bytes in a file of {path.stat().st_size:,}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
 def _check_optimizer(path: str | Path, content: object) -> None:

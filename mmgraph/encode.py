@@ -23,7 +23,7 @@ from mmgraph.config import Config
 from mmgraph.contents import file_signature
 from mmgraph.errors import UserError
 from mmgraph.feature_files import FORMATS, write_features
-from mmgraph.files import locked, write_durably
+from mmgraph.files import locked, told_of_disk, write_durably
 from mmgraph.images import CAUSES
 from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.node_outputs import BATCH
@@ -73,12 +73,12 @@ def _encode(
     if done:
         log(f"goes on: {done:,} of {total:,} nodes were embedded before")
     with _bar(accelerator, total, done, "node") as bar:
-        for others in work_together(accelerator, _telling(blocks.make(missing[rank::world_size]), bar)):
+        for others in work_together(accelerator, _telling(blocks.make(missing[rank::world_size]), bar, output)):
             bar.update(others)
     together(accelerator, lambda: blocks.wait_for(missing))
     with _bar(accelerator, total * len(blocks.features), 0, "row") as bar:
         written = blocks.write(blocks.features[rank::world_size], kind)
-        for others in work_together(accelerator, _telling(written, bar)):
+        for others in work_together(accelerator, _telling(written, bar, output)):
             bar.update(others)
     on_main_process(accelerator, lambda: _finish(blocks, output, kind))
 
@@ -105,10 +105,11 @@ def _bar(accelerator: Accelerator, total: int, initial: int, unit: str) -> "tqdm
     return tqdm(total=total, initial=initial, unit=unit, disable=disable, dynamic_ncols=True)
 
 
-def _telling(counts: Iterator[int], bar: "tqdm[Any]") -> Iterator[int]:
-    for count in counts:
-        bar.update(count)
-        yield count
+def _telling(counts: Iterator[int], bar: "tqdm[Any]", output: Path) -> Iterator[int]:
+    with told_of_disk(output, "make room, and the same command goes on where it stopped"):
+        for count in counts:
+            bar.update(count)
+            yield count
 
 
 def _finish(blocks: "Blocks", output: Path, kind: str) -> None:

@@ -53,9 +53,9 @@ def _is_checkpoint(path: Path) -> bool:
     if path.suffix != ".pt" or not path.is_file():
         return False
     try:
-        return isinstance(torch.load(path, map_location="cpu", mmap=True, weights_only=True), dict)
-    except Exception:  # as read_checkpoint will say
-        return True
+        return isinstance(checkpoints.load_safely(path, mmap=True), dict)
+    except Exception:  # as whichever reads it will say
+        return not path.name.startswith("features_")
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from mmgraph.checkpoints import check_data, load_safely
+from mmgraph.checkpoints import check_data, load_safely, save
 from mmgraph.errors import UserError
 from mmgraph.files import sync
 
@@ -89,7 +89,7 @@ def _begin_pt(file: BinaryIO, path: Path, _: str, shape: tuple[int, int]) -> Non
     with FakeTensorMode():
         tensor = torch.empty(shape)
     with skip_data(materialize_fake_tensors=True):
-        torch.save(tensor, path)
+        save(tensor, path)
     with zipfile.ZipFile(path) as archive:
         [entry] = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
     file.seek(entry.header_offset + 26)

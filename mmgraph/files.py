@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mmgraph.errors import RunError
 from mmgraph.text_log import log
 
 POLL_SECONDS = 0.2
@@ -145,6 +146,16 @@ def locked(folder: Path, stack: ExitStack) -> bool:
 def cache_folder(table: str | Path) -> Path:
     """Where what is derived from a node or edge table is kept: ``$MMGRAPH_CACHE``, else beside the table."""
     return Path(os.environ.get("MMGRAPH_CACHE") or Path(table).parent / "mmgraph_cache")
+
+
+@contextmanager
+def told_of_disk(folder: Path, remedy: str) -> Iterator[None]:
+    """Say of an ``OSError`` in the block, as of a full disk, where, why and what to do, as a :class:`RunError`."""
+    try:
+        yield
+    except OSError as error:
+        name = f" ({Path(error.filename).name})" if error.filename else ""
+        raise RunError(f"{folder}: {error.strerror or error}{name}; {remedy}") from None
 
 
 def sync(path: Path) -> None:

@@ -76,10 +76,10 @@ class Trackers:
     def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None):
         self.wandb_id, self._config, self._folder = wandb_id, config, folder
         starts = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
+        self._patience = min(START_SECONDS, config.collective_timeout / 2)  # for which the other ranks wait
         followers = [_Follower(name, starts[name]) for name in _chosen(config.report_to)]
-        patience = min(START_SECONDS, config.collective_timeout / 2)  # for which the other ranks wait
-        deadline = time.monotonic() + patience
-        self._followers = [follower for follower in followers if follower.has_started(deadline, patience)]
+        deadline = time.monotonic() + self._patience
+        self._followers = [follower for follower in followers if follower.has_started(deadline, self._patience)]
 
     def write(self, row: Mapping[str, Any]) -> None:
         for follower in self._followers:
@@ -104,7 +104,8 @@ class Trackers:
         import wandb  # costs seconds: only for those who asked
 
         config, folder = self._config, self._folder
-        known: dict[str, Any] = {"init_timeout": 30, "finish_timeout": 60}  # s; the latter is not in every version
+        # In s; the latter is not in every version. Once online, then offline, must fit into the patience.
+        known: dict[str, Any] = {"init_timeout": self._patience / 3, "finish_timeout": 60}
         limits = {name: value for name, value in known.items() if name in wandb.Settings.model_fields}
         offline = _why_offline(wandb.setup().settings.base_url)
 

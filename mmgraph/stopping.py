@@ -36,7 +36,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer the signals while the block runs. After an error, which ends the process, SIGTERM goes on unheeded."""
+        """Answer the signals while the block runs. A launched rank that an error ends heeds SIGTERM no more."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         # Python calls a handler between two bytecodes, so not while this rank waits for others in a collective: a
@@ -48,7 +48,8 @@ class StopRequest:
         try:
             yield
         except Exception:
-            del before[signal.SIGTERM]  # a launcher sends it where a rank is lost: the others have yet to say so
+            if "RANK" in os.environ:  # a launcher sends it where a rank is lost: the others have yet to say so
+                del before[signal.SIGTERM]
             raise
         finally:
             for number, handler in before.items():
@@ -69,7 +70,10 @@ class StopRequest:
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
-        """Let the block take as long as it takes: the main process writes, the others wait for it."""
+        """Let the block take as long as it takes: the main process writes, the others wait for it.
+
+        A rank that hangs here is found by the time limit of collectives.
+        """
         self._heard = math.inf
         yield
         self._heard = time.monotonic()

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmgraph.edge_table import EdgeTable, EdgeWriter
-from mmgraph.errors import UserError
+from mmgraph.errors import RunError, UserError
 from mmgraph.files import cache_folder, make_once, save_array, write_durably
 from mmgraph.node_table import NodeTable
 from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
@@ -35,6 +35,7 @@ Opened = TypeVar("Opened")
 
 FORMAT = 2  # raised where the same table would be converted otherwise
 RELATION = "rel_id"
+ATTEMPTS = 3  # to open what was made
 ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
 EDGES_AT_ONCE = 1 << 20  # looked up in one go
 
@@ -93,13 +94,27 @@ def _open(
     table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], opened: Callable[[Path], Opened]
 ) -> Opened:
     """What :func:`made` makes, opened; made anew where it is damaged: cut short, or another's."""
-    path = made(table, name, write)
-    try:
-        return opened(path)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        log(f"{path}: damaged ({type(error).__name__}: {error}), made anew")
-    path.unlink(missing_ok=True)
-    return opened(made(table, name, write))
+    for _ in range(ATTEMPTS):
+        path = made(table, name, write)
+        found = _identity(path)
+        try:
+            return opened(path)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            reason = f"{path}: damaged ({type(error).__name__}: {error})"
+        if _identity(path) == found:  # else another process was here before
+            log(f"{reason}, made anew")
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _stand_in(path.parent, error)
+    raise RunError(reason)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _hash(*digests: str) -> str:
@@ -117,9 +132,13 @@ def made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]
     except OSError as error:
         if folder in _stand_ins:
             raise
-        log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
-    _stand_ins[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
+        _stand_in(folder, error)
     return _make(_stand_ins[folder] / name, write)
+
+
+def _stand_in(folder: Path, error: OSError) -> None:
+    log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
+    _stand_ins[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:

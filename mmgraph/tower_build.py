@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.contents import HASH, image_hash, text_hash
-from mmgraph.errors import RunError, UserError
-from mmgraph.files import POLL_SECONDS, claimed, write_durably
+from mmgraph.errors import UserError
+from mmgraph.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
 from mmgraph.loader.node_inputs import NodeInputs, node_text
@@ -76,13 +76,8 @@ def _describe(folder: Path, description: str) -> None:
 
 
 def _saying_why(counts: Iterator[int], folder: Path) -> Iterator[int]:
-    """The counts; a disk that fails is an error of one line."""
-    try:
+    with told_of_disk(folder, "make room for the tower store, or --tower_cache off runs the towers live"):
         yield from counts
-    except OSError as error:
-        raise RunError(
-            f"tower store: {folder}: {error.strerror or error}; make room, or --tower_cache off runs the towers live"
-        ) from None
 
 
 class _Progress:

@@ -29,9 +29,25 @@ SHARD = 512  # entries: what a build that is killed computes again
 MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
 
 DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # safetensors' names
+TOKENS = (torch.float32, torch.float16)
 
 Kind = Literal["text", "image"]
 ShardTensors = dict[str, torch.Tensor]
+
+LAYOUT: dict[Kind, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {  # dimensions and dtypes of a shard's tensors
+    "text": {
+        "hashes": (2, (torch.uint8,)),
+        "tokens": (2, TOKENS),
+        "offsets": (1, (torch.int64,)),
+        "pooled": (2, (torch.float32,)),
+    },
+    "image": {
+        "hashes": (2, (torch.uint8,)),
+        "patches": (3, TOKENS),
+        "pooled": (2, (torch.float32,)),
+        "causes": (1, (torch.uint8,)),
+    },
+}
 
 libc = ctypes.CDLL(None)
 
@@ -49,7 +65,9 @@ class Shards:
         self.tensors: list[ShardTensors] = []
         hashes: list[np.ndarray] = []
         for file in self.files:
-            self.tensors.append(shard := _mapped(file))
+            self.tensors.append(shard := _mapped(file, kind))
+            if _widths(shard) != _widths(self.tensors[0]):
+                raise UserError(f"tower store: {file} and {self.files[0]} are of different towers; remove the wrong")
             hashes.append(shard["hashes"].numpy().reshape(-1).view(HASH).copy())
             _release(shard)
         self.starts = np.cumsum([0, *map(len, hashes)])
@@ -93,24 +111,50 @@ class Shards:
         return rows
 
 
-def _mapped(file: Path) -> ShardTensors:
+def _mapped(file: Path, kind: Kind) -> ShardTensors:
     """A shard's tensors where they lie in the file, which the kernel reads when they are used."""
     try:
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
         # Mapped here and not by safetensors, so that letting go of pages is known to be safe. Keeps no descriptor open.
         whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-    except SafetensorError as error:
+        return _read(whole, kind)
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"tower store: {file} is damaged ({error}); remove it, and its entries are made anew") from None
     except (OSError, RuntimeError) as error:  # such as a limit of the kernel's on maps or memory
         raise UserError(f"tower store: {file} cannot be mapped ({error}); --tower_cache off does without") from None
+
+
+def _read(whole: torch.Tensor, kind: Kind) -> ShardTensors:
+    """The tensors in the bytes of a shard. Raises :class:`ValueError` where it is none of this kind."""
     start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")  # the format: a length, a header in JSON, bytes
     header = json.loads(whole[8:start].numpy().tobytes())
-    return {
+    header.pop("__metadata__", None)
+    if header.keys() != LAYOUT[kind].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
+        told = ", ".join(f"{name} of {entry['dtype']}" for name, entry in header.items())
+        raise ValueError(f"holds {told}")
+    shard = {
         name: whole[start:][slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
         for name, entry in header.items()
-        if name != "__metadata__"
     }
+    count = len(shard["hashes"])
+    for name, (dimensions, dtypes) in LAYOUT[kind].items():
+        found = shard[name]
+        rows = {"tokens": len(found), "offsets": count + 1}.get(name, count)
+        if found.ndim != dimensions or found.dtype not in dtypes or len(found) != rows:
+            raise ValueError(f"{name} is {tuple(found.shape)} {found.dtype}, of {count} {kind}s")
+    if shard["hashes"].shape[1] != HASH.itemsize:
+        raise ValueError(f"hashes of {shard['hashes'].shape[1]} bytes")
+    if kind == "text":
+        offsets = shard["offsets"]
+        if offsets[0] != 0 or offsets[-1] != len(shard["tokens"]) or not (offsets.diff() > 0).all():
+            raise ValueError("its offsets do not ascend over its tokens")
+    return shard
+
+
+def _widths(shard: ShardTensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """What is the same in all shards of a store, for it is of the towers."""
+    return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in shard.items()}
 
 
 def _release(shard: ShardTensors) -> None:

@@ -23,6 +23,7 @@ from accelerate.utils import (
 
 from mmgraph import zero
 from mmgraph.errors import RunError, UserError
+from mmgraph.files import told_of_disk
 
 Result = TypeVar("Result")
 
@@ -253,14 +254,8 @@ def write_on_main_process(accelerator: Accelerator, folder: Path, write: Callabl
     """
 
     def told() -> None:
-        try:
+        with told_of_disk(folder, "what was there stands. Make room, and the same command goes on from the last state"):
             write()
-        except OSError as error:
-            name = f" ({Path(error.filename).name})" if error.filename else ""
-            raise RunError(
-                f"{folder}: {error.strerror or error}{name}; what was there stands. Make room, and the same command "
-                "goes on from the last state"
-            ) from None
 
     on_main_process(accelerator, told)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmgraph.errors import UserError
+from mmgraph.evaluate import find_features
 from mmgraph.feature_files import FORMATS, read_features, write_features
 
 VECTORS = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0))
@@ -67,12 +68,14 @@ def test_other_files_are_told(tmp_path: Path) -> None:
     torch.save(torch.arange(5), tmp_path / "flat.pt")
     torch.save(torch.zeros(1, 1).expand(10**6, 10**6), tmp_path / "huge.pt")
     torch.save(torch.empty(10**6, 10**6, device="meta"), tmp_path / "meta.pt")
+    torch.save(VECTORS, tmp_path / "features_old.pt", _use_new_zipfile_serialization=False)
+    assert find_features([tmp_path / "features_old.pt"]) == [tmp_path / "features_old.pt"]  # no checkpoint
     (tmp_path / "broken.npy").write_bytes(b"x")
     (tmp_path / "table.csv").write_text("a,b\n")
     for name, message in (
         ("huge.pt", "no plain tensor"), ("meta.pt", "no plain tensor"),
         ("dict.pt", "holds no"), ("flat.pt", "holds no"), ("broken.npy", "not a readable"), ("table.csv", "are in .pt"),
-        ("none.pt", "no such file"),
+        ("none.pt", "no such file"), ("features_old.pt", "no zip"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             read_features(tmp_path / name)

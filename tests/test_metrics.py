@@ -145,9 +145,14 @@ def test_wandb_cannot_stop_a_run(
     assert capsys.readouterr().out.count("wandb is off from here: ConnectionError: network is down") == 1
     assert len(read_metrics(tmp_path / "log")) == 3
 
-    def refuse(**_: object) -> None:
+    limits = []
+
+    def refuse(settings: wandb.Settings, **_: object) -> None:
+        limits.append(settings.init_timeout)
         raise RuntimeError("no key")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    assert train_main(settings(graph, tmp_path / "init", "--max_steps=3", "--report_to=wandb")) == 0
+    flags = ("--max_steps=3", "--report_to=wandb", "--collective_timeout=30")
+    assert train_main(settings(graph, tmp_path / "init", *flags)) == 0
     assert "wandb is off: RuntimeError: no key" in capsys.readouterr().out
+    assert 0 < sum(limits) < 15  # online, then offline: while other ranks wait, half of their limit at most

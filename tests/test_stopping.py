@@ -127,13 +127,16 @@ def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
     assert "rank 0 waited --collective_timeout for another rank" in said(output)
 
 
-def test_a_stop_that_cannot_be_shared_ends_the_rank(endless: list[str], tmp_path: Path) -> None:
+def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[str], tmp_path: Path) -> None:
     """The other rank hangs, so no step is finished together: the watchdog of the one that was asked ends it."""
     output = tmp_path / "run"
-    with training("cpu_2proc.yaml", output, *endless, "--stop_grace=2") as (process, ranks):
+    header, *edges = (graph / "edges.csv").read_text().splitlines()
+    (tmp_path / "edges.csv").write_text("\n".join([header, *edges * 500]))  # so no rank hangs while an epoch is saved
+    flags = [*endless, f"--edges={tmp_path / 'edges.csv'}", "--stop_grace=2"]
+    with training("cpu_2proc.yaml", output, *flags) as (process, ranks):
         ranks[1].suspend()
         ranks[0].terminate()
-        ranks[0].wait(timeout=8)
+        ranks[0].wait(timeout=12)  # --stop_grace is 15 s otherwise
         ranks[1].kill()
         ended(process, ranks, 20)
     assert "rank 0 was asked to stop, and has finished no step for 2 s (--stop_grace)" in said(output)
@@ -163,6 +166,27 @@ def test_neither_slow_steps_nor_a_save_are_cut_off() -> None:
     done = run([sys.executable, "-c", SLOW_STEPS])
     assert done.stdout == "saved\n" and done.returncode == 143 and time.monotonic() - start < 15
     assert "has finished no step for 0.4 s (--stop_grace)" in done.stderr
+
+
+FAILS = """
+import os, signal
+from mmgraph.stopping import StopRequest
+try:
+    with StopRequest(1).listening():
+        raise ValueError
+except ValueError:
+    os.kill(os.getpid(), signal.SIGTERM)
+print("goes on", flush=True)
+"""
+
+
+def test_after_an_error_a_launched_rank_alone_is_deaf() -> None:
+    """A launcher's SIGTERM is for ranks that have yet to say why; a process without one must be easy to end."""
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    for more, code, said in (({}, -signal.SIGTERM, ""), ({"RANK": "0"}, 0, "goes on\n")):
+        command = [sys.executable, "-c", FAILS]
+        done = subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (code, said), done.stderr
 
 
 SLOW_RUN = """

@@ -371,6 +371,44 @@ def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch:
     assert open_nodes(path).path == converted
 
 
+def test_a_damaged_table_of_a_read_only_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be removed: a folder for this run stands in."""
+    monkeypatch.setattr(table_cache, "_stand_ins", {})
+    path = nodes_csv(tmp_path)
+    converted = open_nodes(path).path
+    os.truncate(converted, converted.stat().st_size // 2)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert len(table := open_nodes(path)) == 40 and table.path != converted
+    assert "cannot be written (Read-only file system)" in capsys.readouterr().out
+    table_cache.remove_stand_ins()
+
+
+def test_a_slower_process_leaves_what_another_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nodes_csv(tmp_path)
+    converted = open_nodes(path).path
+    whole = converted.read_bytes()
+    os.truncate(converted, len(whole) // 2)
+    fresh = tmp_path / "fresh"
+    fresh.write_bytes(whole)
+    found = fresh.stat()
+
+    def open_damaged(name: Path) -> NodeTable:
+        if fresh.exists():
+            fresh.replace(name)
+            raise pa.ArrowInvalid("damaged")
+        return NodeTable(name)
+
+    monkeypatch.setattr(table_cache, "NodeTable", open_damaged)
+    assert len(open_nodes(path)) == 40 and converted.stat().st_mtime_ns == found.st_mtime_ns
+
+
 def test_tables_go_to_other_processes(tmp_path: Path) -> None:
     nodes_path = nodes_csv(tmp_path)
     edges = open_edges(edges_csv(tmp_path, nodes_path), nodes_path)

@@ -391,6 +391,55 @@ def test_a_damaged_shard_is_told(own_graph: Path, tmp_path: Path, capsys: pytest
     assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
 
 
+def shard_tensors(kind: str) -> dict[str, torch.Tensor]:
+    """Two entries."""
+    hashes, pooled = torch.arange(32, dtype=torch.uint8).view(2, 16), torch.zeros(2, 8)
+    if kind == "text":
+        return {"hashes": hashes, "pooled": pooled, "tokens": torch.zeros(5, 8), "offsets": torch.tensor([0, 2, 5])}
+    return {"hashes": hashes, "pooled": pooled, "patches": torch.zeros(2, 4, 8), "causes": torch.zeros(2).byte()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("hashes", None),
+        ("hashes", torch.zeros(2, 8, dtype=torch.uint8)),
+        ("hashes", torch.zeros(2, 16, dtype=torch.int64)),
+        ("pooled", torch.zeros(3, 8)),
+        ("pooled", torch.zeros(2, 8).half()),
+        ("tokens", torch.zeros(5, 8).bfloat16()),
+        ("tokens", torch.zeros(4, 8)),
+        ("tokens", torch.zeros(5, 2, 4)),
+        ("offsets", torch.tensor([0, 5, 2])),
+        ("offsets", torch.tensor([1, 2, 5])),
+        ("offsets", torch.tensor([-3, 2, 5])),
+        ("offsets", torch.tensor([0, 5])),
+        ("patches", torch.zeros(1, 4, 8)),
+        ("patches", torch.zeros(2, 4, 8, dtype=torch.float64)),
+        ("causes", None),
+        ("more", torch.zeros(2)),
+    ],
+)
+def test_a_strangers_shard_is_told(tmp_path: Path, name: str, tensor: torch.Tensor | None) -> None:
+    for kind in ("text", "image"):
+        save_file(shard_tensors(kind), tmp_path / f"{kind}-0.safetensors", {"format": "pt"})
+    assert TowerStore(tmp_path).texts.starts[-1] == TowerStore(tmp_path).images.starts[-1] == 2
+    kind = "image" if name in ("patches", "causes") else "text"
+    tensors = {**shard_tensors(kind), name: tensor}
+    path = tmp_path / f"{kind}-1.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(UserError, match=rf"{path} is damaged \(.*\); remove it"):
+        TowerStore(tmp_path)
+
+
+def test_shards_of_different_towers_are_told(tmp_path: Path) -> None:
+    tensors = shard_tensors("image")
+    save_file(tensors, tmp_path / "image-0.safetensors")
+    save_file({**tensors, "patches": torch.zeros(2, 4, 6)}, tmp_path / "image-1.safetensors")
+    with pytest.raises(UserError, match=r"image-1.safetensors and \S*image-0.safetensors are of different towers"):
+        TowerStore(tmp_path)
+
+
 def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in a device's memory whole (here, the CPU's) gives what is read from the shards."""
     monkeypatch.setattr(tower_plan, "SHARD", 7)
@@ -446,8 +495,9 @@ def test_a_store_is_not_held_in_memory(tmp_path: Path) -> None:
         for shard in range(8):
             tensors = {
                 "hashes": torch.randint(256, (512, 16), dtype=torch.uint8, generator=generator),
-                "offsets": torch.arange(513),
+                "pooled": torch.zeros(512, 8),
                 name: torch.randn(shape, generator=generator).half(),
+                **({"offsets": torch.arange(513)} if kind == "text" else {"causes": torch.zeros(512).byte()}),
             }
             save_file(tensors, tmp_path / f"{kind}-{shard}.safetensors", {"format": "pt"})
             made[kind, shard] = tensors

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from runs import brief, check_same, count, each, run, valid_steps
 
+from mmgraph.cli import main
+from mmgraph.feature_files import FORMATS, read_features
+
 SAVING = ["mmgraph.trainer.Trainer.save"]
 LOGGING = ["mmgraph.recorder.Recorder.row"]
 Cases = Callable[[int], None]
@@ -155,6 +158,27 @@ def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Pa
                 assert run(flags, ranks=ranks, environment=cache).codes == [0] * ranks
                 check_same(output, reference[ranks])
                 tried += 1
+    cases(tried)
+
+
+@pytest.mark.fault("a disk that is full while embeddings are written: in parts, then each format")
+def test_full_in_encode(
+    graph: Path, reference: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], cases: Cases
+) -> None:
+    tried = 0
+    for kind in FORMATS:
+        with tmpfs(tmp_path / kind, 1_000_000) as disk:
+            command = ["encode", str(reference[1]), f"--format={kind}", f"--output_dir={disk}/features"]
+            for free in (0, 20_000, 60_000, 100_000):
+                with filled(disk, free):
+                    code = main(command)
+                    said = capsys.readouterr().err
+                    assert code == 1 or (code == 0 and free == 100_000), said
+                    assert code == 0 or f"{disk}/features: " in one_line(said), said
+                    assert not list(disk.rglob("*.tmp*"))
+                tried += 1
+            assert main(command) == 0
+            assert read_features(disk / f"features/features_fused.{kind}")[0].shape == (40, 16)
     cases(tried)
 
 
