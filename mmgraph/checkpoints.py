@@ -202,11 +202,8 @@ def trained_state(checkpoint: Checkpoint, module: nn.Module, path: str | Path) -
     Raises:
         UserError: a tensor is missing or of another shape, or the moments are no AdamW's.
     """
-    names = [name for name, _ in module.named_parameters()]
-    missing = [name for name in names if name not in checkpoint.model_state_dict]
-    if missing:
-        raise UserError(f"{path}: has no tensor {missing[0]}")
-    found = TrainedState({name: checkpoint.model_state_dict[name] for name in names}, {}, {}, 0)
+    names, model = [name for name, _ in module.named_parameters()], checkpoint.model_state_dict
+    found = TrainedState({name: model[name] for name in names if name in model}, {}, {}, 0)
     states = (checkpoint.optimizer_state_dict or {}).get("state")
     if states:
         try:

@@ -14,13 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
-from mmgraph import zero
 from mmgraph.checkpoints import TrainedState
 from mmgraph.config import Config
 from mmgraph.errors import UserError
@@ -60,68 +56,6 @@ def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
     if config.lr_schedule != "constant":  # the rate of a step depends on the last one
         known |= {"epochs": config.epochs, "max_steps": config.max_steps}
     return known | {"nodes table": nodes, "edges table": edges}
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DDP's or DeepSpeed's wrapper. (``accelerator.unwrap_model`` imports DeepSpeed if it can.)"""
-    return getattr(module, "module", module)
-
-
-def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
-    """Copy the trained module and Adam's moments to the CPU. Called by all ranks; every rank gets the whole."""
-    if zero.is_engine(module):
-        return zero.consolidate(module)
-    weights, first, second, adam_step = {}, {}, {}, 0
-    for name, parameter in unwrapped(module).named_parameters():
-        weights[name] = _copy(parameter)
-        state = optimizer.state.get(parameter)
-        if state:
-            first[name], second[name] = _copy(state["exp_avg"]), _copy(state["exp_avg_sq"])
-            adam_step = int(state["step"])
-    return TrainedState(weights, first, second, adam_step)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
-    """Put a consolidated state's moments into the optimizer of a prepared module that has its weights. On every rank.
-
-    Under ZeRO the float32 weights too: the module may hold them in 16 bits.
-    """
-    if zero.is_engine(module):
-        zero.restore(module, trained)
-    elif trained.exp_avg:
-        current = optimizer.state_dict()
-        current["state"] = {
-            i: {
-                "step": torch.tensor(float(trained.adam_step)),
-                "exp_avg": trained.exp_avg[name],
-                "exp_avg_sq": trained.exp_avg_sq[name],
-            }
-            for i, (name, _) in enumerate(unwrapped(module).named_parameters())
-        }
-        optimizer.load_state_dict(current)
-
-
-def loss_scale(accelerator: Accelerator, module: nn.Module) -> dict[str, float] | None:
-    """What fp16 scales the loss with; None in other precisions."""
-    if zero.is_engine(module):
-        return zero.loss_scale(module)
-    if accelerator.scaler is None or not accelerator.scaler.is_enabled():
-        return None
-    return {name: accelerator.scaler.state_dict()[name] for name in ("scale", "_growth_tracker")}
-
-
-def set_loss_scale(accelerator: Accelerator, module: nn.Module, saved: dict[str, float]) -> None:
-    """Go on with what :func:`loss_scale` gave, where this launch scales at all."""
-    if loss_scale(accelerator, module) is None:
-        return
-    if zero.is_engine(module):
-        zero.set_loss_scale(module, saved)
-    else:
-        accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), **saved})
 
 
 def write_state(

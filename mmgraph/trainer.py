@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from mmgraph import checkpoints, state, zero
+from mmgraph import checkpoints, consolidation, state, zero
 from mmgraph.batches import build_loader
 from mmgraph.best import Best
 from mmgraph.checks import check_towers
@@ -138,9 +138,9 @@ class Trainer:
         if accelerator.num_processes > 1 and self.trained is module:
             raise UserError("the trained module is not wrapped for data parallel training: ranks would train alone")
         if trained is not None:
-            state.restore(self.trained, self.optimizer.optimizer, trained)
+            consolidation.restore(self.trained, self.optimizer.optimizer, trained)
         if self.progress.loss_scale is not None:
-            state.set_loss_scale(accelerator, self.trained, self.progress.loss_scale)
+            consolidation.set_loss_scale(accelerator, self.trained, self.progress.loss_scale)
         self.images = SeenImages(len(self.graph.nodes))
 
     def _count_steps(self) -> int:
@@ -259,7 +259,7 @@ class Trainer:
         scale = None
         if self.accelerator.optimizer_step_was_skipped:
             row["skipped"] = True
-            scale = state.loss_scale(self.accelerator, self.trained)
+            scale = consolidation.loss_scale(self.accelerator, self.trained)
         self.recorded = now
         ends = self.stop.requested or self.recorder.failure is not None
         counts = [values.new_full((1,), number) for number in (self.images.read, self.images.bad, ends)]
@@ -327,7 +327,7 @@ class Trainer:
         row, table, step = self.progress.components.pop("unevaluated", None), None, self.progress.step
         if self.evaluation is not None:
             with self.stop.aside():
-                weights = state.consolidate(self.trained, self.optimizer.optimizer).weights
+                weights = consolidation.consolidate(self.trained, self.optimizer.optimizer).weights
                 module = TrainedModule.from_weights(weights).to(self.accelerator.device)
                 table = self._rank(module)
         self._write(lambda: self.recorder.evaluation(step, row, table))
@@ -361,9 +361,9 @@ class Trainer:
         if content == self.saved:
             return
         with self.stop.unhurried():
-            trained = state.consolidate(self.trained, self.optimizer.optimizer)
+            trained = consolidation.consolidate(self.trained, self.optimizer.optimizer)
             progress.adam_step = trained.adam_step
-            progress.loss_scale = state.loss_scale(self.accelerator, self.trained)
+            progress.loss_scale = consolidation.loss_scale(self.accelerator, self.trained)
             if progress.samples_in_epoch == self.samples_per_epoch:
                 self._write(lambda: self._end_epoch(trained))
                 progress.epoch, progress.samples_in_epoch, progress.epoch_sums = progress.epoch + 1, 0, {}

@@ -20,10 +20,10 @@ from mmgraph.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from mmgraph.consolidation import consolidate
 from mmgraph.convert import convert
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
-from mmgraph.state import consolidate
 from mmgraph.towers import Towers, random_towers, tower_state
 
 ATTENTION = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]

@@ -111,7 +111,7 @@ SIGNAL_PLACES = {
     "build": ("at_call", {"target": "mmgraph.tower_build.build", "number": 1}),
     "first evaluation": ("at_call", {"target": "mmgraph.evaluation.Evaluation.evaluate", "number": 1}),
     "step": ("after_step", {"step": 6}),
-    "save": ("at_call", {"target": "mmgraph.state.consolidate", "number": 3}),
+    "save": ("at_call", {"target": "mmgraph.consolidation.consolidate", "number": 3}),
     "end of an epoch": ("after_step", {"step": 8}),
     "evaluation": ("at_call", {"target": "mmgraph.evaluation.Evaluation.evaluate", "number": 2}),
     "last step": ("after_step", {"step": STEPS}),
@@ -166,12 +166,13 @@ def _command(process: psutil.Process) -> list[str]:
 
 @pytest.mark.fault("accelerate launch: a rank killed in a step or in a save, or asleep for ever: all end, it is named")
 def test_real_launches(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    consolidating = {"target": "mmgraph.consolidation.consolidate", "number": 3}
     in_a_save = {"inside": ["mmgraph.state.write_state"], "number": 9, "action": "SIGKILL", "rank": "0"}
     kills: list[tuple[str, Fault]] = [
         ("0", ("after_step", {"step": 6, "action": "SIGKILL", "rank": "0"})),
         ("1", ("after_step", {"step": 6, "action": "SIGKILL", "rank": "1"})),
         ("0", ("at_file_call", in_a_save)),
-        ("1", ("at_call", {"target": "mmgraph.state.consolidate", "number": 3, "action": "SIGKILL", "rank": "1"})),
+        ("1", ("at_call", {**consolidating, "action": "SIGKILL", "rank": "1"})),
     ]  # fmt: skip
     for number, (rank, fault) in enumerate(kills):
         output = tmp_path / f"{number}"
