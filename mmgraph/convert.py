@@ -65,7 +65,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
             return Checkpoint(model)
         groups = json.loads(metadata["param_groups"])
         for group in groups:
-            group |= {"betas": tuple(group["betas"])} if "betas" in group else {}  # JSON has only lists
+            if "betas" in group:
+                group["betas"] = tuple(group["betas"])  # JSON has only lists
         epoch, loss = int(metadata["epoch"]), float(metadata["loss"])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key in sorted(key for key in tensors if key.startswith(OPTIMIZER)):

@@ -115,10 +115,9 @@ def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
     except Exception as error:  # whatever broken files make torch, pyarrow, NumPy and safetensors raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a readable file of features ({type(error).__name__}: {reason})") from None
-    if isinstance(found, torch.Tensor):
-        check_data(path, {"its tensor": found})
     if not isinstance(found, torch.Tensor) or found.ndim != 2 or not found.is_floating_point():
         raise UserError(f"{path}: holds no (nodes, width) tensor of floating-point numbers")
+    check_data(path, {"its tensor": found})
     return found.float(), ids
 
 

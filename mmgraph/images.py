@@ -37,12 +37,11 @@ class _Switch:
     """
 
     def __init__(self) -> None:
-        self._changed, self._decoding, self._waiting = threading.Condition(), 0, 0
+        self._begin, self._changed, self._decoding = threading.Lock(), threading.Condition(), 0
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)  # or those who wait would wait for ever
+        with self._begin, self._changed:
             self._decoding += 1
         try:
             yield
@@ -53,16 +52,13 @@ class _Switch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        with self._changed:  # held all along: nobody else begins
-            self._waiting += 1
+        with self._begin, self._changed:  # held all along: nobody else begins, so this one need not wait for ever
             self._changed.wait_for(lambda: not self._decoding)
-            self._waiting -= 1
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
                 yield
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
-                self._changed.notify_all()
 
 
 _accept_truncated = _Switch()
