@@ -411,6 +411,8 @@ def shard_tensors(kind: str) -> dict[str, torch.Tensor]:
         ("tokens", torch.zeros(4, 8)),
         ("tokens", torch.zeros(5, 2, 4)),
         ("offsets", torch.tensor([0, 5, 2])),
+        ("offsets", torch.tensor([0, 7, 5])),
+        ("offsets", torch.tensor([0, 0, 5])),
         ("offsets", torch.tensor([1, 2, 5])),
         ("offsets", torch.tensor([-3, 2, 5])),
         ("offsets", torch.tensor([0, 5])),
