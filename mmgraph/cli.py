@@ -46,7 +46,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _train(arguments: list[str]) -> int:
-    from mmgraph.config import parse_config
+    from mmgraph.flags import parse_config
     from mmgraph.stopping import follow_launcher
 
     follow_launcher()
@@ -160,7 +160,7 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    from mmgraph.config import parse_config
+    from mmgraph.flags import parse_config
 
     config = parse_config(given.flags)
 

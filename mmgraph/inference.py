@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from mmgraph import checkpoints
-from mmgraph.config import Config, config_of
+from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.flags import config_of
 from mmgraph.graph import find_images
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.models.multimodal_graph_encoder import TrainedModule

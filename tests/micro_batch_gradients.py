@@ -5,7 +5,7 @@ import sys
 import torch
 
 from mmgraph.cli import leave
-from mmgraph.config import parse_config
+from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.losses import contrastive_losses
 from mmgraph.trainer import Trainer

@@ -8,8 +8,9 @@ import pytest
 from conftest import REPOSITORY, graph_files, read_metrics, run, settings
 
 from mmgraph.cli import main, train_main
-from mmgraph.config import Config, parse_config
+from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.flags import parse_config
 from mmgraph.schedule import lr_at
 
 

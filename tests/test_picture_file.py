@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from mmgraph import trainer
 from mmgraph.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.cli import train_main
-from mmgraph.config import parse_config
 from mmgraph.files import cache_folder
+from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES, Preprocessing
 from mmgraph.loader import picture_file

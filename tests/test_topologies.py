@@ -61,7 +61,7 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
 
 PERSISTENT = """
 import sys
-from mmgraph.config import parse_config
+from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.trainer import Trainer
 from mmgraph.world import build_accelerator

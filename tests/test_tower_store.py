@@ -25,8 +25,8 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from mmgraph import checkpoints, source, tower_build, tower_cache, tower_plan, trainer, world
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
-from mmgraph.config import parse_config
 from mmgraph.errors import UserError
+from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
 from mmgraph.tower_cache import StoredTokens

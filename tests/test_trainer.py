@@ -19,8 +19,8 @@ from conftest import REPOSITORY, graph_files, loss_difference, read_metrics, set
 
 from mmgraph import recorder, trainer, world
 from mmgraph.cli import main, train_main
-from mmgraph.config import parse_config
 from mmgraph.errors import UserError
+from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
 from mmgraph.world import build_accelerator

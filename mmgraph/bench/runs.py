@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmgraph.config import Config, as_arguments
+from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import write_durably
+from mmgraph.flags import as_arguments
 
 SCRIPT = """import sys
 from mmgraph.cli import leave, main, train_main

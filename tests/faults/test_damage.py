@@ -287,7 +287,7 @@ import sys
 from pathlib import Path
 import torch
 from mmgraph import load_pretrained_encoder
-from mmgraph.config import config_of
+from mmgraph.flags import config_of
 from mmgraph.errors import UserError
 from mmgraph.evaluate import find_features
 from mmgraph.resume import read_start
