@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mmgraph.bench.command import add_bench_arguments, not_negative
+from mmgraph.bench.command import add_bench_arguments, not_negative, positive
 from mmgraph.errors import UserError
 from mmgraph.text_log import is_main_process
 
@@ -117,6 +117,21 @@ def _build_parser() -> _Parser:
         evaluate.add_argument(*_flag(name), type=kind, metavar=name.rsplit("_", 1)[-1].upper(), help=help)
     evaluate.set_defaults(run=_evaluate)
 
+    neighbors = verbs.add_parser("neighbors", help="the nodes nearest to a node, a text or an image")
+    neighbors.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        help="a run's folder, or an epoch or final file (default: the run below runs/ that ended last)",
+    )
+    neighbors.add_argument("--node", metavar="NAME", help="node_id, or short_name, of a node of the graph")
+    neighbors.add_argument("--text", help="text of a node that is not in the graph")
+    neighbors.add_argument("--image", metavar="FILE", help="image of a node that is not in the graph")
+    neighbors.add_argument(*_flag("top_k"), type=positive, default=10, metavar="K", help="how many (10)")
+    neighbors.add_argument("--embedding", default="z_graph", help="z_graph, fused, text_only, image_only or concat")
+    _add_run_arguments(neighbors)
+    neighbors.set_defaults(run=_neighbors)
+
     bench = verbs.add_parser("bench", help="measure this machine on a graph; takes the flags of launch.py too")
     add_bench_arguments(bench)
     bench.set_defaults(flags=None)
@@ -199,6 +214,22 @@ def _evaluate(given: argparse.Namespace) -> None:
     config = settings_of(checkpoint or features[0], {**_of_run(given), **more})
     accelerator = build_accelerator()
     evaluate(checkpoint, features, config, accelerator, given.json)
+    accelerator.end_training()
+
+
+def _neighbors(given: argparse.Namespace) -> None:
+    from mmgraph.encode import FEATURES
+    from mmgraph.inference import find_checkpoint, newest_run, settings_of
+    from mmgraph.nearest import neighbors, query_of
+    from mmgraph.world import build_accelerator
+
+    query = query_of(given.node, given.text, given.image)
+    if given.embedding not in FEATURES:
+        raise UserError(f"--embedding {given.embedding}: must be one of {', '.join(FEATURES)}")
+    checkpoint = find_checkpoint(given.source or newest_run())
+    config = settings_of(checkpoint, _of_run(given))
+    accelerator = build_accelerator()
+    neighbors(checkpoint, config, accelerator, query, given.embedding, given.top_k)
     accelerator.end_training()
 
 

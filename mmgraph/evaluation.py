@@ -1,31 +1,29 @@
 """What embeddings are worth on held-out edges, and whether texts and images were aligned; over all ranks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 
 from mmgraph.errors import UserError
 from mmgraph.held_out import HeldOut
-from mmgraph.images import is_black
 from mmgraph.neighbors import Neighbors, pair_keys
-from mmgraph.node_outputs import BATCH, NodeOutputs
+from mmgraph.node_outputs import NodeOutputs
 from mmgraph.order import permuted
 from mmgraph.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
+from mmgraph.shares import Embeddings, embed_share, gather_shares, share
 from mmgraph.text_log import log
-from mmgraph.towers import Tokens
 
 TRAINED = ("z_graph", "fused")
+ALIGNED = ("z_text", "z_vis")  # what the text-image loss compares
 FIXED = ("text_only", "image_only", "concat")  # what training does not change
 RANDOM_WIDTH = 128
 MOST_TEXTS = 10_000  # queries of the retrieval, drawn by the seed
-NO_WORDS = 2  # tokens of a text without any: its beginning and its end
 
 Table = dict[str, Any]
-Embeddings = Callable[[Tokens, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Ranks(NamedTuple):
@@ -79,63 +77,29 @@ class Evaluation:
             embeddings: :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings` of the module.
             outputs: of the graph's nodes.
         """
-        own = self.embed(embeddings, outputs, TRAINED if self.fixed else (*TRAINED, *FIXED))
+        kinds = (*ALIGNED, *TRAINED, *(() if self.fixed else FIXED))
+        own = embed_share(self.accelerator, embeddings, outputs, kinds)
         retrieval = self._retrieval(own)
-        ranks = {name: self.ranks(self._of_all(own.pop(name))) for name in TRAINED}
+        ranks = {name: self.ranks(self._gathered(own.pop(name))) for name in TRAINED}
         if not self.fixed:
-            self.fixed = {name: self.ranks(self._of_all(own.pop(name))) for name in FIXED}
+            self.fixed = {name: self.ranks(self._gathered(own.pop(name))) for name in FIXED}
             self.fixed["random"] = self.random_ranks()
-        shuffled = self.embed(embeddings, outputs, (), partners=cycle(self.num_nodes, self.seed))
+        shuffled = embed_share(
+            self.accelerator, embeddings, outputs, ALIGNED, partners=cycle(self.num_nodes, self.seed)
+        )
         return {
             **self.table({**ranks, **self.fixed}),
             "retrieval": retrieval,
             "retrieval_shuffled": self._retrieval(shuffled),
         }
 
-    def share(self, count: int, multiple: int = 1) -> range:
-        """This rank's of ``count`` things, in parts of ``multiple``."""
-        rank, size = self.accelerator.process_index, self._share_size(count, multiple)
-        return range(min(count, size * rank), min(count, size * (rank + 1)))
-
-    def _share_size(self, count: int, multiple: int) -> int:
-        return -(-count // (multiple * self.accelerator.num_processes)) * multiple
-
-    @torch.no_grad()
-    def embed(
-        self, embeddings: Embeddings, outputs: NodeOutputs, kinds: tuple[str, ...], partners: np.ndarray | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Embeddings of this rank's share of the nodes, on the CPU.
-
-        Args:
-            kinds: names of embeddings, besides ``z_text`` and ``z_vis``.
-            partners: as :meth:`NodeOutputs.of`.
-
-        Returns:
-            (n, d) each, and ``whole`` (n,) uint8, 1 for nodes with words and a picture.
-        """
-        rows, parts = self.share(self.num_nodes, BATCH), dict[str, list[torch.Tensor]]()
-        for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths
-            embedded = embeddings(found.tokens, found.text_only, found.image_only)
-            has_words = (found.tokens.mask.sum(1) > NO_WORDS).cpu()
-            has_picture = torch.from_numpy(~is_black(found.causes, outputs.inputs.truncated_images))
-            parts.setdefault("whole", []).append((has_words & has_picture).to(torch.uint8))
-            for name in ("z_text", "z_vis", *kinds):
-                parts.setdefault(name, []).append(embedded[name].float().cpu())
-        return {name: torch.cat(tensors)[: len(rows)] for name, tensors in parts.items()}
-
-    def _of_all(self, own: torch.Tensor) -> torch.Tensor:
-        """The shares of all ranks, whole on each, on the device, in the order of the nodes."""
-        own = own.to(self.accelerator.device)
-        if self.accelerator.num_processes == 1:
-            return own
-        padded = own.new_zeros((self._share_size(self.num_nodes, BATCH), *own.shape[1:]))
-        padded[: len(own)] = own
-        return gather(padded)[: self.num_nodes]
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        return gather_shares(self.accelerator, own, self.num_nodes)
 
     def ranks(self, vectors: torch.Tensor) -> Ranks:
         """Of the held-out edges, by (N, d) embeddings that every rank has."""
         vectors = on_grid(vectors.to(self.accelerator.device))
-        mine = self.share(len(self.rows))
+        mine = share(self.accelerator, len(self.rows))
         source, destination = self.rows[mine.start : mine.stop].to(vectors.device).T  # (m,) each
         found = [
             filtered_ranks(vectors, source, destination, self.known),
@@ -164,12 +128,12 @@ class Evaluation:
 
     def _retrieval(self, own: dict[str, torch.Tensor]) -> Table:
         """How often a text finds, among the images of all nodes that have both, the one that it was fused with."""
-        z_text, z_vis = (on_grid(self._of_all(own.pop(name))) for name in ("z_text", "z_vis"))
-        whole = self._of_all(own.pop("whole")).nonzero().flatten()  # (C,)
+        z_text, z_vis = (on_grid(self._gathered(own.pop(name))) for name in ALIGNED)
+        whole = self._gathered(own.pop("whole")).nonzero().flatten()  # (C,)
         if not len(whole):
             return {}
         drawn = np.sort(np.random.default_rng(self.seed).permutation(len(whole))[:MOST_TEXTS])
-        mine = self.share(len(drawn))
+        mine = share(self.accelerator, len(drawn))
         matches = torch.from_numpy(drawn[mine.start : mine.stop]).to(whole.device)
         ranks = matching_ranks(z_text[whole[matches]], z_vis[whole], matches)
         found = summary(np.concatenate(gather_object([ranks.cpu().numpy()])))

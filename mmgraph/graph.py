@@ -36,17 +36,24 @@ def load_graph(config: Config) -> Graph:
             f"there is no {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} here: give --nodes and --edges, or --demo for a "
             "graph to try"
         )
-    nodes_fingerprint, edges_fingerprint = fingerprint(config.nodes), fingerprint(config.edges)
+    nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
-    edges = open_edges(config.edges, edges_fingerprint, nodes, nodes_fingerprint)
-    rows, held_out = edges.rows, None
-    if config.eval_edges is not None:
-        held_out = read_held_out(config.eval_edges, nodes, nodes_fingerprint)
-    elif config.eval_fraction:
-        digests = edges_fingerprint, nodes_fingerprint
-        rows, held_out = split_edges(config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed)
+    rows, held_out, edges_fingerprint = load_edges(config, nodes, nodes_fingerprint)
     paths = find_images(nodes, config, config.seed)
     return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint, held_out)
+
+
+def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> tuple[EdgeTable, HeldOut | None, str]:
+    """The edges to train on, those to evaluate on, and the edge table's fingerprint; errors as :func:`load_graph`."""
+    digest = fingerprint(config.edges)
+    edges = open_edges(config.edges, digest, nodes, nodes_fingerprint)
+    if config.eval_edges is not None:
+        return edges.rows, read_held_out(config.eval_edges, nodes, nodes_fingerprint), digest
+    if config.eval_fraction:
+        digests = digest, nodes_fingerprint
+        rows, held_out = split_edges(config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed)
+        return rows, held_out, digest
+    return edges.rows, None, digest
 
 
 def find_images(nodes: NodeTable, config: Config, seed: int) -> ImagePaths:

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 
 from mmgraph import checkpoints
@@ -12,6 +13,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.flags import config_of
 from mmgraph.graph import find_images
+from mmgraph.images import CAUSES
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.node_outputs import NodeOutputs
@@ -21,12 +23,20 @@ from mmgraph.table_files import fingerprint as file_fingerprint
 from mmgraph.tables import ImagePaths
 from mmgraph.text_log import log
 from mmgraph.tower_cache import existing_store
-from mmgraph.towers import LiveTowers, fingerprint, load_tokenizer_and_processor
+from mmgraph.towers import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.world import together
 
 # Of the run that a checkpoint lies in, where nothing else is given.
 OF_THE_RUN = ("nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
               "eval_edges", "eval_fraction", "seed")  # fmt: skip
+
+
+def newest_run() -> Path:
+    """The folder below ``runs/`` whose run ended last. Raises :class:`UserError` where none has."""
+    ended = [folder for folder in Path("runs").glob("*") if checkpoints.final_file(folder).is_file()]
+    if not ended:
+        raise UserError("which run? none below runs/ has ended; give a run's folder")
+    return max(ended, key=lambda folder: checkpoints.final_file(folder).stat().st_mtime)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -67,8 +77,34 @@ class Inference(NamedTuple):
     paths: ImagePaths
     module: TrainedModule
     outputs: NodeOutputs
+    towers: Towers  # on the CPU, or where live towers run
     nodes_fingerprint: str
     checkpoint_fingerprint: str
+
+    @torch.no_grad()
+    def embed_new(self, text: str | None, image_path: str | None) -> dict[str, torch.Tensor]:
+        """All embeddings, (d,) each, of a node that is not in the graph: with this text and image, or one of them.
+
+        What it lacks is what a node of the graph without it has: one space, or a black picture.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        inputs = self.outputs.inputs
+        input_ids, attention_mask = inputs.texts([text or " "])
+        pictures, [cause] = inputs.pictures([image_path])
+        if cause == CAUSES.index("truncated"):
+            log(f"{image_path} ends early: the part that is there is used")
+        elif image_path is not None and cause:
+            raise UserError(f"{image_path}: {CAUSES[cause]}")
+        device = next(self.towers.text_model.parameters()).device
+        pixel_values = inputs.preprocessing.normalize(pictures)
+        found = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
+        return {name: vectors[0].float().cpu() for name, vectors in self._embeddings(*found).items()}
+
+    def _embeddings(self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
+        device = self.module.graph_proj.weight.device
+        return self.module.embeddings(Tokens(*(tensor.to(device) for tensor in tokens)), text_only, image_only)
 
 
 def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) -> Inference:
@@ -95,7 +131,7 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
     live = LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device) if stored is None else None
     outputs = NodeOutputs(nodes, paths, inputs, stored or live, config.num_workers)  # type: ignore[arg-type]
-    return Inference(nodes, paths, module, outputs, digest, _fingerprint(towers, module))
+    return Inference(nodes, paths, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
 
 
 def _fingerprint(towers: str, module: TrainedModule) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mmgraph import checkpoints
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
+from mmgraph.environment import note_start
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
 from mmgraph.files import locked, sync, write_durably
@@ -61,6 +62,7 @@ class Recorder:
             if newer is not None:  # it had the folder until now; its states and metrics would be lost
                 raise UserError(f"{self.output}: another process has gone on to {newer.name} meanwhile; start again")
             write_durably(self.output / "config.yaml", config.save)
+            note_start(self.output, self.accelerator, self.progress.step)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
         except OSError as error:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from mmgraph import encode
+from mmgraph import blocks
 from mmgraph.cli import main
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
@@ -78,7 +78,7 @@ def test_over_ranks_and_in_every_format(
     """40 nodes in blocks of 6, so that ranks have different numbers of them."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom mmgraph import encode\nfrom mmgraph.cli import leave, main\nencode.BLOCK = 6\n"
+        "import sys\nfrom mmgraph import blocks\nfrom mmgraph.cli import leave, main\nblocks.BLOCK = 6\n"
         "leave(main(sys.argv[1:]))\n"
     )
     command = [*launch_command("cpu_2proc.yaml")[:-1], str(script)]
@@ -101,15 +101,15 @@ def test_over_ranks_and_in_every_format(
 
 
 KILLED = """import sys, time
-from mmgraph import encode
+from mmgraph import blocks
 from mmgraph.cli import main
-encode.BLOCK = 4
-make = encode.Blocks.make
+blocks.BLOCK = 4
+make = blocks.Blocks.make
 def slow(self, numbers):
     for count in make(self, numbers):
         time.sleep(0.2)
         yield count
-encode.Blocks.make = slow
+blocks.Blocks.make = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -122,7 +122,7 @@ def test_a_second_start_goes_on(
     for image in (folder / "images").iterdir():
         image.touch()
     time.sleep(2.1)  # files that changed a moment ago are not trusted
-    monkeypatch.setattr(encode, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     assert main(given(folder, original, tmp_path / "once")) == 0
     (tmp_path / "run.py").write_text(KILLED)
     process = subprocess.Popen(
@@ -142,8 +142,8 @@ def test_a_second_start_goes_on(
     damaged[-9] ^= 1
     block.write_bytes(damaged)
     made: list[int] = []
-    make = encode.Blocks.make
-    monkeypatch.setattr(encode.Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    make = blocks.Blocks.make
+    monkeypatch.setattr(blocks.Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
     Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # of the first block
     capsys.readouterr()
     assert main(given(folder, original, tmp_path / "out")) == 0

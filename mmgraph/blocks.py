@@ -1,0 +1,196 @@
+"""Features of runs of nodes, embedded by all ranks and kept in files: what was made is not made again."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from mmgraph.contents import file_signature
+from mmgraph.errors import UserError
+from mmgraph.feature_files import write_features
+from mmgraph.files import told_of_disk, write_durably
+from mmgraph.images import CAUSES
+from mmgraph.inference import Inference
+from mmgraph.node_outputs import BATCH
+from mmgraph.text_log import log
+from mmgraph.tower_cache import SHOWN_SECONDS
+from mmgraph.world import on_main_process, together, work_together
+
+BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
+
+
+def fill(blocks: "Blocks", accelerator: Accelerator) -> None:
+    """Make all blocks that are not there, the ranks in turns; a second start goes on from those. Called by all ranks.
+
+    Raises:
+        UserError: the folder is not one that all machines see; its disk is full.
+    """
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    on_main_process(accelerator, blocks.make_folder)
+    missing = look(blocks, accelerator)
+    total = len(blocks.inference.nodes)
+    done = total - sum(len(blocks.rows(number)) for number in missing)
+    if done:
+        log(f"goes on: {done:,} of {total:,} nodes were embedded before")
+    with bar(accelerator, total, done, "node") as shown:
+        for others in work_together(accelerator, telling(blocks.make(missing[rank::world_size]), shown, blocks.output)):
+            shown.update(others)
+    together(accelerator, lambda: blocks.wait_for(missing))
+
+
+def look(blocks: "Blocks", accelerator: Accelerator) -> list[int]:
+    """Which blocks are not there, damaged, or not of the images as they are now; looked at by all ranks in turns."""
+    mine, own = range(accelerator.process_index, len(blocks), accelerator.num_processes), list[int]()
+    for _ in work_together(accelerator, blocks.look(mine, own)):
+        pass
+    return sorted(number for numbers in gather_object([own]) for number in numbers)
+
+
+def bar(accelerator: Accelerator, total: int, initial: int, unit: str) -> "tqdm[Any]":
+    """A progress bar, on the main process alone."""
+    disable = None if accelerator.is_main_process else True
+    return tqdm(total=total, initial=initial, unit=unit, disable=disable, dynamic_ncols=True)
+
+
+def telling(counts: Iterator[int], shown: "tqdm[Any]", output: Path) -> Iterator[int]:
+    """Show what is done as it is, and say of a full disk what to do."""
+    with told_of_disk(output, "make room, and the same command goes on where it stopped"):
+        for count in counts:
+            shown.update(count)
+            yield count
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+class Blocks:
+    """Features of runs of nodes, each in a file of its own in a hidden folder of the output.
+
+    The folder's name is of all that features depend on but the images, whose times and sizes a block remembers: a block
+    of anything else is made anew.
+    """
+
+    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], truncated_images: str):
+        self.inference, self.output, self.features = inference, output, features
+        key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated_images, features, BLOCK]
+        self.folder = output / f".blocks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return -(-len(self.inference.nodes) // BLOCK)
+
+    def rows(self, number: int) -> range:
+        return range(BLOCK * number, min(BLOCK * (number + 1), len(self.inference.nodes)))
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.safetensors"
+
+    def move(self, output: Path) -> None:
+        """Keep the blocks below another folder."""
+        self.output, self.folder = output, output / self.folder.name
+
+    def make_folder(self) -> None:
+        """Make the folder of the blocks, and remove those of other features."""
+        for other in self.folder.parent.glob(".blocks-*"):
+            if other != self.folder:
+                shutil.rmtree(other)
+        self.folder.mkdir(exist_ok=True)
+
+    def look(self, numbers: Sequence[int], missing: list[int]) -> Iterator[int]:
+        """Add to ``missing`` the blocks that are not there, damaged, or not of the images as they are now."""
+        for number in numbers:
+            if not self._is_current(number):
+                missing.append(number)
+            yield 1
+
+    def _is_current(self, number: int) -> bool:
+        try:
+            with safe_open(self.file(number), "pt") as file:
+                told = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in (*self.features, "causes")}
+        except (OSError, SafetensorError):
+            return False
+        return told == {"images": self._images(number), "sha256": _digest(tensors)}
+
+    def wait_for(self, numbers: Sequence[int]) -> None:
+        """Until all ranks' blocks are seen here: a network file system may take a while to show them."""
+        deadline = time.monotonic() + SHOWN_SECONDS
+        while not all(self.file(number).is_file() for number in numbers):
+            if time.monotonic() > deadline:
+                raise UserError(f"--output_dir {self.folder.parent}: must be one folder that all machines see")
+            time.sleep(1)
+
+    def _images(self, number: int) -> str:
+        digest = hashlib.sha256()
+        for node in self.inference.nodes.scan(self.rows(number), ("image_path",)):
+            digest.update(file_signature(self.inference.paths.resolve(node["image_path"])))
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def make(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Embed and write these blocks. Yields how many nodes each batch has."""
+        outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
+        for number in numbers:
+            images = self._images(number)  # before they are read
+            found: dict[str, list[torch.Tensor]] = {}
+            left = len(self.rows(number))
+            while left:
+                tokens, text_only, image_only, causes = next(outputs)
+                embedded = self.inference.module.embeddings(tokens, text_only, image_only)
+                for name in self.features:
+                    found.setdefault(name, []).append(embedded[name].float().cpu())
+                found.setdefault("causes", []).append(torch.from_numpy(causes.astype(np.uint8)))
+                left -= len(causes)
+                yield len(causes)
+            tensors = {name: torch.cat(parts) for name, parts in found.items()}
+            content = save(tensors, metadata={"images": images, "sha256": _digest(tensors)})
+            write_durably(self.file(number), partial(_write, content))
+
+    def write(self, features: Sequence[str], kind: str) -> Iterator[int]:
+        """Put the blocks of some features together. Yields how many rows were written."""
+        for feature in features:
+            shape = len(self.inference.nodes), self._read(0, feature).shape[1]
+            blocks = (self._read(number, feature).numpy() for number in range(len(self)))
+            path = self.folder.parent / f"features_{feature}.{kind}"
+            yield from write_features(path, shape, blocks, self._ids())
+
+    def causes(self) -> np.ndarray:
+        """How many nodes there are of each of :data:`mmgraph.images.CAUSES`."""
+        counts = np.zeros(len(CAUSES), np.int64)
+        for number in range(len(self)):
+            counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(CAUSES))
+        return counts
+
+    def read(self, name: str) -> torch.Tensor:
+        """A feature of all nodes, (N, d); or ``causes``, (N,)."""
+        return torch.cat([self._read(number, name) for number in range(len(self))])
+
+    def _read(self, number: int, name: str) -> torch.Tensor:
+        with safe_open(self.file(number), "pt") as file:
+            return file.get_tensor(name)
+
+    def _ids(self) -> Iterator[pa.ChunkedArray]:
+        nodes = self.inference.nodes
+        for number in range(len(self)):
+            yield nodes.column("node_id").slice(BLOCK * number, BLOCK)
+            nodes.release()

@@ -1,0 +1,230 @@
+"""The nodes nearest to a node, or to a text or an image that is not in the graph: exact, by cosine similarity."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate import Accelerator
+from sklearn.neighbors import NearestNeighbors
+
+from mmgraph.checkpoints import run_settings
+from mmgraph.config import Config
+from mmgraph.edge_table import EdgeTable
+from mmgraph.errors import UserError
+from mmgraph.graph import load_edges
+from mmgraph.held_out import HeldOut
+from mmgraph.inference import Inference, open_checkpoint
+from mmgraph.node_table import NodeTable
+from mmgraph.node_vectors import node_vectors, unit
+from mmgraph.text_log import log
+from mmgraph.world import on_main_process, together
+
+EDGES_AT_ONCE = 1 << 20
+MOST_NAMES = 200_000  # that are compared for a misspelt one
+SHOWN = 5  # nodes that an error names
+
+
+class Match(NamedTuple):
+    """A node, and how near it is."""
+
+    row: int
+    similarity: float  # cosine
+
+
+class Query(NamedTuple):
+    """What is asked for: a node of the graph by id or name; or a text, an image file, or both, of a new one."""
+
+    node: str | None = None
+    text: str | None = None
+    image: str | None = None
+
+    def __str__(self) -> str:
+        if self.node is not None:
+            return f"node {self.node}"
+        return " and ".join(
+            part for part in (self.text and f"text '{self.text}'", self.image and f"image {self.image}") if part
+        )
+
+
+def query_of(node: str | None, text: str | None, image: str | None) -> Query:
+    """A query of flags. Raises :class:`UserError` where they ask for nothing, or for two things."""
+    if (node is None) == (text is None and image is None):
+        raise UserError("nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node")
+    return Query(node, text, image)
+
+
+def nearest(vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[int | None]) -> list[list[Match]]:
+    """The ``count`` nearest of N nodes to each of Q queries, best first; of equal ones, the first rows.
+
+    Args:
+        vectors: (N, d) float32, of unit length.
+        queries: (Q, d) float32, of unit length.
+        own: the row of each query, which is no answer; None of one that is no node.
+    """
+    if not len(queries):
+        return []
+    asked = min(len(vectors), count + 1)
+    search = NearestNeighbors(n_neighbors=asked, algorithm="brute").fit(vectors)  # of unit vectors: the order of cosine
+    found = search.kneighbors(queries, return_distance=False)  # (Q, asked)
+    matches = []
+    for query, rows, row_of_query in zip(queries, found, own, strict=True):
+        similarities = vectors[rows].astype(np.float64) @ query.astype(np.float64)  # (asked,)
+        order = np.lexsort((rows, -similarities))
+        ranked = [Match(int(rows[i]), float(similarities[i])) for i in order if rows[i] != row_of_query]
+        matches.append(ranked[:count])
+    return matches
+
+
+def find_node(nodes: NodeTable, name: str) -> int:
+    """The row of the node with this ``node_id``, else of the one with this ``short_name``.
+
+    Raises:
+        UserError: there is none, or several nodes have the name.
+    """
+    ids, names = nodes.column("node_id"), nodes.column("short_name")
+    try:
+        row = pc.index(ids, pa.scalar(name, ids.type)).as_py()
+        if row >= 0:
+            return int(row)
+        rows = _where(pc.equal(names, pa.scalar(name, names.type)))
+        if len(rows) == 1:
+            return int(rows[0])
+        if len(rows):
+            shown = ", ".join(str(ids[int(row)]) for row in rows[:SHOWN])
+            raise UserError(
+                f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
+                + (", ..." if len(rows) > SHOWN else "")
+            )
+        like = [f"'{names[row]}' ({ids[row]})" for row in _alike(names, name)]
+    finally:
+        nodes.release()
+    hint = f"; did you mean {' or '.join(like)}?" if like else ""
+    raise UserError(f"--node '{name}': no node has this node_id or short_name{hint}")
+
+
+def _alike(names: pa.ChunkedArray, name: str) -> list[int]:
+    """Up to three rows whose names hold the name, or are spelt alike."""
+    if not name.strip():
+        return []
+    rows = _where(pc.match_substring(names, name, ignore_case=True))[:3]
+    if not len(rows):
+        known = names.slice(0, MOST_NAMES).to_pylist()
+        close = get_close_matches(name, [text for text in known if text], 3)
+        rows = np.array([known.index(text) for text in close], int)
+    return rows.tolist()  # type: ignore[no-any-return]
+
+
+def _where(mask: pa.ChunkedArray) -> np.ndarray:
+    return np.flatnonzero(pc.fill_null(mask, False).to_numpy())
+
+
+class Links:
+    """Which nodes some nodes have edges with.
+
+    Args:
+        rows: the nodes.
+        trained: the edges that were trained on.
+        held_out: the edges that were not.
+    """
+
+    def __init__(self, rows: Sequence[int], trained: EdgeTable | np.ndarray, held_out: HeldOut | None):
+        chosen = np.unique(np.array(rows, np.int64))
+        self.pairs = {"held out": set[tuple[int, int]](), "trained": set[tuple[int, int]]()}
+        for start in range(0, len(trained), EDGES_AT_ONCE):
+            self._add("trained", trained[np.arange(start, min(start + EDGES_AT_ONCE, len(trained)))], chosen)
+        if held_out is not None:
+            self._add("held out", held_out.rows, chosen)
+
+    def _add(self, kind: str, edges: np.ndarray, chosen: np.ndarray) -> None:
+        for source, destination in edges[np.isin(edges, chosen).any(axis=1)].tolist():
+            self.pairs[kind] |= {(source, destination), (destination, source)}
+
+    def between(self, one: int, other: int) -> str:
+        """``trained`` or ``held out``, as the edge between two nodes is; empty where there is none."""
+        return next((kind for kind in ("trained", "held out") if (one, other) in self.pairs[kind]), "")
+
+
+def name_of(nodes: NodeTable, row: int) -> str:
+    """A node's ``short_name``, else its id."""
+    name = nodes[row].get("short_name")
+    return name if isinstance(name, str) and name.strip() else str(nodes.column("node_id")[row])
+
+
+def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
+    """The edges of some nodes; None where the edge table is not there any more."""
+    try:
+        trained, held_out, _ = load_edges(config, inference.nodes, inference.nodes_fingerprint)
+    except UserError as error:
+        log(f"edges are not shown: {error}")
+        return None
+    return Links(rows, trained, held_out)
+
+
+def vector_of(query: Query, inference: Inference, vectors: np.ndarray, kind: str) -> tuple[int | None, np.ndarray]:
+    """The row (None of a new node) and the unit vector (d,) of a query.
+
+    Raises:
+        UserError: as :func:`find_node` and :meth:`Inference.embed_new`.
+    """
+    if query.node is not None:
+        row = find_node(inference.nodes, query.node)
+        return row, vectors[row]
+    return None, unit(inference.embed_new(query.text, query.image)[kind][None])[0]
+
+
+def kept_in(checkpoint: Path) -> Path:
+    """The folder that a checkpoint's embeddings are kept in: of its run, else beside the file."""
+    folder = checkpoint.parent.parent if run_settings(checkpoint) else checkpoint.parent
+    return folder / "embeddings"
+
+
+def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query: Query, kind: str, count: int) -> None:
+    """Print the nodes nearest to a query. Called by all ranks.
+
+    Args:
+        checkpoint: an epoch or final file, of mmgraph or the original.
+        kind: of embeddings.
+        count: how many.
+
+    Raises:
+        UserError: no such node, no such image; as :func:`mmgraph.inference.open_checkpoint`.
+    """
+    inference = open_checkpoint(checkpoint, config, accelerator)
+    if query.node is not None:
+        together(accelerator, lambda: find_node(inference.nodes, str(query.node)))  # before all are embedded
+    found = node_vectors(inference, config, accelerator, kind, kept_in(checkpoint))
+
+    def show() -> None:
+        row, vector = vector_of(query, inference, found.vectors, kind)
+        [matches] = nearest(found.vectors, vector[None], count, [row])
+        links = None if row is None else links_of([row], inference, config)
+        log(_title(query, row, inference.nodes, checkpoint, kind))
+        for line in _table(matches, inference.nodes, row, links):
+            log(line)
+
+    on_main_process(accelerator, show)
+
+
+def _title(query: Query, row: int | None, nodes: NodeTable, checkpoint: Path, kind: str) -> str:
+    asked = str(query) if row is None else f"'{name_of(nodes, row)}' ({nodes.column('node_id')[row]})"
+    return f"nearest to {asked} among {len(nodes):,} nodes, by cosine similarity of {kind} ({checkpoint})"
+
+
+def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: Links | None) -> list[str]:
+    header = ("#", "similarity", *(("edge",) if links else ()), "node_id", "name")
+    cells = [header]
+    for place, match in enumerate(matches, 1):
+        edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
+        node_id = str(nodes.column("node_id")[match.row])
+        cells.append((str(place), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:  # numbers to the right, words to the left; the name, of any script, is last
+        padded = [cell.rjust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+        padded += [cell.ljust(width) for cell, width in zip(line[2:-1], widths[2:-1], strict=True)]
+        lines.append("  ".join([*padded, line[-1]]))
+    return lines

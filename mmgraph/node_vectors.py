@@ -1,0 +1,70 @@
+"""One vector for each node of a run's graph, kept below the run's folder: a second question finds them there."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from mmgraph.blocks import Blocks, fill, look
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.files import locked
+from mmgraph.inference import Inference
+from mmgraph.text_log import log
+from mmgraph.world import from_main_process, on_main_process, together
+
+
+class NodeVectors(NamedTuple):
+    """Of N nodes, in the order of the table."""
+
+    vectors: np.ndarray  # (N, d) float32, of unit length
+    causes: np.ndarray  # (N,) uint8, indices into mmgraph.images.CAUSES
+
+
+def node_vectors(
+    inference: Inference, config: Config, accelerator: Accelerator, kind: str, folder: Path
+) -> NodeVectors:
+    """Embed all nodes, or read what was kept of it. Called by all ranks; whole on each.
+
+    Args:
+        kind: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
+        folder: where to keep them; in a temporary one where it cannot be written to.
+
+    Raises:
+        UserError: another process embeds these nodes; or a vector is not finite.
+    """
+    blocks = Blocks(inference, folder / kind, (kind,), config.truncated_images)
+    with ExitStack() as stack:
+        if look(blocks, accelerator):
+            blocks.move(from_main_process(accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)))
+            fill(blocks, accelerator)
+        found = together(accelerator, lambda: NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy()))
+        on_main_process(accelerator, lambda: None)  # a temporary folder stays until all have read it
+    return found
+
+
+def unit(vectors: torch.Tensor) -> np.ndarray:
+    """(N, d) float32 rows of unit length. Raises :class:`UserError` where one is not finite."""
+    finite = vectors.isfinite().all(dim=1)
+    if not finite.all():
+        raise UserError(f"the embedding of row {int((~finite).nonzero()[0])} is not finite: nothing is near it")
+    return F.normalize(vectors.float(), dim=1).cpu().numpy()
+
+
+def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
+    """The folder, made and locked; a temporary one where it cannot be, in a run of one process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if locked(folder, stack):
+            return folder
+    except OSError as error:
+        if world_size > 1:
+            raise UserError(f"{folder}: {error.strerror}") from None
+        log(f"{folder}: {error.strerror}: the embeddings are made, and not kept")
+        return Path(stack.enter_context(TemporaryDirectory()))
+    raise UserError(f"{folder}: another process embeds into it; try again when it is done")

@@ -1,0 +1,68 @@
+"""All nodes' embeddings over the ranks: each embeds its share, and the shares are put together."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+
+from mmgraph.images import is_black
+from mmgraph.node_outputs import BATCH, NodeOutputs
+from mmgraph.towers import Tokens
+
+NO_WORDS = 2  # tokens of a text without any: its beginning and its end
+
+Embeddings = Callable[[Tokens, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def share(accelerator: Accelerator, count: int, multiple: int = 1) -> range:
+    """This rank's of ``count`` things, in parts of ``multiple``."""
+    rank, size = accelerator.process_index, _size(accelerator, count, multiple)
+    return range(min(count, size * rank), min(count, size * (rank + 1)))
+
+
+def _size(accelerator: Accelerator, count: int, multiple: int) -> int:
+    return -(-count // (multiple * accelerator.num_processes)) * multiple
+
+
+@torch.no_grad()
+def embed_share(
+    accelerator: Accelerator,
+    embeddings: Embeddings,
+    outputs: NodeOutputs,
+    kinds: Sequence[str],
+    partners: np.ndarray | None = None,
+) -> dict[str, torch.Tensor]:
+    """Embeddings of this rank's share of the nodes, on the CPU.
+
+    Args:
+        embeddings: :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings` of a module.
+        outputs: of the graph's nodes.
+        kinds: names of embeddings.
+        partners: as :meth:`NodeOutputs.of`.
+
+    Returns:
+        (n, d) each; ``whole`` (n,) uint8, 1 for nodes with words and a picture; and ``causes`` (n,) uint8, indices into
+        :data:`mmgraph.images.CAUSES`.
+    """
+    rows, parts = share(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
+    for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths
+        embedded = embeddings(found.tokens, found.text_only, found.image_only)
+        has_words = (found.tokens.mask.sum(1) > NO_WORDS).cpu()
+        has_picture = torch.from_numpy(~is_black(found.causes, outputs.inputs.truncated_images))
+        parts.setdefault("whole", []).append((has_words & has_picture).to(torch.uint8))
+        parts.setdefault("causes", []).append(torch.from_numpy(found.causes.astype(np.uint8)))
+        for name in kinds:
+            parts.setdefault(name, []).append(embedded[name].float().cpu())
+    return {name: torch.cat(tensors)[: len(rows)] for name, tensors in parts.items()}
+
+
+def gather_shares(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+    """The shares of all ranks, whole on each, on the device, in the order of the nodes; called by all ranks."""
+    own = own.to(accelerator.device)
+    if accelerator.num_processes == 1:
+        return own
+    padded = own.new_zeros((_size(accelerator, nodes, BATCH), *own.shape[1:]))
+    padded[: len(own)] = own
+    return gather(padded)[:nodes]
