@@ -99,23 +99,24 @@ def find_node(nodes: NodeTable, name: str) -> int:
                 f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
                 + (", ..." if len(rows) > SHOWN else "")
             )
-        like = [f"'{names[row]}' ({ids[row]})" for row in _alike(names, name)]
+        like = [f"'{names[row]}' ({ids[row]})" for row in _alike(ids, names, name)]
     finally:
         nodes.release()
     hint = f"; did you mean {' or '.join(like)}?" if like else ""
     raise UserError(f"--node '{name}': no node has this node_id or short_name{hint}")
 
 
-def _alike(names: pa.ChunkedArray, name: str) -> list[int]:
-    """Up to three rows whose names hold the name, or are spelt alike."""
+def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]:
+    """Up to three rows whose ids or names hold the name, or whose names are spelt alike."""
     if not name.strip():
         return []
-    rows = _where(pc.match_substring(names, name, ignore_case=True))[:3]
+    held = [_where(pc.match_substring(column, name, ignore_case=True))[:3] for column in (ids, names)]
+    rows = np.unique(np.concatenate(held))[:3]
     if not len(rows):
         known = names.slice(0, MOST_NAMES).to_pylist()
         close = get_close_matches(name, [text for text in known if text], 3)
         rows = np.array([known.index(text) for text in close], int)
-    return rows.tolist()  # type: ignore[no-any-return]
+    return [int(row) for row in rows]
 
 
 def _where(mask: pa.ChunkedArray) -> np.ndarray:
@@ -164,16 +165,15 @@ def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links
     return Links(rows, trained, held_out)
 
 
-def vector_of(query: Query, inference: Inference, vectors: np.ndarray, kind: str) -> tuple[int | None, np.ndarray]:
-    """The row (None of a new node) and the unit vector (d,) of a query.
+def asked_for(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
+    """The row of a query's node, or the unit vector (d,) of a new one.
 
     Raises:
         UserError: as :func:`find_node` and :meth:`Inference.embed_new`.
     """
     if query.node is not None:
-        row = find_node(inference.nodes, query.node)
-        return row, vectors[row]
-    return None, unit(inference.embed_new(query.text, query.image)[kind][None])[0]
+        return find_node(inference.nodes, query.node)
+    return unit(inference.embed_new(query.text, query.image)[kind][None])[0]
 
 
 def kept_in(checkpoint: Path) -> Path:
@@ -194,12 +194,11 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
         UserError: no such node, no such image; as :func:`mmgraph.inference.open_checkpoint`.
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
-    if query.node is not None:
-        together(accelerator, lambda: find_node(inference.nodes, str(query.node)))  # before all are embedded
+    wanted = together(accelerator, lambda: asked_for(query, inference, kind))  # before all are embedded
     found = node_vectors(inference, config, accelerator, kind, kept_in(checkpoint))
 
     def show() -> None:
-        row, vector = vector_of(query, inference, found.vectors, kind)
+        row, vector = (wanted, found.vectors[wanted]) if isinstance(wanted, int) else (None, wanted)
         [matches] = nearest(found.vectors, vector[None], count, [row])
         links = None if row is None else links_of([row], inference, config)
         log(_title(query, row, inference.nodes, checkpoint, kind))
