@@ -46,6 +46,11 @@ def epoch_file(output: Path, epoch: int) -> Path:
     return output / "checkpoints" / f"multimodal_encoder_epoch_{epoch}.pt"
 
 
+def epoch_files(output: Path) -> list[Path]:
+    """The epoch files that a run has written, in no order."""
+    return list((output / "checkpoints").glob("multimodal_encoder_epoch_*.pt"))
+
+
 def final_file(output: Path) -> Path:
     return output / "checkpoints" / "multimodal_encoder_final.pt"
 

@@ -132,6 +132,20 @@ def _build_parser() -> _Parser:
     _add_run_arguments(neighbors)
     neighbors.set_defaults(run=_neighbors)
 
+    report = verbs.add_parser("report", help="one HTML page of a run, or of several side by side")
+    report.add_argument("source", type=Path, nargs="*", metavar="RUN", help="folders of runs (the one that ended last)")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (report.html in the run's folder, or here)"
+    )
+    for name, help in (
+        ("node", "node_id or short_name of a node to show with its nearest; may be given several times"),
+        ("text", "text of a node that is not in the graph, to show with its nearest; likewise"),
+        ("image", "image file of a node that is not in the graph; likewise"),
+    ):
+        report.add_argument(f"--{name}", action="append", default=[], metavar=name.upper(), help=help)
+    _add_run_arguments(report)
+    report.set_defaults(run=_report)
+
     bench = verbs.add_parser("bench", help="measure this machine on a graph; takes the flags of launch.py too")
     add_bench_arguments(bench)
     bench.set_defaults(flags=None)
@@ -230,6 +244,20 @@ def _neighbors(given: argparse.Namespace) -> None:
     config = settings_of(checkpoint, _of_run(given))
     accelerator = build_accelerator()
     neighbors(checkpoint, config, accelerator, query, given.embedding, given.top_k)
+    accelerator.end_training()
+
+
+def _report(given: argparse.Namespace) -> None:
+    from mmgraph.inference import newest_run
+    from mmgraph.nearest import Query
+    from mmgraph.report.make import FILE, report
+    from mmgraph.world import build_accelerator
+
+    runs = given.source or [newest_run()]
+    queries = [Query(**{name: value}) for name in ("node", "text", "image") for value in getattr(given, name)]
+    output = given.output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))
+    accelerator = build_accelerator()
+    report(runs, output, _of_run(given), accelerator, queries)
     accelerator.end_training()
 
 

@@ -1,0 +1,152 @@
+"""Charts of runs, by Bokeh: curves over the steps, held-out ranks over training, and the map."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, PanTool, ResetTool, WheelZoomTool
+from bokeh.plotting import figure
+
+from mmgraph.evaluation import FIXED, TRAINED
+from mmgraph.report.history import Run, thinned
+
+MOST_POINTS = 1_000  # of a curve
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
+BASELINES = (*FIXED, "random")
+CURVES = {
+    "loss": "loss",
+    "loss_mm": "text-image loss",
+    "loss_graph": "graph loss",
+    "lr": "learning rate",
+    "edges_per_s": "throughput, edges/s",
+    "data_wait_s": "wait for data, s",
+    "grad_norm": "gradient norm",
+    "peak_memory_gb": "peak memory, GB",
+    "false_negatives_graph": "false negatives left out, graph loss",
+    "false_negatives_mm": "false negatives left out, text-image loss",
+}
+RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
+
+
+class Line(NamedTuple):
+    """A line of a chart."""
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    colour: str
+    dashed: bool = False
+    marked: bool = False
+
+
+class Chart(NamedTuple):
+    """A chart as a page embeds it."""
+
+    key: str
+    title: str
+    item: str  # Bokeh's JSON, to stand in a script element
+
+
+def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
+    """A chart of each of :data:`CURVES` that some run has; and how many steps a point is of, at most."""
+    charts, most = [], 1
+    for key, title in CURVES.items():
+        lines = []
+        for run, colour in zip(runs, colours(len(runs)), strict=True):
+            if key in run.steps:
+                steps, values, size = thinned(run.steps, key, MOST_POINTS)
+                most = max(most, size)
+                lines.append(Line(run.name, steps, values, colour, marked=len(steps) == 1))
+        if lines:
+            charts.append(_chart(key, title, lines))
+    return charts, most
+
+
+def ranks(runs: Sequence[Run]) -> list[Chart]:
+    """MRR and Hits over training: of one run all embeddings, of several ``z_graph`` and each run's best baseline."""
+    runs = [run for run in runs if "eval/z_graph/mrr" in run.evaluations]
+    return [_chart(f"eval/{metric}", title, _rank_lines(runs, metric)) for metric, title in RANKS.items() if runs]
+
+
+def _rank_lines(runs: Sequence[Run], metric: str) -> list[Line]:
+    lines = []
+    for run, colour in zip(runs, colours(len(runs)), strict=True):
+        columns = run.evaluations
+        if len(runs) == 1:
+            shown = [(name, COLOURS[number]) for number, name in enumerate((*TRAINED, *BASELINES))]
+        else:
+            shown = [("z_graph", colour), (best_baseline(run, metric), colour)]
+        for name, of_line in shown:
+            values = columns.get(f"eval/{name}/{metric}")
+            if values is not None:
+                label = name if len(runs) == 1 else f"{run.name}: {name}"
+                lines.append(Line(label, columns["step"], values, of_line, name in BASELINES, len(values) < 50))
+    return lines
+
+
+def best_baseline(run: Run, metric: str = "mrr") -> str:
+    """Which of :data:`BASELINES` a run's last evaluation has ranked best."""
+    return max(BASELINES, key=lambda name: float(run.evaluations.get(f"eval/{name}/{metric}", np.zeros(1))[-1]))
+
+
+def colours(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
+    plot = figure(height=220, sizing_mode="stretch_width", tools="", toolbar_location=None, name=key)
+    for line in lines:
+        source = ColumnDataSource({"step": line.steps, "value": line.values})
+        dash = "dashed" if line.dashed else "solid"
+        drawn = plot.line("step", "value", source=source, color=line.colour, line_width=1.8, line_dash=dash,
+                          name=line.label)  # fmt: skip
+        if line.marked:
+            plot.scatter("step", "value", source=source, color=line.colour, size=5)
+        tips = [("step", "@step{0,0}"), (line.label, "@value{0.0000e+0}" if key == "lr" else "@value{0,0.0000}")]
+        plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, mode="vline"))
+    if key in ("edges_per_s", "data_wait_s", "peak_memory_gb") or key.startswith("eval/"):
+        plot.y_range = DataRange1d(start=0)
+    return Chart(key, title, _embedded(plot))
+
+
+def node_map(key: str, places: np.ndarray, names: Sequence[str], pictures: Sequence[str]) -> Chart:
+    """The nodes of a sample at their places: a picture where there is one, else a dot.
+
+    Args:
+        places: (M, 2).
+        pictures: M ``data:`` URIs, empty where there is none.
+    """
+    plot = figure(height=560, sizing_mode="stretch_width", tools="", name=key)
+    plot.x_range, plot.y_range = DataRange1d(range_padding=0.04), DataRange1d(range_padding=0.04)
+    pan, zoom = PanTool(), WheelZoomTool(modifiers={"ctrl": True})
+    plot.add_tools(pan, zoom, ResetTool())
+    plot.toolbar.active_drag, plot.toolbar.active_scroll, plot.toolbar.logo = pan, zoom, None
+    pictured = np.array([bool(picture) for picture in pictures], bool)
+    for rows in (np.flatnonzero(~pictured), np.flatnonzero(pictured)):
+        source = ColumnDataSource({
+            "x": places[rows, 0], "y": places[rows, 1],
+            "name": [names[row] for row in rows.tolist()], "picture": [pictures[row] for row in rows.tolist()],
+        })  # fmt: skip
+        _draw_nodes(plot, source, pictured=bool(len(rows)) and bool(pictured[rows[0]]))
+    plot.axis.visible = plot.grid.visible = False
+    return Chart(key, "map", _embedded(plot))
+
+
+def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
+    tip = "<div>@name</div>"
+    if pictured:
+        plot.image_url("picture", "x", "y", 26, 26, w_units="screen", h_units="screen", anchor="center", source=source)
+        tip = f'<img src="@picture" alt="" width="72">{tip}'
+    # Pictures cannot be hit by a pointer: an unseen dot of their size can.
+    size, alpha = (26, 0.0) if pictured else (6, 0.6)
+    dots = plot.scatter("x", "y", source=source, size=size, color=COLOURS[0], alpha=alpha)
+    plot.add_tools(HoverTool(renderers=[dots], tooltips=tip))
+
+
+def _embedded(plot: Any) -> str:
+    plot.background_fill_color = plot.border_fill_color = None
+    plot.outline_line_color = None
+    # What closes a script element, or opens a comment in one, may be in a node's name.
+    return json.dumps(json_item(plot)).replace("<", "\\u003c")

@@ -1,0 +1,122 @@
+"""Makes the page: of runs' folders, and at the end of a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from mmgraph import checkpoints
+from mmgraph.config import Config
+from mmgraph.errors import UserError
+from mmgraph.files import told_of_disk
+from mmgraph.graph import Graph
+from mmgraph.inference import Inference, open_checkpoint, settings_of
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.nearest import Links, Query, asked_for, kept_in, links_of
+from mmgraph.node_outputs import NodeOutputs
+from mmgraph.node_vectors import NodeVectors, node_vectors, unit
+from mmgraph.report.history import Run, read_run
+from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
+from mmgraph.report.page import Shown, write_page
+from mmgraph.shares import embed_share, gather_shares
+from mmgraph.text_log import log
+from mmgraph.world import on_main_process, together
+
+KIND = "z_graph"
+FILE = "report.html"
+
+
+def report(
+    folders: Sequence[Path], output: Path, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query]
+) -> None:
+    """Write one page of some runs. Called by all ranks, which embed the nodes together.
+
+    Args:
+        folders: of the runs, ended or not; where the nodes of one cannot be embedded, the page says why.
+        output: the HTML file.
+        given: settings other than the runs'.
+        queries: nodes for the gallery.
+
+    Raises:
+        UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
+    """
+    runs = together(accelerator, lambda: [read_run(folder) for folder in folders])
+    shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
+
+    def write() -> None:
+        with told_of_disk(output.parent, "make room, or give --output"):
+            write_page(output, shown)
+        log(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+    on_main_process(accelerator, write)
+
+
+def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], most: int) -> Shown:
+    try:
+        checkpoint = newest_checkpoint(run.folder)
+        config = settings_of(checkpoint, dict(given))
+        inference = open_checkpoint(checkpoint, config, accelerator)
+    except UserError as error:
+        if queries:
+            raise
+        log(f"{run.folder}: no map and no nearest nodes: {error}")
+        return Shown(run, None, str(error))
+    asked = together(accelerator, lambda: [_asked(query, inference) for query in queries])
+    found = node_vectors(inference, config, accelerator, KIND, kept_in(checkpoint))
+    of_run = NodesOfRun(inference.nodes, inference.paths, found, config.truncated_images, config.seed, checkpoint.name)
+    shown: list[Shown] = []
+
+    def show() -> None:
+        shown.append(Shown(run, show_nodes(of_run, asked, lambda rows: links_of(rows, inference, config), most), ""))
+
+    on_main_process(accelerator, show)
+    return shown[0] if shown else Shown(run, None, "")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest epoch or final file of a run. Raises :class:`UserError` where there is none."""
+    final = checkpoints.final_file(folder)
+    found = [path for path in (final, *checkpoints.epoch_files(folder)) if path.is_file()]
+    if not found:
+        raise UserError("it has written no checkpoint yet")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
+
+
+def _asked(query: Query, inference: Inference) -> Asked:
+    wanted = asked_for(query, inference, KIND)
+    return Asked(wanted) if isinstance(wanted, int) else Asked(None, str(query), query.image, wanted)
+
+
+def end_of_run(
+    config: Config, accelerator: Accelerator, graph: Graph, module: TrainedModule, outputs: NodeOutputs
+) -> list[Shown]:
+    """Write ``report.html`` into a run's folder. Called by all ranks; a failure to is a line, and ends nothing.
+
+    Args:
+        module: what was trained, whole and in float32, on the device.
+        outputs: of the graph's nodes.
+
+    Returns:
+        What the page shows, on the main process; else nothing.
+    """
+    own = embed_share(accelerator, module.embeddings, outputs, (KIND,))
+    vectors, causes = (gather_shares(accelerator, own[name], len(graph.nodes)).cpu() for name in (KIND, "causes"))
+    shown: list[Shown] = []
+
+    def write() -> None:
+        path = config.output_folder / FILE
+        try:
+            found = NodeVectors(unit(vectors), causes.numpy())
+            name = checkpoints.final_file(config.output_folder).name
+            of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)
+            links: Callable[[Sequence[int]], Links] = lambda rows: Links(rows, graph.rows, graph.held_out)  # noqa: E731
+            page = [Shown(read_run(config.output_folder), show_nodes(of_run, [], links), "")]
+            write_page(path, page)
+            shown.extend(page)
+            log(f"report: {path}")
+        except Exception as error:  # the run is done, whatever this is
+            log(f"no report ({type(error).__name__}: {error}); mmgraph report {config.output_folder} makes one")
+
+    on_main_process(accelerator, write)
+    return shown

@@ -1,0 +1,199 @@
+"""What a report shows of a graph's nodes: a map of their embeddings, some with their nearest, and image health."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from mmgraph.images import CAUSES
+from mmgraph.loader.node_inputs import node_text
+from mmgraph.nearest import Links, Match, name_of, nearest
+from mmgraph.node_table import NodeTable
+from mmgraph.node_vectors import NodeVectors
+from mmgraph.report.pictures import thumbnails
+from mmgraph.tables import ImagePaths
+
+MAP_NODES = 2_000  # of all reports on one page
+GALLERY_NODES, NEAREST = 12, 8
+MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
+EXAMPLES = 3  # of nodes without their whole picture, by cause
+MOST_TEXT = 160  # characters
+PERPLEXITY = 30.0
+FEWEST = 8  # nodes that t-SNE arranges
+
+
+class Node(NamedTuple):
+    """A node as a page shows it; one that was asked for may not be in the graph."""
+
+    row: int | None
+    node_id: str
+    name: str
+    text: str
+    picture: Image.Image | None
+
+
+class Neighbor(NamedTuple):
+    node: Node
+    similarity: float
+    edge: str  # "trained", "held out", or empty
+
+
+class Entry(NamedTuple):
+    """A node of the gallery, and those nearest to it among all nodes."""
+
+    node: Node
+    nearest: list[Neighbor]
+
+
+class Cause(NamedTuple):
+    """Why pictures are not whole: of how many nodes, and some of them."""
+
+    name: str
+    nodes: int
+    examples: list[str]
+
+
+class Nodes(NamedTuple):
+    """What is shown of a graph's nodes."""
+
+    total: int
+    checkpoint: str  # whose embeddings they are
+    map: list[Node]  # the sample, in the order of the table
+    places: np.ndarray  # (len(map), 2) in 0 to 1
+    gallery: list[Entry]
+    edges_known: bool
+    causes: list[Cause]
+    seed: int
+
+
+class Asked(NamedTuple):
+    """A node for the gallery: one of the graph, or a new one with a name, a picture and a vector."""
+
+    row: int | None
+    name: str = ""
+    image: str | None = None
+    vector: np.ndarray | None = None  # (d,)
+
+
+class NodesOfRun(NamedTuple):
+    """What is known of a run's nodes when its report is made."""
+
+    nodes: NodeTable
+    paths: ImagePaths
+    found: NodeVectors
+    truncated_images: Literal["partial", "black"]
+    seed: int
+    checkpoint: str
+
+
+def show_nodes(
+    graph: NodesOfRun, asked: Sequence[Asked], links_of: Callable[[Sequence[int]], Links | None], most: int = MAP_NODES
+) -> Nodes:
+    """Draw a sample by the seed, arrange it, and find the nearest of some.
+
+    Args:
+        asked: stand first in the gallery.
+        links_of: gives the edges of rows; None where they are not known.
+        most: nodes on the map.
+    """
+    total = len(graph.nodes)
+    drawn = np.random.default_rng(graph.seed).permutation(total)
+    sample = np.sort(drawn[:most])
+    chosen = [*asked, *map(Asked, _for_gallery(graph, drawn)[: max(0, GALLERY_NODES - len(asked))])]
+    links = links_of([one.row for one in chosen if one.row is not None])
+    return Nodes(
+        total,
+        graph.checkpoint,
+        _nodes(graph, sample.tolist(), MAP_SIDE),
+        arrange(graph.found.vectors[sample], graph.seed),
+        _gallery(graph, chosen, links),
+        links is not None,
+        _causes(graph),
+        graph.seed,
+    )
+
+
+def _for_gallery(graph: NodesOfRun, drawn: np.ndarray) -> list[int]:
+    """The first nodes with a whole picture; any, where none has one."""
+    pictured = drawn[graph.found.causes[drawn] == 0]
+    return [int(row) for row in (pictured if len(pictured) else drawn)[:GALLERY_NODES]]
+
+
+def arrange(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Places of (M, d) unit vectors in a square, (M, 2) in 0 to 1: what is near by cosine lies together.
+
+    By t-SNE (van der Maaten and Hinton, 2008), from a start by PCA; fewer than :data:`FEWEST` nodes by PCA alone.
+    """
+    if len(vectors) < 2 or not np.ptp(vectors, axis=0).any():
+        return np.full((len(vectors), 2), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of vectors that are equal, which is no fault of the page's
+        if len(vectors) < FEWEST:
+            places = PCA(min(2, *vectors.shape), random_state=seed).fit_transform(vectors)
+        else:
+            perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+            method = TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+            places = method.fit_transform(vectors)
+    square = np.zeros((len(places), 2))
+    square[:, : places.shape[1]] = np.nan_to_num(places)
+    low, extent = square.min(axis=0), np.ptp(square, axis=0)
+    return np.where(extent > 0, (square - low) / np.where(extent > 0, extent, 1), 0.5)
+
+
+def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
+    nodes, ids = graph.nodes, graph.nodes.column("node_id")
+    values = [nodes[row] for row in rows]
+    pictures = thumbnails([graph.paths.resolve(value["image_path"]) for value in values], side, graph.truncated_images)
+    return [
+        Node(row, str(ids[row]), name_of(nodes, row), _short(node_text(value)), picture)
+        for row, value, picture in zip(rows, values, pictures, strict=True)
+    ]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+
+
+def _gallery(graph: NodesOfRun, chosen: Sequence[Asked], links: Links | None) -> list[Entry]:
+    vectors = graph.found.vectors
+    queries = np.stack([vectors[one.row] if one.vector is None else one.vector for one in chosen])
+    matches = nearest(vectors, queries, NEAREST, [one.row for one in chosen])
+    rows = {match.row for found in matches for match in found} | {one.row for one in chosen if one.row is not None}
+    ordered = sorted(rows)
+    shown = dict(zip(ordered, _nodes(graph, ordered, GALLERY_SIDE), strict=True))
+    entries = []
+    for one, found in zip(chosen, matches, strict=True):
+        node = _new_node(graph, one) if one.row is None else shown[one.row]
+        entries.append(Entry(node, [_neighbor(one, match, shown[match.row], links) for match in found]))
+    return entries
+
+
+def _new_node(graph: NodesOfRun, one: Asked) -> Node:
+    [picture] = thumbnails([one.image], GALLERY_SIDE, graph.truncated_images)
+    return Node(None, "not in the graph", one.name, "", picture)
+
+
+def _neighbor(one: Asked, match: Match, node: Node, links: Links | None) -> Neighbor:
+    edge = "" if links is None or one.row is None else links.between(one.row, match.row)
+    return Neighbor(node, match.similarity, edge)
+
+
+def _causes(graph: NodesOfRun) -> list[Cause]:
+    causes, ids = graph.found.causes, graph.nodes.column("node_id")
+    found = []
+    for number, name in enumerate(CAUSES):
+        rows = np.flatnonzero(causes == number)
+        if len(rows):
+            examples = [_example(graph, int(row), ids) for row in rows[:EXAMPLES]] if number else []
+            found.append(Cause(name or "whole", len(rows), examples))
+    return found
+
+
+def _example(graph: NodesOfRun, row: int, ids: Any) -> str:
+    path = graph.nodes[row]["image_path"]
+    return f"{ids[row]}: {path}" if path else str(ids[row])

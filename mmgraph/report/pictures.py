@@ -1,0 +1,63 @@
+"""Small pictures of nodes, as the towers see them, for a page and for trackers."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from PIL import Image
+
+from mmgraph.images import CAUSES, read_image
+
+WORKERS = 4  # decoders of JPEG and PNG let go of Python's lock
+QUALITY = 70
+
+
+def thumbnails(
+    image_paths: Sequence[str | None], side: int, truncated: Literal["partial", "black"]
+) -> Iterator[Image.Image | None]:
+    """Pictures of at most ``side`` x ``side`` pixels; None where there is none, or the towers see all of it black."""
+
+    def small(path: str | None) -> Image.Image | None:
+        pixels, cause = read_image(path, truncated)
+        if cause and (truncated == "black" or CAUSES[cause] != "truncated"):
+            return None
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+        picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
+        return picture
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(small, image_paths)
+
+
+def as_uri(picture: Image.Image) -> str:
+    """A picture as a ``data:`` URI."""
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def sheet(rows: Sequence[Sequence[Image.Image | None]], side: int) -> Image.Image:
+    """Rows of pictures on one, each in a square of ``side`` pixels; a gap after the first of a row."""
+    gap = side // 4
+    width = max(map(len, rows)) * side + gap
+    whole = Image.new("RGB", (width, len(rows) * side), "white")
+    for top, row in enumerate(rows):
+        for left, picture in enumerate(row):
+            if picture is not None:
+                shown = picture.copy()
+                shown.thumbnail((side - 4, side - 4))
+                whole.paste(shown, (left * side + (gap if left else 0) + 2, top * side + 2))
+    return whole
+
+
+def scattered(pictures: Sequence[Image.Image | None], places: Sequence[tuple[float, float]], size: int) -> Image.Image:
+    """Pictures on a square of ``size`` pixels, centred at places from 0 to 1, the second upwards."""
+    whole = Image.new("RGB", (size, size), "white")
+    for picture, (x, y) in zip(pictures, places, strict=True):
+        if picture is not None:
+            shown = picture.copy()
+            shown.thumbnail((size // 40, size // 40))
+            whole.paste(shown, (int(x * (size - shown.width)), int((1 - y) * (size - shown.height))))
+    return whole
