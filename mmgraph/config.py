@@ -115,6 +115,7 @@ class Config:
     keep_last: int = _flag(2, "resume states kept; epoch files are never removed")
     log_every: int = _flag(50, "steps between lines of the text log")
     log_buffer_size: int = _flag(10, "lines of the text log written at a time")
+    report: bool = _flag(True, "write report.html into the output folder when all steps are done")
     report_to: Literal["auto", "wandb", "tensorboard", "all", "none"] = _flag(
         "auto", "tracker that follows the run; auto: wandb where there is a key or a login"
     )

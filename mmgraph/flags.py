@@ -37,7 +37,8 @@ GROUPS = {  # how --help_all sets the flags out
     "evaluation": ("eval_fraction", "eval_edges", "eval_every", "keep_best", "early_stopping_patience"),
     "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
     "loading": ("num_workers", "cache_size", "image_cache_gb"),
-    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size"),
+    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size",
+               "report"),
     "tracking": ("report_to", "project", "tags", "notes"),
     "processes": ("check", "collective_timeout", "stop_grace"),
 }  # fmt: skip
@@ -67,6 +68,8 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if not every_flag and action.dest not in COMMON | {"help", "help_all", "config"}:
                 action.help = SUPPRESS
+            if action.option_strings[0].startswith("--no_"):
+                action.help = "leave that out"
             if action.default is None or action.default is False:
                 action.default = SUPPRESS  # "(default: None)" says nothing
             action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]  # --a-b is the same as --a_b

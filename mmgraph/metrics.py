@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from PIL.Image import Image
 
 from mmgraph.config import Config
 from mmgraph.files import sync
@@ -24,6 +26,13 @@ from mmgraph.table_cache import remove_stand_ins
 from mmgraph.text_log import flush_log, log
 
 START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that trackers get; wandb's own limits are below
+
+
+class Figures(NamedTuple):
+    """What a report has beyond the metrics."""
+
+    pictures: dict[str, Image]
+    tables: dict[str, tuple[list[str], list[list[Any]]]]  # columns, rows
 
 
 class MetricsFile:
@@ -85,6 +94,16 @@ class Trackers:
         for follower in self._followers:
             follower.write(row)
 
+    def show(self, step: int, figures: "Figures", page: Path) -> None:
+        """Show what a report has beyond the metrics.
+
+        Args:
+            step: the run's last.
+            page: the HTML file.
+        """
+        for follower in self._followers:
+            follower.do(lambda tracker: _SHOWS[tracker.name](tracker, step, figures, page))
+
     def close(self) -> None:
         for follower in self._followers:
             follower.end()
@@ -139,7 +158,7 @@ class _Follower:
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]):
         self._name, self._start, self._off = name, start, False
-        self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
+        self._jobs: queue.Queue[Callable[[Any], object] | None] = queue.Queue()
         self._started, self._since = threading.Event(), time.monotonic()  # when it began with what it is at
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -150,15 +169,20 @@ class _Follower:
         return not self._off
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self._rows.empty():
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        self.do(lambda tracker: tracker.log(values, step=row["step"]))
+
+    def do(self, job: Callable[[Any], object]) -> None:
+        """Have the tracker do something, after all that came before."""
+        if self._jobs.empty():
             self._since = time.monotonic()
         elif not self._off and time.monotonic() - self._since > HANG_SECONDS:
             self._turn_off(f"hangs since {HANG_SECONDS:g} s")
         if not self._off:
-            self._rows.put(row)
+            self._jobs.put(job)
 
     def end(self) -> None:
-        self._rows.put(None)
+        self._jobs.put(None)
 
     def has_finished(self, deadline: float) -> None:
         if self._off:
@@ -180,16 +204,40 @@ class _Follower:
             tracker = self._start()
             self._started.set()
             doing = "go on"
-            while (row := self._rows.get()) is not None:
+            while (job := self._jobs.get()) is not None:
                 self._since = time.monotonic()
-                values = {name: value for name, value in row.items() if name != "step" and value is not None}
-                tracker.log(values, step=row["step"])
+                job(tracker)
             tracker.finish()
         except Exception as error:
             if not self._off:
                 log(f"{self._name} is off{'' if doing == 'start' else ' from here'}: {_said(error)}")
             self._off = True
             self._started.set()
+
+
+def _show_wandb(tracker: Any, step: int, figures: Figures, page: Path) -> None:
+    import wandb
+
+    tracker.log_images({name: [picture] for name, picture in figures.pictures.items()}, step=step)
+    for name, (columns, rows) in figures.tables.items():
+        tracker.log_table(name, columns=columns, data=rows, step=step)
+    tracker.log({"report/page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)}, step=step)
+
+
+def _show_tensorboard(tracker: Any, step: int, figures: Figures, page: Path) -> None:
+    for name, picture in figures.pictures.items():
+        tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    for name, (columns, rows) in figures.tables.items():
+        lines = [columns, ["---"] * len(columns), *rows]
+        tracker.writer.add_text(name, "\n".join("|".join(map(_cell, line)) for line in lines), step)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+_SHOWS = {"wandb": _show_wandb, "tensorboard": _show_tensorboard}
 
 
 def _chosen(report_to: str) -> list[str]:

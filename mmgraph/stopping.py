@@ -85,6 +85,20 @@ class StopRequest:
         if math.isfinite(self._heard):
             self._heard = time.monotonic()
 
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """The signals end the block, and with it the process, at once: nothing of the run is lost by that."""
+
+        def end(*_: object) -> None:
+            raise SystemExit(EXIT_CODE)
+
+        before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def begin(self) -> None:
         """All ranks have learnt of the request, and stop together: take as long as it takes."""
         self._begun.set()

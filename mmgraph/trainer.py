@@ -177,6 +177,8 @@ class Trainer:
                         self.save()
                 self.save()
             self._say_goodbye()
+            if self.config.report and self.done and not self.stopping:
+                self.report()
         return EXIT_CODE if self.stopping and not self.done else 0
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -327,15 +329,19 @@ class Trainer:
         row, table, step = self.progress.components.pop("unevaluated", None), None, self.progress.step
         if self.evaluation is not None:
             with self.stop.aside():
-                weights = consolidation.consolidate(self.trained, self.optimizer.optimizer).weights
-                module = TrainedModule.from_weights(weights).to(self.accelerator.device)
+                module = self._whole_module()
                 table = self._rank(module)
         self._write(lambda: self.recorder.evaluation(step, row, table))
         if table is not None and self.best.improves(step, table["embeddings"]):
-            best = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, weights))
+            best = checkpoints.Checkpoint(checkpoints.model_state(self.frozen, module.state_dict()))
             path = checkpoints.best_file(self.output)
             self._write(lambda: checkpoints.write_checkpoint(path, best))
         self.recorded = time.perf_counter()  # the next step's time begins here
+
+    def _whole_module(self) -> TrainedModule:
+        """What is trained, of any backend, in float32 on this rank's device."""
+        weights = consolidation.consolidate(self.trained, self.optimizer.optimizer).weights
+        return TrainedModule.from_weights(weights).to(self.accelerator.device)
 
     def _rank(self, module: TrainedModule) -> Table:
         assert self.evaluation is not None
@@ -393,6 +399,20 @@ class Trainer:
         state.write_state(
             self.output / "state", self.progress, trained, self.identity, self.config, self.config.keep_last
         )
+
+    def report(self) -> None:
+        """Write ``report.html``, and show the trackers what is on it. It may be interrupted: all is saved."""
+        config, ends_seen = self.config, 2 * self.progress.step * self.config.global_batch_size
+        if self.evaluation is None and ends_seen < len(self.graph.nodes):
+            log(f"no report of so few steps: mmgraph report {self.output} embeds all nodes, and makes one")
+            return
+        from mmgraph.report.figures import figures  # scikit-learn and Bokeh cost seconds
+        from mmgraph.report.make import FILE, end_of_run
+
+        with self.stop.heeded():
+            shown = end_of_run(config, self.accelerator, self.graph, self._whole_module(), self.outputs)
+            for of_run in shown:
+                self.recorder.trackers.show(self.progress.step, figures(of_run), self.output / FILE)
 
     def _say_hello(self) -> None:
         frozen = sum(tensor.numel() for tensor in self.frozen.values())

@@ -69,7 +69,7 @@ def settings(graph: Path, output: Path, *more: str) -> list[str]:
     return [
         f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
         f"--output_dir={output}", "--fused_dim=32", "--proj_dim=16", "--batch_size=12", "--num_workers=0",
-        "--learning_rate=1e-3", *more,
+        "--learning_rate=1e-3", "--no_report", *more,
     ]  # fmt: skip
 
 

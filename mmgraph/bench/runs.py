@@ -21,8 +21,8 @@ Process = subprocess.Popen[bytes]
 
 
 def flags(config: Config, **others: Any) -> list[str]:
-    """A run's settings as flags, some of them others."""
-    return as_arguments({**dataclasses.asdict(config), **others})
+    """A run's settings as flags, some of them others; without a report, which is not what is measured."""
+    return as_arguments({**dataclasses.asdict(config), "report": False, **others})
 
 
 def launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Process:

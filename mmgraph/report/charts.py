@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, PanTool, ResetTool, WheelZoomTool
+from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, PanTool, Range1d, ResetTool, WheelZoomTool
 from bokeh.plotting import figure
 
 from mmgraph.evaluation import FIXED, TRAINED
@@ -27,6 +27,7 @@ CURVES = {
     "false_negatives_graph": "false negatives left out, graph loss",
     "false_negatives_mm": "false negatives left out, text-image loss",
 }
+FROM_ZERO = ("lr", "edges_per_s", "data_wait_s", "peak_memory_gb")  # where a share of the whole is to be seen
 RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 
 
@@ -106,9 +107,19 @@ def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
             plot.scatter("step", "value", source=source, color=line.colour, size=5)
         tips = [("step", "@step{0,0}"), (line.label, "@value{0.0000e+0}" if key == "lr" else "@value{0,0.0000}")]
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, mode="vline"))
-    if key in ("edges_per_s", "data_wait_s", "peak_memory_gb") or key.startswith("eval/"):
-        plot.y_range = DataRange1d(start=0)
+    low, high = _extent(lines, from_zero=key in FROM_ZERO or key.startswith("eval/"))
+    plot.y_range = Range1d(start=low, end=high)
     return Chart(key, title, _embedded(plot))
+
+
+def _extent(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
+    """The values that an axis spans, with a little room."""
+    values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return (min(0.0, low) if from_zero else low - room), high + room
 
 
 def node_map(key: str, places: np.ndarray, names: Sequence[str], pictures: Sequence[str]) -> Chart:

@@ -59,8 +59,7 @@ def page(shown: Sequence[Shown]) -> str:
         charts=everything,
         settings=_settings(runs),
         starts=[(run.name, list(_start(run.starts))) for run in runs],
-        tables=[(run, None if run.table is None else list(_table(run.table))) for run in runs],
-        relations=[(run, _relations(run.table)) for run in runs],
+        tables=[(run, run.table and list(_table(run.table)), relations_of(run.table)) for run in runs],
         summaries=[_summary(run) for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         style=files("mmgraph.report").joinpath("page.css").read_text(encoding="utf-8"),
@@ -133,7 +132,7 @@ def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:
         yield name, name in BASELINES, [*(values[metric] for metric in RANKS), sampled["mrr"], sampled["hits@10"]]
 
 
-def _relations(table: Table | None) -> tuple[list[str], list[tuple[str, int, list[float]]]] | None:
+def relations_of(table: Table | None) -> tuple[list[str], list[tuple[str, int, list[float]]]] | None:
     """Names of embeddings, and for each relation, the largest first, its edges and MRRs."""
     if table is None or not table.get("relations"):
         return None
@@ -142,17 +141,17 @@ def _relations(table: Table | None) -> tuple[list[str], list[tuple[str, int, lis
     return names, sorted(rows, key=lambda row: -row[1])
 
 
-def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool, bool]]:
-    """Name, value of each run, whether the runs differ, and whether some value is not the default; those first."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str], str]]:
+    """Name, what it is for, value of each run, and whether it ``differs``, is ``changed`` from the default, or not."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
     found = []
-    for name in names:
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
         values = [run.settings.get(name) for run in runs]
-        differ = any(value != values[0] for value in values)
-        found.append((name, [_plain(value) for value in values], differ,
-                      any(value != defaults.get(name) for value in values)))  # fmt: skip
-    return sorted(found, key=lambda row: (not row[2], not row[3]))
+        field = fields.get(name)
+        changed = field is None or any(value != field.default for value in values)
+        kind = "differs" if any(value != values[0] for value in values) else "changed" if changed else "default"
+        found.append((name, field.metadata["help"] if field else "", [_plain(value) for value in values], kind))
+    return sorted(found, key=lambda row: row[3] != "differs")
 
 
 def _plain(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -16,7 +17,7 @@ QUALITY = 70
 
 def thumbnails(
     image_paths: Sequence[str | None], side: int, truncated: Literal["partial", "black"]
-) -> Iterator[Image.Image | None]:
+) -> list[Image.Image | None]:
     """Pictures of at most ``side`` x ``side`` pixels; None where there is none, or the towers see all of it black."""
 
     def small(path: str | None) -> Image.Image | None:
@@ -27,8 +28,10 @@ def thumbnails(
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
         return picture
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(small, image_paths)
+    # Threads save and restore the filters of warnings over each other, so what is restored must ignore them too.
+    with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
+        warnings.simplefilter("ignore")
+        return list(pool.map(small, image_paths))
 
 
 def as_uri(picture: Image.Image) -> str:

@@ -40,7 +40,8 @@ def brief(graph: Path, output: Path, *more: str) -> list[str]:
     return [
         f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
         f"--output_dir={output}", "--fused_dim=16", "--proj_dim=8", "--batch_size=48", "--num_workers=0",
-        "--learning_rate=1e-3", f"--max_steps={STEPS}", f"--save_every={SAVE_EVERY}", "--report_to=none", *more,
+        "--learning_rate=1e-3", f"--max_steps={STEPS}", f"--save_every={SAVE_EVERY}", "--report_to=none", "--no_report",
+        *more,
     ]  # fmt: skip
 
 
