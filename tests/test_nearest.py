@@ -1,0 +1,233 @@
+"""``mmgraph neighbors``: against brute force, for nodes, texts and images; and what cannot be asked."""
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, launch, run, settings
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor
+
+from mmgraph.blocks import Blocks
+from mmgraph.cli import main
+from mmgraph.contents import SETTLED_NS
+from mmgraph.loader.inference_collator import InferenceCollator
+from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
+from mmgraph.nearest import nearest
+
+
+@pytest.fixture(scope="module")
+def folder(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of its own on a copy of the graph, two of whose nodes have one name."""
+    folder = tmp_path_factory.mktemp("nearest") / "graph"
+    shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
+    nodes.loc[[5, 6], "short_name"] = "twins"
+    nodes.loc[7, "short_name"] = "008"  # another node's id
+    nodes.to_csv(folder / "nodes.csv", index=False)
+    launch("cpu.yaml", *settings(folder, folder / "run", "--max_steps=12", "--eval_fraction=0.1"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> MultimodalGraphEncoder:
+    encoder = MultimodalGraphEncoder(str(folder / "towers"), 32, 16).eval()
+    encoder.load_state_dict(torch.load(folder / "run/checkpoints/multimodal_encoder_final.pt"))
+    return encoder
+
+
+def embed(folder: Path, encoder: MultimodalGraphEncoder, nodes: list[dict[str, str]], kind: str) -> np.ndarray:
+    """Each node alone, by the public encoder and collator; float64 of unit length."""
+    towers, vectors = str(folder / "towers"), []
+    collate = InferenceCollator(AutoTokenizer.from_pretrained(towers), CLIPImageProcessor.from_pretrained(towers))
+    for node in nodes:
+        inputs = collate([node])
+        with torch.no_grad():
+            vectors.append(encoder(**inputs)[0] if kind == "z_graph" else encoder.encode(**inputs)[kind])
+    found = torch.cat(vectors).double().numpy()
+    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+def all_nodes(folder: Path) -> list[dict[str, str]]:
+    records = pd.read_csv(folder / "nodes.csv", dtype=str).to_dict("records")
+    return [{**node, "image_path": str(folder / node["image_path"].replace("\\", "/"))} for node in records]
+
+
+def printed(output: str) -> list[dict[str, str]]:
+    """The rows of the table: ids and similarities, and what is said of edges."""
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(r"\s*#  similarity", line))
+    header = lines[start].split()
+    rows = []
+    for line in lines[start + 1 :]:
+        cells = re.split(r"\s{2,}", line.strip())
+        rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def check(output: str, similarities: np.ndarray, without: int | None, count: int) -> None:
+    """The table against float64 similarities of all nodes: the same order, but where float32 sees no difference."""
+    rows, ids = printed(output), [f"{number:03d}" for number in range(len(similarities))]
+    candidates = [row for row in range(len(similarities)) if row != without]
+    best = sorted(candidates, key=lambda row: (-similarities[row], row))[:count]
+    assert [float(row["similarity"]) for row in rows] == pytest.approx(similarities[best], abs=1e-4)
+    found = [ids.index(row["node_id"]) for row in rows]
+    assert len(set(found)) == count and similarities[found] == pytest.approx(similarities[best], abs=1e-6)
+
+
+@pytest.mark.parametrize(("count", "dim", "k"), [(1000, 64, 10), (3, 8, 10), (1, 4, 5), (5000, 16, 1)])
+def test_nearest_against_brute_force(count: int, dim: int, k: int) -> None:
+    generator = np.random.default_rng(count)
+    vectors = generator.normal(size=(count, dim)).astype(np.float32)
+    vectors[count // 2 :] += 3  # a crowd, whose similarities differ little
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    own = generator.permutation(count)[:50].tolist()
+    queries = np.concatenate([vectors[own], -vectors[:1]])
+    found = nearest(vectors, queries, k, [*own, None])
+    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    for row, matches, score in zip([*own, None], found, scores, strict=True):
+        order = [candidate for candidate in np.lexsort((np.arange(count), -score)) if candidate != row][:k]
+        assert [match.row for match in matches] == order
+        assert [match.similarity for match in matches] == pytest.approx(score[order], abs=1e-12)
+
+
+def test_equal_vectors() -> None:
+    """The query itself is no answer, and of equals the first rows come first."""
+    vectors = np.tile(np.array([[0.6, 0.8]], np.float32), (6, 1))
+    [matches] = nearest(vectors, vectors[3:4], 3, [3])
+    assert len(matches) == 3 and 3 not in [match.row for match in matches]
+    assert [match.row for match in matches] == sorted(match.row for match in matches)
+
+
+@pytest.mark.parametrize("kind", ["z_graph", "concat"])
+def test_of_a_node(
+    folder: Path, encoder: MultimodalGraphEncoder, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    vectors = embed(folder, encoder, all_nodes(folder), kind)
+    for name, row in (("012", 12), ("node 12", 12), ("008", 8)):  # of an id and another's name, the id is meant
+        assert main(["neighbors", str(folder / "run"), "--node", name, "--top_k=7", "--embedding", kind]) == 0
+        output = capsys.readouterr().out
+        assert f"({row:03d}) among 40 nodes, by cosine similarity of {kind}" in output
+        check(output, vectors @ vectors[row], row, 7)
+
+
+def test_edges_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["neighbors", str(folder / "run"), "--node", "003", "--top_k=99"]) == 0
+    rows = printed(capsys.readouterr().out)
+    edges = pd.read_csv(folder / "edges.csv", dtype=str)
+    linked = set(edges["src_id"][edges["dst_id"] == "003"]) | set(edges["dst_id"][edges["src_id"] == "003"])
+    told = {row["node_id"]: row["edge"] for row in rows}
+    assert len(told) == 39 and {node for node, edge in told.items() if edge != "-"} == linked - {"003"}
+    counts = dict.fromkeys(told, 0)
+    for node in told:  # 20 of 200 edges are held out, whole pairs: over all nodes, each shows at both ends
+        assert main(["neighbors", str(folder / "run"), "--node", node, "--top_k=99"]) == 0
+        counts[node] = sum(row["edge"] == "held out" for row in printed(capsys.readouterr().out))
+        if sum(counts.values()) > 3:
+            break
+    assert sum(counts.values()) > 3
+
+
+def test_of_a_text_and_an_image_from_outside(
+    folder: Path, encoder: MultimodalGraphEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(tmp_path / "new.png")
+    vectors = embed(folder, encoder, all_nodes(folder), "z_graph")
+    text, image = "small round green", str(tmp_path / "new.png")
+    for flags, node in (
+        (["--text", text], {"short_name": text}),
+        (["--image", image], {"image_path": image}),
+        (["--text", text, "--image", image], {"short_name": text, "image_path": image}),
+    ):
+        assert main(["neighbors", str(folder / "run"), *flags]) == 0
+        check(capsys.readouterr().out, vectors @ embed(folder, encoder, [node], "z_graph")[0], None, 10)
+    known = all_nodes(folder)[22]  # a text and an image as a node of the graph has them: it is nearest to itself
+    flags = ["--text", known["summary"], "--image", known["image_path"], "--top_k=1"]
+    assert main(["neighbors", str(folder / "run"), *flags]) == 0
+    assert printed(capsys.readouterr().out) == [{"#": "1", "similarity": "1.0000", "node_id": "022", "name": "node 22"}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--node", "nobody"], "--node 'nobody': no node has this node_id or short_name"),
+        (["--node", "NODE 1"], "did you mean 'node 1' (001)"),
+        (["--node", "nod 12"], "did you mean 'node 12' (012)"),
+        (["--node", ""], "--node '': no node has this node_id or short_name"),
+        (["--node", "twins"], "--node 'twins': 2 nodes have this short_name; give the node_id of one: 005, 006"),
+        ([], "nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node"),
+        (["--node", "001", "--text", "red"], "nearest to what?"),
+        (["--image", "nowhere.png"], "nowhere.png: file not found"),
+        (["--image", __file__], "test_nearest.py: unreadable"),
+        (["--node", "001", "--embedding", "z"], "--embedding z: must be one of z_graph, fused, text_only"),
+        (["--node", "001", "--top_k", "0"], "--top_k/--top-k: must be above 0"),
+        (["--node", "001", "--nodes", "gone.csv"], "gone.csv"),
+    ],
+)
+def test_what_cannot_be_asked(
+    folder: Path, flags: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Blocks, "make", lambda *_: pytest.fail("all nodes were embedded first"))
+    shutil.rmtree(folder / "run/embeddings", ignore_errors=True)
+    assert main(["neighbors", str(folder / "run"), *flags]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("mmgraph: error: ") and told in errors[0]
+
+
+def test_without_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run below runs/ that ended last is meant; where there is none, a line says so."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["neighbors", "--node", "001"]) == 2
+    assert "which run? none below runs/ has ended; give a run's folder" in capsys.readouterr().err
+    shutil.copytree(folder / "run", tmp_path / "runs/mine")
+    assert main(["neighbors", "--node", "001"]) == 0
+    assert "(runs/mine/checkpoints/multimodal_encoder_final.pt)" in capsys.readouterr().out
+
+
+def test_nodes_are_embedded_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until an image or the weights change; and each time where they cannot be kept."""
+    copy = tmp_path / "graph"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("mmgraph_cache", "embeddings"))
+    made: list[int] = []
+    make = Blocks.make
+    monkeypatch.setattr(Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    ask = ["neighbors", str(copy / "run"), "--node", "001", "--nodes", str(copy / "nodes.csv")]
+
+    def asked() -> list[int]:
+        time.sleep(SETTLED_NS / 1e9)  # of a file that changed a moment ago, nothing is believed
+        made.clear()
+        assert main(ask) == 0
+        return list(made)
+
+    assert main(ask) == 0 and main(ask) == 0 and made == [0, 0]  # the images were copied this moment
+    assert asked() == [0] and asked() == []
+    Image.new("RGB", (30, 30), "red").save(copy / "images/4.png")
+    assert asked() == [0] and asked() == []
+    weights = torch.load(copy / "run/checkpoints/multimodal_encoder_final.pt")
+    weights["graph_proj.bias"] += 1
+    torch.save(weights, copy / "run/checkpoints/multimodal_encoder_final.pt")
+    assert asked() == [0] and asked() == []
+    shutil.rmtree(copy / "run/embeddings")
+    (copy / "run/embeddings").write_text("in the way")
+    capsys.readouterr()
+    assert asked() == [0] and asked() == [0]
+    assert "the embeddings are made, and not kept" in capsys.readouterr().out
+
+
+def test_over_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["neighbors", str(folder / "run"), "--node", "017"]) == 0
+    alone = printed(capsys.readouterr().out)
+    shutil.rmtree(folder / "run/embeddings")
+    config = str(REPOSITORY / "accelerate_configs/cpu_2proc.yaml")
+    done = run(["accelerate", "launch", "--config_file", config, "-m", "mmgraph", "neighbors", str(folder / "run"),
+                "--node", "017"])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert printed(done.stdout) == alone
