@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +48,10 @@ def epoch_file(output: Path, epoch: int) -> Path:
 
 
 def epoch_files(output: Path) -> list[Path]:
-    """The epoch files that a run has written, in no order."""
-    return list((output / "checkpoints").glob("multimodal_encoder_epoch_*.pt"))
+    """The epoch files that a run has written, in order."""
+    names = [path.name for path in (output / "checkpoints").glob("*.pt")]
+    numbers = [re.fullmatch(r"multimodal_encoder_epoch_(\d+)\.pt", name) for name in names]
+    return [epoch_file(output, number) for number in sorted(int(match[1]) for match in numbers if match)]
 
 
 def final_file(output: Path) -> Path:

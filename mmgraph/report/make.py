@@ -41,6 +41,7 @@ def report(
     Raises:
         UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
     """
+    together(accelerator, lambda: _check_output(output))
     runs = together(accelerator, lambda: [read_run(folder) for folder in folders])
     shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
@@ -52,9 +53,16 @@ def report(
     on_main_process(accelerator, write)
 
 
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; give a file")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: no such folder as {output.parent}")
+
+
 def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], most: int) -> Shown:
     try:
-        checkpoint = newest_checkpoint(run.folder)
+        checkpoint = last_checkpoint(run.folder)
         config = settings_of(checkpoint, dict(given))
         inference = open_checkpoint(checkpoint, config, accelerator)
     except UserError as error:
@@ -74,13 +82,12 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
     return shown[0] if shown else Shown(run, None, "")
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest epoch or final file of a run. Raises :class:`UserError` where there is none."""
-    final = checkpoints.final_file(folder)
-    found = [path for path in (final, *checkpoints.epoch_files(folder)) if path.is_file()]
-    if not found:
+def last_checkpoint(folder: Path) -> Path:
+    """The final file of a run, else that of its last epoch. Raises :class:`UserError` where there is none."""
+    final, epochs = checkpoints.final_file(folder), checkpoints.epoch_files(folder)
+    if not final.is_file() and not epochs:
         raise UserError("it has written no checkpoint yet")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
+    return final if final.is_file() else epochs[-1]
 
 
 def _asked(query: Query, inference: Inference) -> Asked:
