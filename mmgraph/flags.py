@@ -66,10 +66,10 @@ class _Parser(HfArgumentParser):
 
     def show_help(self, every_flag: bool) -> None:
         for action in self._actions:
-            if not every_flag and action.dest not in COMMON | {"help", "help_all", "config"}:
-                action.help = SUPPRESS
             if action.option_strings[0].startswith("--no_"):
                 action.help = "leave that out"
+            if not every_flag and action.dest not in COMMON | {"help", "help_all", "config"}:
+                action.help = SUPPRESS
             if action.default is None or action.default is False:
                 action.default = SUPPRESS  # "(default: None)" says nothing
             action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]  # --a-b is the same as --a_b

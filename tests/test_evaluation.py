@@ -303,6 +303,8 @@ def test_best_begins_anew_on_other_edges(capsys: pytest.CaptureFixture[str]) -> 
 class Outputs:
     """Twelve nodes with a text and an image each, which are one-hot vectors."""
 
+    nodes = range(12)
+
     class inputs:  # noqa: N801 - as NodeOutputs has it
         truncated_images = "partial"
 

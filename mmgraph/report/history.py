@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,13 @@ class Run(NamedTuple):
     evaluations: Columns  # (E,) float64 each: ``step``, and ``eval/...``
     table: Table | None  # the last evaluation whole
     starts: list[dict[str, Any]]  # see mmgraph.environment.note_start
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """:func:`read_run` of some, by their folders where two have one name."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def read_run(folder: Path) -> Run:

@@ -16,7 +16,7 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.nearest import Links, Query, asked_for, kept_in, links_of
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.node_vectors import NodeVectors, node_vectors, unit
-from mmgraph.report.history import Run, read_run
+from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
 from mmgraph.shares import embed_share, gather_shares
@@ -42,7 +42,7 @@ def report(
         UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
     """
     together(accelerator, lambda: _check_output(output))
-    runs = together(accelerator, lambda: [read_run(folder) for folder in folders])
+    runs = together(accelerator, lambda: read_runs(folders))
     shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
     def write() -> None:
