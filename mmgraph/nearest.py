@@ -152,7 +152,8 @@ class Links:
 def name_of(nodes: NodeTable, row: int) -> str:
     """A node's ``short_name``, else its id."""
     name = nodes[row].get("short_name")
-    return name if isinstance(name, str) and name.strip() else str(nodes.column("node_id")[row])
+    shown = " ".join(name.split()) if isinstance(name, str) else ""
+    return shown or str(nodes.column("node_id")[row])
 
 
 def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:

@@ -406,13 +406,12 @@ class Trainer:
         if self.evaluation is None and ends_seen < len(self.graph.nodes):
             log(f"no report of so few steps: mmgraph report {self.output} embeds all nodes, and makes one")
             return
-        from mmgraph.report.figures import figures  # scikit-learn and Bokeh cost seconds
-        from mmgraph.report.make import FILE, end_of_run
+        from mmgraph.report.make import FILE, end_of_run  # scikit-learn and Bokeh cost seconds
 
         with self.stop.heeded():
-            shown = end_of_run(config, self.accelerator, self.graph, self._whole_module(), self.outputs)
-            for of_run in shown:
-                self.recorder.trackers.show(self.progress.step, figures(of_run), self.output / FILE)
+            figures = end_of_run(config, self.accelerator, self.graph, self._whole_module(), self.outputs)
+            if figures is not None:
+                self.recorder.trackers.show(self.progress.step, figures, self.output / FILE)
 
     def _say_hello(self) -> None:
         frozen = sum(tensor.numel() for tensor in self.frozen.values())

@@ -1,6 +1,6 @@
 """Makes the page: of runs' folders, and at the end of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from mmgraph.errors import UserError
 from mmgraph.files import told_of_disk
 from mmgraph.graph import Graph
 from mmgraph.inference import Inference, open_checkpoint, settings_of
+from mmgraph.metrics import Figures
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.nearest import Links, Query, asked_for, kept_in, links_of
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.node_vectors import NodeVectors, node_vectors, unit
+from mmgraph.report.figures import figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
@@ -97,33 +99,33 @@ def _asked(query: Query, inference: Inference) -> Asked:
 
 def end_of_run(
     config: Config, accelerator: Accelerator, graph: Graph, module: TrainedModule, outputs: NodeOutputs
-) -> list[Shown]:
-    """Write ``report.html`` into a run's folder. Called by all ranks; a failure to is a line, and ends nothing.
+) -> Figures | None:
+    """Write ``report.html`` into a run's folder; a failure to is a line, and ends nothing.
+
+    Called by all ranks, which embed the nodes together; then the main process works alone, and none waits for it.
 
     Args:
         module: what was trained, whole and in float32, on the device.
         outputs: of the graph's nodes.
 
     Returns:
-        What the page shows, on the main process; else nothing.
+        What trackers are to show of it; None on other ranks, and where there is no page.
     """
     own = embed_share(accelerator, module.embeddings, outputs, (KIND,))
-    vectors, causes = (gather_shares(accelerator, own[name], len(graph.nodes)).cpu() for name in (KIND, "causes"))
-    shown: list[Shown] = []
-
-    def write() -> None:
-        path = config.output_folder / FILE
-        try:
-            found = NodeVectors(unit(vectors), causes.numpy())
-            name = checkpoints.final_file(config.output_folder).name
-            of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)
-            links: Callable[[Sequence[int]], Links] = lambda rows: Links(rows, graph.rows, graph.held_out)  # noqa: E731
-            page = [Shown(read_run(config.output_folder), show_nodes(of_run, [], links), "")]
-            write_page(path, page)
-            shown.extend(page)
-            log(f"report: {path}")
-        except Exception as error:  # the run is done, whatever this is
-            log(f"no report ({type(error).__name__}: {error}); mmgraph report {config.output_folder} makes one")
-
-    on_main_process(accelerator, write)
-    return shown
+    vectors, causes = (gather_shares(accelerator, own[name], len(graph.nodes)) for name in (KIND, "causes"))
+    if not accelerator.is_main_process:
+        return None
+    output = config.output_folder
+    try:
+        found = NodeVectors(unit(vectors), causes.cpu().numpy())
+        name = checkpoints.final_file(output).name
+        of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)
+        nodes = show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out))
+        shown = Shown(read_run(output), nodes, "")
+        write_page(output / FILE, [shown])
+        log(f"report: {output / FILE}")
+        return figures(shown)
+    except Exception as error:  # the run is done, whatever this is
+        reason = " ".join(str(error).split())
+        log(f"no report ({type(error).__name__}: {reason}); mmgraph report {output} makes one")
+        return None

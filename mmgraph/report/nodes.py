@@ -103,7 +103,8 @@ def show_nodes(
     total = len(graph.nodes)
     drawn = np.random.default_rng(graph.seed).permutation(total)
     sample = np.sort(drawn[:most])
-    chosen = [*asked, *map(Asked, _for_gallery(graph, drawn)[: max(0, GALLERY_NODES - len(asked))])]
+    others = [Asked(row) for row in _for_gallery(graph, drawn) if row not in [one.row for one in asked]]
+    chosen = [*asked, *others[: max(0, GALLERY_NODES - len(asked))]]
     links = links_of([one.row for one in chosen if one.row is not None])
     return Nodes(
         total,
