@@ -590,7 +590,8 @@ def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
     for number in range(400):
         noise = generator.integers(0, 255, (120, 120, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"images/noise{number}.png")
-    rows = [(str(i), f"node {i}", "red green blue small", f"images/noise{i % 400}.png") for i in range(count)]
+    words = generator.choice(["red", "green", "blue", "small"], (count, 6))
+    rows = [(str(i), f"node {i}", " ".join(words[i]), f"images/noise{i % 400}.png") for i in range(count)]
     pd.DataFrame(rows, columns=["node_id", "short_name", "summary", "image_path"]).to_csv(
         folder / "nodes.csv", index=False
     )
