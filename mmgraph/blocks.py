@@ -33,22 +33,25 @@ from mmgraph.world import on_main_process, together, work_together
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
 
 
-def fill(blocks: "Blocks", accelerator: Accelerator) -> None:
+def fill(blocks: "Blocks", accelerator: Accelerator, others: int = 0) -> None:
     """Make all blocks that are not there, the ranks in turns; a second start goes on from those. Called by all ranks.
+
+    Args:
+        others: how many folders of blocks of other features stay beside these.
 
     Raises:
         UserError: the folder is not one that all machines see; its disk is full.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    on_main_process(accelerator, blocks.make_folder)
+    on_main_process(accelerator, lambda: blocks.make_folder(others))
     missing = look(blocks, accelerator)
     total = len(blocks.inference.nodes)
     done = total - sum(len(blocks.rows(number)) for number in missing)
     if done:
         log(f"goes on: {done:,} of {total:,} nodes were embedded before")
     with bar(accelerator, total, done, "node") as shown:
-        for others in work_together(accelerator, telling(blocks.make(missing[rank::world_size]), shown, blocks.output)):
-            shown.update(others)
+        for done in work_together(accelerator, telling(blocks.make(missing[rank::world_size]), shown, blocks.output)):
+            shown.update(done)
     together(accelerator, lambda: blocks.wait_for(missing))
 
 
@@ -110,11 +113,11 @@ class Blocks:
         """Keep the blocks below another folder."""
         self.output, self.folder = output, output / self.folder.name
 
-    def make_folder(self) -> None:
-        """Make the folder of the blocks, and remove those of other features."""
-        for other in self.folder.parent.glob(".blocks-*"):
-            if other != self.folder:
-                shutil.rmtree(other)
+    def make_folder(self, others: int) -> None:
+        """Make the folder of the blocks, and remove those of other features but the last ``others``."""
+        found = [folder for folder in self.folder.parent.glob(".blocks-*") if folder != self.folder]
+        for other in sorted(found, key=lambda folder: -folder.stat().st_mtime_ns)[others:]:
+            shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
 
     def look(self, numbers: Sequence[int], missing: list[int]) -> Iterator[int]:

@@ -249,12 +249,13 @@ def _neighbors(given: argparse.Namespace) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     from mmgraph.inference import newest_run
-    from mmgraph.nearest import Query
+    from mmgraph.nearest import query_of
     from mmgraph.report.make import FILE, report
     from mmgraph.world import build_accelerator
 
     runs = given.source or [newest_run()]
-    queries = [Query(**{name: value}) for name in ("node", "text", "image") for value in getattr(given, name)]
+    names = ("node", "text", "image")
+    queries = [query_of(**{**dict.fromkeys(names), name: value}) for name in names for value in getattr(given, name)]
     output = given.output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))
     accelerator = build_accelerator()
     report(runs, output, _of_run(given), accelerator, queries)

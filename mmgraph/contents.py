@@ -130,7 +130,7 @@ def file_signature(path: str | None) -> bytes:
         status = os.stat(str(path)) if path is not None else None  # noqa: PTH116 - of many files
     except (OSError, ValueError):  # the latter of a NUL byte
         status = None
-    if status is None or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
+    if status is None or abs(time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)) < SETTLED_NS:
         return bytes(HASH.itemsize)
     return text_hash(f"{path}\n{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
 

@@ -55,7 +55,7 @@ def note_start(folder: Path, accelerator: Accelerator, step: int) -> None:
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """The starts of a run, as far as they were noted."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         starts = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if isinstance(starts, list):
             return [start for start in starts if isinstance(start, dict)]

@@ -234,7 +234,7 @@ def _show_tensorboard(tracker: Any, step: int, figures: Figures, page: Path) -> 
 
 def _cell(value: Any) -> str:
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 _SHOWS = {"wandb": _show_wandb, "tensorboard": _show_tensorboard}

@@ -1,5 +1,6 @@
 """The nodes nearest to a node, or to a text or an image that is not in the graph: exact, by cosine similarity."""
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,8 @@ from mmgraph.text_log import log
 from mmgraph.world import on_main_process, together
 
 EDGES_AT_ONCE = 1 << 20
-MOST_NAMES = 200_000  # that are compared for a misspelt one
+MOST_NAMES = 20_000  # that are compared for a misspelt one
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 5  # nodes that an error names
 
 
@@ -54,11 +56,18 @@ def query_of(node: str | None, text: str | None, image: str | None) -> Query:
     """A query of flags. Raises :class:`UserError` where they ask for nothing, or for two things."""
     if (node is None) == (text is None and image is None):
         raise UserError("nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node")
+    for flag, value in (("node", node), ("text", text), ("image", image)):
+        if value is not None and not value.strip():
+            raise UserError(f"--{flag} is empty")
+        if value is not None and value != value.encode(errors="replace").decode():
+            raise UserError(f"--{flag} {value!r}: is not UTF-8")
     return Query(node, text, image)
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[int | None]) -> list[list[Match]]:
-    """The ``count`` nearest of N nodes to each of Q queries, best first; of equal ones, the first rows.
+    """The ``count`` nearest of N nodes to each of Q queries, best first, and equal ones in the order of the table.
+
+    Which of those that are equal to the last are left out is not said.
 
     Args:
         vectors: (N, d) float32, of unit length.
@@ -72,7 +81,8 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[
     found = search.kneighbors(queries, return_distance=False)  # (Q, asked)
     matches = []
     for query, rows, row_of_query in zip(queries, found, own, strict=True):
-        similarities = vectors[rows].astype(np.float64) @ query.astype(np.float64)  # (asked,)
+        # A product of matrices would sum equal rows in different orders.
+        similarities = np.einsum("nd,d->n", vectors[rows].astype(np.float64), query.astype(np.float64)).clip(-1, 1)
         order = np.lexsort((rows, -similarities))
         ranked = [Match(int(rows[i]), float(similarities[i])) for i in order if rows[i] != row_of_query]
         matches.append(ranked[:count])
@@ -85,7 +95,7 @@ def find_node(nodes: NodeTable, name: str) -> int:
     Raises:
         UserError: there is none, or several nodes have the name.
     """
-    ids, names = nodes.column("node_id"), nodes.column("short_name")
+    ids, names = (_text(nodes.column(column)) for column in ("node_id", "short_name"))
     try:
         row = pc.index(ids, pa.scalar(name, ids.type)).as_py()
         if row >= 0:
@@ -99,11 +109,16 @@ def find_node(nodes: NodeTable, name: str) -> int:
                 f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
                 + (", ..." if len(rows) > SHOWN else "")
             )
-        like = [f"'{names[row]}' ({ids[row]})" for row in _alike(ids, names, name)]
+        like = [f"'{name_of(nodes, row)}' ({ids[row]})" for row in _alike(ids, names, name)]
     finally:
         nodes.release()
     hint = f"; did you mean {' or '.join(like)}?" if like else ""
     raise UserError(f"--node '{name}': no node has this node_id or short_name{hint}")
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as text: an Arrow table may have ids of any type."""
+    return column if pa.types.is_string(column.type) else column.cast(pa.large_string())
 
 
 def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]:
@@ -152,8 +167,13 @@ class Links:
 def name_of(nodes: NodeTable, row: int) -> str:
     """A node's ``short_name``, else its id."""
     name = nodes[row].get("short_name")
-    shown = " ".join(name.split()) if isinstance(name, str) else ""
-    return shown or str(nodes.column("node_id")[row])
+    shown = plain(name) if isinstance(name, str) else ""
+    return shown or plain(str(nodes.column("node_id")[row]))
+
+
+def plain(text: str) -> str:
+    """A text on one line, without what would steer a terminal."""
+    return " ".join(CONTROL.sub(" ", text).split())
 
 
 def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
@@ -219,7 +239,7 @@ def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: L
     cells = [header]
     for place, match in enumerate(matches, 1):
         edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
-        node_id = str(nodes.column("node_id")[match.row])
+        node_id = plain(str(nodes.column("node_id")[match.row]))
         cells.append((str(place), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -1,5 +1,6 @@
 """One vector for each node of a run's graph, kept below the run's folder: a second question finds them there."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,9 @@ from mmgraph.errors import UserError
 from mmgraph.files import locked
 from mmgraph.inference import Inference
 from mmgraph.text_log import log
-from mmgraph.world import from_main_process, on_main_process, together
+from mmgraph.world import from_main_process, on_main_process
+
+KEPT = 3  # of other checkpoints: a process may be reading one
 
 
 class NodeVectors(NamedTuple):
@@ -29,7 +32,7 @@ class NodeVectors(NamedTuple):
 def node_vectors(
     inference: Inference, config: Config, accelerator: Accelerator, kind: str, folder: Path
 ) -> NodeVectors:
-    """Embed all nodes, or read what was kept of it. Called by all ranks; whole on each.
+    """Embed all nodes, or read what was kept of it. Called by all ranks; on those but the main one, of no node.
 
     Args:
         kind: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
@@ -39,12 +42,17 @@ def node_vectors(
         UserError: another process embeds these nodes; or a vector is not finite.
     """
     blocks = Blocks(inference, folder / kind, (kind,), config.truncated_images)
+    found = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
+
+    def read() -> None:
+        nonlocal found
+        found = NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy())
+
     with ExitStack() as stack:
         if look(blocks, accelerator):
             blocks.move(from_main_process(accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)))
-            fill(blocks, accelerator)
-        found = together(accelerator, lambda: NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy()))
-        on_main_process(accelerator, lambda: None)  # a temporary folder stays until all have read it
+            fill(blocks, accelerator, others=KEPT)
+        on_main_process(accelerator, read)
     return found
 
 
@@ -57,13 +65,13 @@ def unit(vectors: torch.Tensor) -> np.ndarray:
 
 
 def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
-    """The folder, made and locked; a temporary one where it cannot be, in a run of one process."""
+    """The folder, made and locked; a temporary one where it cannot be, and all ranks are on this machine."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if locked(folder, stack):
             return folder
     except OSError as error:
-        if world_size > 1:
+        if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             raise UserError(f"{folder}: {error.strerror}") from None
         log(f"{folder}: {error.strerror}: the embeddings are made, and not kept")
         return Path(stack.enter_context(TemporaryDirectory()))

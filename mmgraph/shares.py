@@ -11,6 +11,7 @@ from mmgraph.images import is_black
 from mmgraph.node_outputs import BATCH, NodeOutputs
 from mmgraph.towers import Tokens
 
+PART = 1 << 14  # nodes of each rank that are gathered at once
 NO_WORDS = 2  # tokens of a text without any: its beginning and its end
 
 Embeddings = Callable[[Tokens, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
@@ -66,3 +67,22 @@ def gather_shares(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> to
     padded = own.new_zeros((_size(accelerator, nodes, BATCH), *own.shape[1:]))
     padded[: len(own)] = own
     return gather(padded)[:nodes]
+
+
+def gather_on_main(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+    """The shares of all ranks, whole on the main process, on the CPU; nothing on others. Called by all ranks.
+
+    By parts, so that no device and no other rank holds them all.
+    """
+    if accelerator.num_processes == 1:
+        return own.cpu()
+    size, ranks = _size(accelerator, nodes, BATCH), accelerator.num_processes
+    whole = own.new_empty((ranks, size if accelerator.is_main_process else 0, *own.shape[1:]), device="cpu")
+    for start in range(0, size, PART):
+        part = own.new_zeros((min(PART, size - start), *own.shape[1:]), device=accelerator.device)
+        found = own[start : start + len(part)]
+        part[: len(found)] = found.to(accelerator.device)
+        gathered = gather(part)  # (ranks * len(part), ...)
+        if accelerator.is_main_process:
+            whole[:, start : start + len(part)] = gathered.reshape(ranks, *part.shape).cpu()
+    return whole.flatten(0, 1)[:nodes]

@@ -87,12 +87,8 @@ class StopRequest:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """The signals end the block, and with it the process, at once: nothing of the run is lost by that."""
-
-        def end(*_: object) -> None:
-            raise SystemExit(EXIT_CODE)
-
-        before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
+        """The signals raise ``KeyboardInterrupt`` in the block: nothing of the run is lost by leaving it."""
+        before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -401,17 +402,24 @@ class Trainer:
         )
 
     def report(self) -> None:
-        """Write ``report.html``, and show the trackers what is on it. It may be interrupted: all is saved."""
-        config, ends_seen = self.config, 2 * self.progress.step * self.config.global_batch_size
-        if self.evaluation is None and ends_seen < len(self.graph.nodes):
-            log(f"no report of so few steps: mmgraph report {self.output} embeds all nodes, and makes one")
+        """Write ``report.html``, and show the trackers what is on it. All is saved: whatever fails here is a line."""
+        config, accelerator = self.config, self.accelerator
+        later = f"mmgraph report {self.output} makes one"
+        if self.evaluation is None and 2 * self.progress.step * config.global_batch_size < len(self.graph.nodes):
+            log(f"no report of so few steps: {later}, and embeds all nodes")
             return
-        from mmgraph.report.make import FILE, end_of_run  # scikit-learn and Bokeh cost seconds
-
-        with self.stop.heeded():
-            figures = end_of_run(config, self.accelerator, self.graph, self._whole_module(), self.outputs)
-            if figures is not None:
-                self.recorder.trackers.show(self.progress.step, figures, self.output / FILE)
+        log(f"report: embedding {len(self.graph.nodes):,} nodes; Ctrl-C leaves it out")
+        try:
+            with self.stop.heeded():
+                # scikit-learn and Bokeh cost seconds
+                make = together(accelerator, lambda: import_module("mmgraph.report.make"))
+                figures = make.end_of_run(config, accelerator, self.graph, self._whole_module(), self.outputs)
+                if figures is not None:
+                    self.recorder.trackers.show(self.progress.step, figures, self.output / make.FILE)
+        except Exception as error:
+            log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {later}")
+        except KeyboardInterrupt:
+            log(f"no report: interrupted; {later}")
 
     def _say_hello(self) -> None:
         frozen = sum(tensor.numel() for tensor in self.frozen.values())

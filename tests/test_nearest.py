@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from conftest import REPOSITORY, launch, run, settings
@@ -97,11 +98,16 @@ def test_nearest_against_brute_force(count: int, dim: int, k: int) -> None:
 
 
 def test_equal_vectors() -> None:
-    """The query itself is no answer, and of equals the first rows come first."""
-    vectors = np.tile(np.array([[0.6, 0.8]], np.float32), (6, 1))
-    [matches] = nearest(vectors, vectors[3:4], 3, [3])
-    assert len(matches) == 3 and 3 not in [match.row for match in matches]
-    assert [match.row for match in matches] == sorted(match.row for match in matches)
+    """The query itself is no answer, and equals come in the order of the table, with the same similarity, at most 1."""
+    vectors = np.random.default_rng(1).normal(size=(400, 33)).astype(np.float32)
+    vectors[100:] = vectors[100]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for own in (100, 250, 399):
+        [matches] = nearest(vectors, vectors[own : own + 1], 20, [own])
+        rows = [match.row for match in matches]
+        assert len(rows) == 20 and own not in rows and min(rows) >= 100 and rows == sorted(rows)
+        [similarity] = {match.similarity for match in matches}
+        assert 0.999999 < similarity <= 1
 
 
 @pytest.mark.parametrize("kind", ["z_graph", "concat"])
@@ -157,7 +163,9 @@ def test_of_a_text_and_an_image_from_outside(
         (["--node", "nobody"], "--node 'nobody': no node has this node_id or short_name"),
         (["--node", "NODE 1"], "did you mean 'node 1' (001)"),
         (["--node", "nod 12"], "did you mean 'node 12' (012)"),
-        (["--node", ""], "--node '': no node has this node_id or short_name"),
+        (["--node", ""], "--node is empty"),
+        (["--text", " "], "--text is empty"),
+        (["--text", "\udcff"], "--text '\\udcff': is not UTF-8"),
         (["--node", "twins"], "--node 'twins': 2 nodes have this short_name; give the node_id of one: 005, 006"),
         ([], "nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node"),
         (["--node", "001", "--text", "red"], "nearest to what?"),
@@ -231,3 +239,56 @@ def test_over_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 "--node", "017"])  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed(done.stdout) == alone
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string(), pa.string_view()])
+def test_ids_of_an_arrow_table(
+    folder: Path, kind: pa.DataType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table that is read where it is: ids are found by their text, whatever their type."""
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
+    paths = [str(folder / path.replace("\\", "/")) for path in nodes["image_path"]]
+    ids = pa.array(range(40)).cast(pa.string()).cast(kind)
+    columns = {"node_id": ids, "short_name": [None, *nodes["short_name"][1:]], "summary": nodes["summary"]}
+    table = pa.table({**columns, "image_path": paths})
+    with pa.ipc.new_file(tmp_path / "nodes.arrow", table.schema) as file:
+        file.write_table(table)
+    ask = ["neighbors", str(folder / "run"), f"--nodes={tmp_path / 'nodes.arrow'}"]
+    for name in ("12", "node 12"):
+        assert main([*ask, "--node", name, "--top_k=39"]) == 0
+        rows = printed(capsys.readouterr().out)
+        assert {row["node_id"] for row in rows} == {str(i) for i in range(40)} - {"12"}
+        assert next(row["name"] for row in rows if row["node_id"] == "0") == "0"  # which has no name
+    assert main([*ask, "--node", "nod 12"]) == 2
+    assert "did you mean 'node 12' (12)" in capsys.readouterr().err
+
+
+def test_names_are_printed_on_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
+    nodes["short_name"] = "a\n\x1b[31mred\tname"
+    nodes["image_path"] = [str(folder / path.replace("\\", "/")) for path in nodes["image_path"]]
+    nodes.to_csv(tmp_path / "nodes.csv", index=False)
+    assert main(["neighbors", str(folder / "run"), f"--nodes={tmp_path / 'nodes.csv'}", "--node", "001"]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and {row["name"] for row in printed(output)} == {"a [31mred name"}
+
+
+def test_two_checkpoints_in_turns(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embeddings of one stay while another's are made."""
+    copy = tmp_path / "graph"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("mmgraph_cache", "embeddings"))
+    final = copy / "run/checkpoints/multimodal_encoder_final.pt"
+    weights = torch.load(final)
+    weights["graph_proj.bias"] += 1
+    torch.save(weights, final.with_name("multimodal_encoder_epoch_9.pt"))
+    time.sleep(SETTLED_NS / 1e9)
+    made: list[int] = []
+    make = Blocks.make
+    monkeypatch.setattr(Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    for _ in range(2):
+        for name in ("final", "epoch_9"):
+            assert main(["neighbors", str(final.with_name(f"multimodal_encoder_{name}.pt")), "--node", "001",
+                         f"--nodes={copy / 'nodes.csv'}"]) == 0  # fmt: skip
+    assert made == [0, 0]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import graph_files, launch, launch_command, read_metrics, run, settings
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -414,6 +415,12 @@ def test_names_from_strangers(graph: Path, browser: Browser, tmp_path: Path) -> 
         (lambda run: (run / "config.yaml").write_text("a: [b"), "config.yaml: cannot be read"),
         (lambda run: (run / "config.yaml").write_text("[1]"), "config.yaml: must hold 'flag: value' lines"),
         (lambda run: (run / "evaluation.json").write_text("{}"), "evaluation.json: not an evaluation (KeyError"),
+        (lambda run: _change(run, "embeddings", {}), "not an evaluation (ValueError: of no embeddings"),
+        (lambda run: _change(run, "sampled", {}), "evaluation.json: not an evaluation (KeyError"),
+        (lambda run: _change(run, "edges", None), "evaluation.json: not an evaluation (TypeError"),
+        (lambda run: _change(run, "retrieval", {"r@1": 1}), "evaluation.json: not an evaluation (KeyError"),
+        (lambda run: _replace_line(run, 4, '{"step": Infinity}'), "metrics.jsonl, line 4: no row of a step"),
+        (lambda run: _replace_line(run, 4, "[" * 99_999), "metrics.jsonl, line 4: no row of a step"),
         (lambda run: _replace_line(run, 4, '{"loss": 1}'), "metrics.jsonl, line 4: no row of a step"),
         (lambda run: _replace_line(run, 4, "\x00" * 9), "metrics.jsonl, line 4: no row of a step"),
     ],
@@ -429,6 +436,11 @@ def test_damaged_runs(runs: Path, tmp_path: Path, damage: Any, told: str, capsys
     assert (copy / "report.html").read_text() == "the one before"
 
 
+def _change(run: Path, name: str, value: object) -> None:
+    table = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({**table, name: value}))
+
+
 def _replace_line(run: Path, number: int, text: str) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[number - 1] = text
@@ -440,8 +452,8 @@ def test_wrong_usage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(tmp_path)], "no run's folder"),
         ([str(runs / "plain"), "--node", "nobody"], "--node 'nobody': no node has this node_id"),
         ([str(runs / "plain"), "--image", "gone.png"], "gone.png: file not found"),
-        ([str(runs / "plain"), "--output", str(tmp_path / "no/folder.html")], "no such folder"),
-        ([str(runs / "plain"), "--output", str(tmp_path)], "is a folder"),
+        ([str(runs / "plain"), "--output", str(tmp_path / "no/folder.html")], "there is no folder"),
+        ([str(runs / "plain"), "--output", str(tmp_path)], "is no regular file"),
         ([str(runs / "plain"), "--size", "3"], "unknown argument --size"),
     ):
         assert main(["report", *flags]) == 2, flags
@@ -504,8 +516,102 @@ def test_few_steps_embed_no_graph(graph: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "run/report.html").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 143), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_report(graph: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Path) -> None:
+    """Rank 1 cannot import what a report needs, or fails to embed its nodes: both ranks end well, with one line."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, sys\nfrom mmgraph.cli import leave, train_main\n"
+        "if os.environ['RANK'] == '1' and sys.argv[1] == 'import':\n    sys.modules['bokeh'] = None\n"
+        "if os.environ['RANK'] == '1' and sys.argv[1] == 'embed':\n"
+        "    from mmgraph.report import make\n    make.embed_share = lambda *_: 1 / 0\n"
+        "leave(train_main(sys.argv[2:]))\n"
+    )
+    launcher = launch_command("cpu_2proc.yaml")[:-1]
+    for what, told in (("import", "ModuleNotFoundError"), ("embed", "ZeroDivisionError")):
+        done = run([*launcher, str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")])
+        assert done.returncode == 0, done.stderr[-2000:]
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("no report")]
+        assert f"rank 1: {told}" in line and "Traceback" not in done.stderr
+        assert (tmp_path / what / "checkpoints/multimodal_encoder_final.pt").is_file()
+
+
+def test_embeddings_that_are_not_finite(
+    runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page has the rest, also of the run beside it."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "evaluated", copy)
+    final = copy / "checkpoints/multimodal_encoder_final.pt"
+    weights = torch.load(final)
+    weights["graph_proj.bias"][0] = torch.nan
+    torch.save(weights, final)
+    path = tmp_path / "both.html"
+    assert main(["report", str(copy), str(runs / "plain"), "--output", str(path)]) == 0
+    assert "the embedding of row 0 is not finite" in capsys.readouterr().out
+    with Opened(browser, path) as opened:
+        assert "No map: the embedding of row 0 is not finite" in opened.page.locator("#map").inner_text()
+        assert opened.page.locator(".chart.map").count() == 1 and len(opened.page.evaluate(LINES)["loss"]) == 2
+        opened.check()
+
+
+def test_colours_are_a_runs_own(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """Also where the first of several runs has evaluated nothing; and the dashed line is the one that is told."""
+    path = tmp_path / "page.html"
+    assert main(["report", *(str(runs / name) for name in ("plain", "evaluated", "ranks")), "--output", str(path)]) == 0
+    with Opened(browser, path) as opened:
+        style = "(all) => all.map((one) => [one.innerText.trim(), one.querySelector('span').style.borderTopColor])"
+        of_ranks = dict(opened.page.locator("#held-out .legend li").evaluate_all(style))
+        of_runs = dict(opened.page.locator("#training .legend li").evaluate_all(style))
+        for label, colour in of_ranks.items():
+            assert colour == of_runs[label.partition(":")[0]]
+        lines = opened.page.evaluate(LINES)
+        for metric in ("mrr", "hits@1", "hits@3", "hits@10"):
+            assert [label for label, *_ in lines[f"eval/{metric}"]] == list(of_ranks)
+        opened.check()
+
+
+def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """Settings it did not know, a metric it never told, losses that were not finite, a table from mmgraph evaluate."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "evaluated", copy)
+    lines = [line for line in (copy / "config.yaml").read_text().splitlines() if not line.startswith("report")]
+    (copy / "config.yaml").write_text("\n".join(lines))
+    rows = [{**row, "grad_norm": None} for row in read_metrics(copy)]
+    rows[5] |= {"loss": None, "skipped": True}
+    rows = [{name: value for name, value in row.items() if name != "epoch"} for row in rows]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = json.loads((copy / "evaluation.json").read_text())
+    (copy / "evaluation.json").write_text(json.dumps({name: table[name] for name in table if name != "step"}))
+    (copy / "environment.json").write_text("[" * 99_999)
+    assert main(["report", str(copy), str(runs / "evaluated"), "--output", str(tmp_path / "page.html")]) == 0
+    with Opened(browser, tmp_path / "page.html") as opened:
+        drawn = opened.page.evaluate(LINES)
+        assert len(drawn["loss"]) == 2 and len(drawn["grad_norm"]) == 1
+        told = {row[0] for row in opened.table("settings") if row[1] != row[2]}
+        assert told <= {"report_to"}
+        captions = opened.page.locator("table[data-table=evaluation] caption").all_inner_texts()
+        assert captions[0].startswith("20 held-out") and captions[1].startswith("Step 30: 20 held-out"), captions
+        opened.check()
+
+
+def test_long_names_and_links_as_output(graph: Path, runs: Path, browser: Browser, tmp_path: Path) -> None:
+    nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
+    nodes["short_name"] = "word " * 40_000
+    nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
+    nodes.to_csv(tmp_path / "nodes.csv", index=False)
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    os.mkfifo(tmp_path / "pipe")
+    flags = [str(runs / "plain"), f"--nodes={tmp_path / 'nodes.csv'}"]
+    assert main(["report", *flags, f"--output={tmp_path / 'link.html'}"]) == 0
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "page.html").stat().st_size < 3_000_000
+    assert main(["report", *flags, f"--output={tmp_path / 'pipe'}"]) == 2 and (tmp_path / "pipe").is_fifo()
+    with Opened(browser, tmp_path / "page.html", 390) as opened:
+        assert opened.page.evaluate("document.documentElement.scrollHeight") < 20_000
+        opened.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_report(graph: Path, tmp_path: Path, number: signal.Signals) -> None:
     """At once, with all of the run saved, and nothing half written."""
     script = tmp_path / "run.py"
     script.write_text(
@@ -522,8 +628,8 @@ def test_a_signal_ends_a_report(graph: Path, tmp_path: Path, number: signal.Sign
     sent = time.monotonic()
     os.kill(process.pid, number)
     rest = process.stdout.read()
-    assert process.wait(timeout=30) == code and time.monotonic() - sent < 10
-    assert "Traceback" not in rest
+    assert process.wait(timeout=30) == 0 and time.monotonic() - sent < 10
+    assert "no report: interrupted; mmgraph report" in rest and "Traceback" not in rest
     assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
     assert not list((tmp_path / "run").glob("*report*"))
 

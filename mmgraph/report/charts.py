@@ -13,6 +13,7 @@ from mmgraph.evaluation import FIXED, TRAINED
 from mmgraph.report.history import Run, thinned
 
 MOST_POINTS = 1_000  # of a curve
+FEW_POINTS = 50  # of a curve, each of which is marked
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
 CURVES = {
@@ -56,7 +57,7 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
     for key, title in CURVES.items():
         lines = []
         for run, colour in zip(runs, colours(len(runs)), strict=True):
-            if key in run.steps:
+            if np.isfinite(run.steps.get(key, np.empty(0))).any():
                 steps, values, size = thinned(run.steps, key, MOST_POINTS)
                 most = max(most, size)
                 lines.append(Line(run.name, steps, values, colour, marked=len(steps) == 1))
@@ -65,31 +66,47 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
     return charts, most
 
 
-def ranks(runs: Sequence[Run]) -> list[Chart]:
-    """MRR and Hits over training: of one run all embeddings, of several ``z_graph`` and each run's best baseline."""
-    runs = [run for run in runs if "eval/z_graph/mrr" in run.evaluations]
-    return [_chart(f"eval/{metric}", title, _rank_lines(runs, metric)) for metric, title in RANKS.items() if runs]
+class RankLine(NamedTuple):
+    """Which embeddings of which run a chart of ranks shows, and how."""
+
+    run: Run
+    kind: str
+    label: str
+    colour: str
+
+    @property
+    def dashed(self) -> bool:
+        return self.kind in BASELINES
 
 
-def _rank_lines(runs: Sequence[Run], metric: str) -> list[Line]:
+def rank_lines(runs: Sequence[Run]) -> list[RankLine]:
+    """Of one run all embeddings; of several, ``z_graph`` and the baseline of the best MRR of each that evaluates."""
+    if len(runs) == 1:
+        kinds = [kind for kind in (*TRAINED, *BASELINES) if f"eval/{kind}/mrr" in runs[0].evaluations]
+        return [RankLine(runs[0], kind, kind, colour) for kind, colour in zip(kinds, COLOURS, strict=False)]
     lines = []
     for run, colour in zip(runs, colours(len(runs)), strict=True):
-        columns = run.evaluations
-        if len(runs) == 1:
-            shown = [(name, COLOURS[number]) for number, name in enumerate((*TRAINED, *BASELINES))]
-        else:
-            shown = [("z_graph", colour), (best_baseline(run, metric), colour)]
-        for name, of_line in shown:
-            values = columns.get(f"eval/{name}/{metric}")
-            if values is not None:
-                label = name if len(runs) == 1 else f"{run.name}: {name}"
-                lines.append(Line(label, columns["step"], values, of_line, name in BASELINES, len(values) < 50))
+        last = {kind: run.evaluations[f"eval/{kind}/mrr"][-1] for kind in ("z_graph", *BASELINES)
+                if f"eval/{kind}/mrr" in run.evaluations}  # fmt: skip
+        best = max((kind for kind in last if kind in BASELINES), key=lambda kind: float(last[kind]), default="")
+        lines += [RankLine(run, kind, f"{run.name}: {kind}", colour) for kind in last if kind in ("z_graph", best)]
     return lines
 
 
-def best_baseline(run: Run, metric: str = "mrr") -> str:
-    """Which of :data:`BASELINES` a run's last evaluation has ranked best."""
-    return max(BASELINES, key=lambda name: float(run.evaluations.get(f"eval/{name}/{metric}", np.zeros(1))[-1]))
+def ranks(lines: Sequence[RankLine]) -> list[Chart]:
+    """MRR and Hits over training."""
+    charts = []
+    for metric, title in RANKS.items():
+        drawn = []
+        for line in lines:
+            columns = line.run.evaluations
+            values = columns.get(f"eval/{line.kind}/{metric}", np.empty(0))
+            if np.isfinite(values).any():
+                marked = len(values) < FEW_POINTS
+                drawn.append(Line(line.label, columns["step"], values, line.colour, line.dashed, marked))
+        if drawn:
+            charts.append(_chart(f"eval/{metric}", title, drawn))
+    return charts
 
 
 def colours(count: int) -> list[str]:

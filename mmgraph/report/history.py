@@ -13,6 +13,7 @@ from mmgraph.environment import read_starts
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table
 
+METRICS = ("mrr", "hits@1", "hits@3", "hits@10")
 Columns = dict[str, np.ndarray]
 
 
@@ -74,7 +75,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
                 row["step"] = int(row["step"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 if not line.endswith(b"\n"):  # the run is writing it
                     return
                 raise UserError(f"{path}, line {number}: no row of a step") from None
@@ -107,9 +108,26 @@ def _read_table(path: Path) -> Table | None:
         return None
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        return table if table["embeddings"] is not None else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_table(table)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not an evaluation ({type(error).__name__}: {error})") from None
+    return table
+
+
+def _check_table(table: Table) -> None:
+    """Raise what a table that is not as :meth:`mmgraph.evaluation.Evaluation.table` makes it raises."""
+    kinds = list(table["embeddings"])
+    if not kinds:
+        raise ValueError("of no embeddings")
+    numbers = [table["edges"], table["nodes"], table.get("step", 0)]
+    for kind in kinds:
+        numbers += [table[group][kind][metric] for group in ("embeddings", "sampled") for metric in METRICS]
+        numbers += [values[kind] for values in table["relations"].values()]
+    numbers += [values["edges"] for values in table["relations"].values()]
+    for name in ("retrieval", "retrieval_shuffled"):
+        numbers += [table[name][key] for key in ("images", "r@1", "r@10") if table.get(name)]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError("a figure is no number")
 
 
 def thinned(columns: Columns, name: str, most: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -1,5 +1,6 @@
 """Makes the page: of runs' folders, and at the end of a run."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from mmgraph.report.figures import figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
-from mmgraph.shares import embed_share, gather_shares
+from mmgraph.shares import embed_share, gather_on_main
 from mmgraph.text_log import log
-from mmgraph.world import on_main_process, together
+from mmgraph.world import from_main_process, on_main_process, together
 
 KIND = "z_graph"
 FILE = "report.html"
@@ -43,37 +44,43 @@ def report(
     Raises:
         UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
     """
-    together(accelerator, lambda: _check_output(output))
     runs = together(accelerator, lambda: read_runs(folders))
+    target = together(accelerator, lambda: _writable(output))
     shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
     def write() -> None:
-        with told_of_disk(output.parent, "make room, or give --output"):
-            write_page(output, shown)
-        log(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+        with told_of_disk(target.parent, "make room, or give --output"):
+            write_page(target, shown)
+        log(f"report: {output} ({target.stat().st_size / 1e6:.1f} MB)")
 
     on_main_process(accelerator, write)
 
 
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; give a file")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: no such folder as {output.parent}")
+def _writable(output: Path) -> Path:
+    """The file itself, where the path is a link. Raises :class:`UserError` where no page can be put there."""
+    target = output.resolve()
+    if target.exists() and not target.is_file():
+        raise UserError(f"--output {output}: is no regular file; give the name of one")
+    if not target.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--output {output}: {target.parent} cannot be written to; give another")
+    return target
 
 
 def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], most: int) -> Shown:
+    """A run with what is shown of its nodes, or why nothing is; on the main process."""
     try:
-        checkpoint = last_checkpoint(run.folder)
+        checkpoint = from_main_process(accelerator, lambda: last_checkpoint(run.folder))
         config = settings_of(checkpoint, dict(given))
         inference = open_checkpoint(checkpoint, config, accelerator)
+        asked = together(accelerator, lambda: [_asked(query, inference) for query in queries])
+        found = node_vectors(inference, config, accelerator, KIND, kept_in(checkpoint))
     except UserError as error:
         if queries:
             raise
         log(f"{run.folder}: no map and no nearest nodes: {error}")
         return Shown(run, None, str(error))
-    asked = together(accelerator, lambda: [_asked(query, inference) for query in queries])
-    found = node_vectors(inference, config, accelerator, KIND, kept_in(checkpoint))
     of_run = NodesOfRun(inference.nodes, inference.paths, found, config.truncated_images, config.seed, checkpoint.name)
     shown: list[Shown] = []
 
@@ -85,11 +92,12 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The final file of a run, else that of its last epoch. Raises :class:`UserError` where there is none."""
-    final, epochs = checkpoints.final_file(folder), checkpoints.epoch_files(folder)
-    if not final.is_file() and not epochs:
-        raise UserError("it has written no checkpoint yet")
-    return final if final.is_file() else epochs[-1]
+    """The epoch or final file of a run that was written last. Raises :class:`UserError` where there is none."""
+    final = checkpoints.final_file(folder)
+    found = [path for path in (*checkpoints.epoch_files(folder), final) if path.is_file()]
+    if not found:
+        raise UserError(f"{folder} has written no checkpoint yet")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
 
 
 def _asked(query: Query, inference: Inference) -> Asked:
@@ -100,7 +108,7 @@ def _asked(query: Query, inference: Inference) -> Asked:
 def end_of_run(
     config: Config, accelerator: Accelerator, graph: Graph, module: TrainedModule, outputs: NodeOutputs
 ) -> Figures | None:
-    """Write ``report.html`` into a run's folder; a failure to is a line, and ends nothing.
+    """Write ``report.html`` into a run's folder.
 
     Called by all ranks, which embed the nodes together; then the main process works alone, and none waits for it.
 
@@ -109,23 +117,20 @@ def end_of_run(
         outputs: of the graph's nodes.
 
     Returns:
-        What trackers are to show of it; None on other ranks, and where there is no page.
+        What trackers are to show of it; None on other ranks.
     """
-    own = embed_share(accelerator, module.embeddings, outputs, (KIND,))
-    vectors, causes = (gather_shares(accelerator, own[name], len(graph.nodes)) for name in (KIND, "causes"))
+    output = config.output_folder
+    own = together(accelerator, lambda: embed_share(accelerator, module.embeddings, outputs, (KIND,)))
+    vectors, causes = (gather_on_main(accelerator, own[name], len(graph.nodes)) for name in (KIND, "causes"))
     if not accelerator.is_main_process:
         return None
-    output = config.output_folder
+    run, name = read_run(output), checkpoints.final_file(output).name
     try:
-        found = NodeVectors(unit(vectors), causes.cpu().numpy())
-        name = checkpoints.final_file(output).name
+        found = NodeVectors(unit(vectors), causes.numpy())
         of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)
-        nodes = show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out))
-        shown = Shown(read_run(output), nodes, "")
-        write_page(output / FILE, [shown])
-        log(f"report: {output / FILE}")
-        return figures(shown)
-    except Exception as error:  # the run is done, whatever this is
-        reason = " ".join(str(error).split())
-        log(f"no report ({type(error).__name__}: {reason}); mmgraph report {output} makes one")
-        return None
+        shown = Shown(run, show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
+    except UserError as error:  # embeddings that are not finite
+        shown = Shown(run, None, str(error))
+    write_page(output / FILE, [shown])
+    log(f"report: {output / FILE}")
+    return figures(shown)

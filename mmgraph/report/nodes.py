@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 
 from mmgraph.images import CAUSES
 from mmgraph.loader.node_inputs import node_text
-from mmgraph.nearest import Links, Match, name_of, nearest
+from mmgraph.nearest import Links, Match, name_of, nearest, plain
 from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import NodeVectors
 from mmgraph.report.pictures import thumbnails
@@ -21,7 +21,7 @@ MAP_NODES = 2_000  # of all reports on one page
 GALLERY_NODES, NEAREST = 12, 8
 MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
 EXAMPLES = 3  # of nodes without their whole picture, by cause
-MOST_TEXT = 160  # characters
+MOST_TEXT = 160  # characters of a name, a text, a path
 PERPLEXITY = 30.0
 FEWEST = 8  # nodes that t-SNE arranges
 
@@ -65,6 +65,7 @@ class Nodes(NamedTuple):
     map: list[Node]  # the sample, in the order of the table
     places: np.ndarray  # (len(map), 2) in 0 to 1
     gallery: list[Entry]
+    asked: int  # of the gallery, the first
     edges_known: bool
     causes: list[Cause]
     seed: int
@@ -112,6 +113,7 @@ def show_nodes(
         _nodes(graph, sample.tolist(), MAP_SIDE),
         arrange(graph.found.vectors[sample], graph.seed),
         _gallery(graph, chosen, links),
+        len(asked),
         links is not None,
         _causes(graph),
         graph.seed,
@@ -150,13 +152,13 @@ def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
     values = [nodes[row] for row in rows]
     pictures = thumbnails([graph.paths.resolve(value["image_path"]) for value in values], side, graph.truncated_images)
     return [
-        Node(row, str(ids[row]), name_of(nodes, row), _short(node_text(value)), picture)
+        Node(row, _short(str(ids[row])), _short(name_of(nodes, row)), _short(node_text(value)), picture)
         for row, value, picture in zip(rows, values, pictures, strict=True)
     ]
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = plain(text)
     return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
 
 
@@ -176,7 +178,7 @@ def _gallery(graph: NodesOfRun, chosen: Sequence[Asked], links: Links | None) ->
 
 def _new_node(graph: NodesOfRun, one: Asked) -> Node:
     [picture] = thumbnails([one.image], GALLERY_SIDE, graph.truncated_images)
-    return Node(None, "not in the graph", one.name, "", picture)
+    return Node(None, "not in the graph", _short(one.name), "", picture)
 
 
 def _neighbor(one: Asked, match: Match, node: Node, links: Links | None) -> Neighbor:
@@ -197,4 +199,4 @@ def _causes(graph: NodesOfRun) -> list[Cause]:
 
 def _example(graph: NodesOfRun, row: int, ids: Any) -> str:
     path = graph.nodes[row]["image_path"]
-    return f"{ids[row]}: {path}" if path else str(ids[row])
+    return _short(f"{ids[row]}: {path}" if path else str(ids[row]))

@@ -12,9 +12,9 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmgraph.config import Config
-from mmgraph.evaluation import TRAINED, Table
+from mmgraph.evaluation import Table
 from mmgraph.files import write_durably
-from mmgraph.report.charts import BASELINES, COLOURS, RANKS, Chart, best_baseline, colours, curves, node_map, ranks
+from mmgraph.report.charts import BASELINES, RANKS, Chart, colours, curves, node_map, rank_lines, ranks
 from mmgraph.report.history import Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
@@ -46,7 +46,8 @@ def page(shown: Sequence[Shown]) -> str:
     environment.filters |= {"uri": as_uri, "digits": digits}
     runs = [one.run for one in shown]
     charts, steps_a_point = curves(runs)
-    rank_charts = ranks(runs)
+    lines = rank_lines(runs)
+    rank_charts = ranks(lines)
     maps = [node_map_of(number, one.nodes, len(shown)) for number, one in enumerate(shown)]
     everything = [*charts, *rank_charts, *(chart for chart, _ in filter(None, maps))]
     template = environment.get_template("page.html")
@@ -55,7 +56,7 @@ def page(shown: Sequence[Shown]) -> str:
         curves=charts,
         steps_a_point=steps_a_point,
         ranks=rank_charts,
-        rank_legend=_rank_legend(runs),
+        rank_legend=lines,
         charts=everything,
         settings=_settings(runs),
         starts=[(run.name, list(_start(run.starts))) for run in runs],
@@ -90,30 +91,22 @@ def _called(node: Node) -> str:
     return node.name if node.name == node.node_id else f"{node.name} ({node.node_id})"
 
 
-def _rank_legend(runs: Sequence[Run]) -> list[tuple[str, str, bool]]:
-    """Label, colour, and whether the line is dashed."""
-    evaluated = [run for run in runs if "eval/z_graph/mrr" in run.evaluations]
-    if len(evaluated) == 1:
-        names = (*TRAINED, *BASELINES)
-        return [(name, colour, name in BASELINES) for name, colour in zip(names, COLOURS, strict=False)]
-    found = []
-    for run, colour in zip(evaluated, colours(len(evaluated)), strict=True):
-        found += [(f"{run.name}: z_graph", colour, False), (f"{run.name}: {best_baseline(run)}", colour, True)]
-    return found
-
-
 def _summary(run: Run) -> list[tuple[str, str]]:
     """What a reader wants to know first."""
     steps = run.steps
     if not steps:
         return [("steps", "none yet")]
-    last = slice(-SUMMARY_STEPS, None)
-    found = [
-        ("steps", f"{int(steps['step'][-1]):,}"),
-        ("epoch", f"{int(steps['epoch'][-1]):,} of {run.settings.get('epochs', '?')}"),
-        (f"loss, mean of the last {len(steps['loss'][last])} steps", digits(float(np.nanmean(steps["loss"][last])))),
-        ("edges/s, median of these", f"{float(np.nanmedian(steps['edges_per_s'][last])):,.0f}"),
-    ]
+    found = [("steps", f"{int(steps['step'][-1]):,}")]
+    if "epoch" in steps:
+        found.append(("epoch", f"{int(steps['epoch'][-1]):,} of {run.settings.get('epochs', '?')}"))
+    for key, what, mean, show in (
+        ("loss", "loss, mean", np.mean, digits),
+        ("edges_per_s", "edges/s, median", np.median, lambda value: f"{value:,.0f}"),
+    ):
+        values = steps.get(key, np.empty(0))[-SUMMARY_STEPS:]
+        values = values[np.isfinite(values)]
+        if len(values):
+            found.append((f"{what} of the last {len(values)} steps", show(float(mean(values)))))
     if run.table is not None:
         embeddings = run.table["embeddings"]
         name = "z_graph" if "z_graph" in embeddings else next(iter(embeddings))
@@ -146,8 +139,8 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str], str]]:
     fields = {field.name: field for field in dataclasses.fields(Config)}
     found = []
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = [run.settings.get(name) for run in runs]
-        field = fields.get(name)
+        field = fields.get(name)  # of a newer version, where an older run has none
+        values = [run.settings.get(name, field.default if field else None) for run in runs]
         changed = field is None or any(value != field.default for value in values)
         kind = "differs" if any(value != values[0] for value in values) else "changed" if changed else "default"
         found.append((name, field.metadata["help"] if field else "", [_plain(value) for value in values], kind))
@@ -163,7 +156,8 @@ def _plain(value: Any) -> str:
 def _start(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Each start of a run: a title, and what it ran on."""
     for start in starts:
-        versions = start.get("versions") or {}
+        versions, step = start.get("versions"), start.get("from_step")
         own = {name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")}
-        rows = [(name, str(value)) for name, value in {**own, **versions}.items() if value is not None]
-        yield f"from step {start.get('from_step', 0):,}", rows
+        rows = {**own, **(versions if isinstance(versions, dict) else {})}
+        title = f"from step {step:,}" if isinstance(step, int) else "of a run"
+        yield title, [(name, str(value)) for name, value in rows.items() if value is not None]

@@ -1,7 +1,8 @@
-"""Small pictures of nodes, as the towers see them, for a page and for trackers."""
+"""Small pictures of nodes, decoded as for the towers, for a page and for trackers."""
 
 import base64
 import io
+import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +12,20 @@ from PIL import Image
 
 from mmgraph.images import CAUSES, read_image
 
-WORKERS = 4  # decoders of JPEG and PNG let go of Python's lock
+WORKERS = 2  # decoders of JPEG and PNG let go of Python's lock; each may hold a picture of 179 million pixels
+SECONDS = 120  # after which the pictures that are left are not read
 QUALITY = 70
 
 
 def thumbnails(
     image_paths: Sequence[str | None], side: int, truncated: Literal["partial", "black"]
 ) -> list[Image.Image | None]:
-    """Pictures of at most ``side`` x ``side`` pixels; None where there is none, or the towers see all of it black."""
+    """Pictures of at most ``side`` x ``side`` pixels; None where towers see all black, or :data:`SECONDS` are over."""
+    deadline = time.monotonic() + SECONDS
 
     def small(path: str | None) -> Image.Image | None:
+        if time.monotonic() > deadline:
+            return None
         pixels, cause = read_image(path, truncated)
         if cause and (truncated == "black" or CAUSES[cause] != "truncated"):
             return None
@@ -31,7 +36,10 @@ def thumbnails(
     # Threads save and restore the filters of warnings over each other, so what is restored must ignore them too.
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore")
-        return list(pool.map(small, image_paths))
+        try:
+            return list(pool.map(small, image_paths))
+        finally:
+            pool.shutdown(cancel_futures=True)  # where it is interrupted
 
 
 def as_uri(picture: Image.Image) -> str:
