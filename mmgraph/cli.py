@@ -233,16 +233,18 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 def _neighbors(given: argparse.Namespace) -> None:
     from mmgraph.encode import FEATURES
-    from mmgraph.inference import find_checkpoint, newest_run, settings_of
+    from mmgraph.inference import find_checkpoint, last_checkpoint, newest_run, settings_of
     from mmgraph.nearest import neighbors, query_of
-    from mmgraph.world import build_accelerator
+    from mmgraph.world import build_accelerator, from_main_process
 
     query = query_of(given.node, given.text, given.image)
     if given.embedding not in FEATURES:
         raise UserError(f"--embedding {given.embedding}: must be one of {', '.join(FEATURES)}")
-    checkpoint = find_checkpoint(given.source or newest_run())
-    config = settings_of(checkpoint, _of_run(given))
+    source = given.source or newest_run()
     accelerator = build_accelerator()
+    find = last_checkpoint if source.is_dir() else find_checkpoint
+    checkpoint = from_main_process(accelerator, lambda: find(source))  # a run may be writing them
+    config = settings_of(checkpoint, _of_run(given))
     neighbors(checkpoint, config, accelerator, query, given.embedding, given.top_k)
     accelerator.end_training()
 

@@ -51,6 +51,15 @@ def find_checkpoint(source: Path) -> Path:
     return checkpoint
 
 
+def last_checkpoint(folder: Path) -> Path:
+    """The epoch or final file of a run that was written last. Raises :class:`UserError` where there is none."""
+    final = checkpoints.final_file(folder)
+    found = [path for path in (*checkpoints.epoch_files(folder), final) if path.is_file()]
+    if not found:
+        raise UserError(f"{folder} has written no checkpoint yet")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
+
+
 def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
     """The settings of the run that a checkpoint lies in, but for those that are given (and not None).
 
@@ -67,6 +76,11 @@ def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
         of_the_run = config_of({name: run[name] for name in OF_THE_RUN if name in run})
     except UserError as error:
         raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
+    if "nodes" not in given and not Path(of_the_run.nodes).exists():
+        raise UserError(
+            f"{of_the_run.nodes}, of {checkpoint.parent.parent / 'config.yaml'}, is not there: run this where training "
+            "was started, or give --nodes, --image_root and --model_name"
+        )
     return dataclasses.replace(of_the_run, **given)
 
 

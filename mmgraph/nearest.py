@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from mmgraph.checkpoints import run_settings
 from mmgraph.config import Config
+from mmgraph.demo_towers import is_stand_in
 from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
 from mmgraph.graph import load_edges
@@ -54,7 +55,9 @@ class Query(NamedTuple):
 
 def query_of(node: str | None, text: str | None, image: str | None) -> Query:
     """A query of flags. Raises :class:`UserError` where they ask for nothing, or for two things."""
-    if (node is None) == (text is None and image is None):
+    if node is not None and (text is not None or image is not None):
+        raise UserError("--node is a node of the graph, --text and --image are a new one's: give one of the two")
+    if node is None and text is None and image is None:
         raise UserError("nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node")
     for flag, value in (("node", node), ("text", text), ("image", image)):
         if value is not None and not value.strip():
@@ -125,6 +128,9 @@ def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]
     """Up to three rows whose ids or names hold the name, or whose names are spelt alike."""
     if not name.strip():
         return []
+    same = _where(pc.equal(pc.utf8_lower(names), name.lower()))[:3]
+    if len(same):
+        return [int(row) for row in same]
     held = [_where(pc.match_substring(column, name, ignore_case=True))[:3] for column in (ids, names)]
     rows = np.unique(np.concatenate(held))[:3]
     if not len(rows):
@@ -222,6 +228,10 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
         row, vector = (wanted, found.vectors[wanted]) if isinstance(wanted, int) else (None, wanted)
         [matches] = nearest(found.vectors, vector[None], count, [row])
         links = None if row is None else links_of([row], inference, config)
+        if query.node is None and not (query.text and query.image):
+            log(f"without {'an image: a black picture' if query.text else 'a text: one space'} stands in for it")
+        if row is None and is_stand_in(config.model_name):
+            log("the towers are untrained stand-ins with random weights: they know nothing of a new text or image")
         log(_title(query, row, inference.nodes, checkpoint, kind))
         for line in _table(matches, inference.nodes, row, links):
             log(line)

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, PanTool, Range1d, ResetTool, WheelZoomTool
+from bokeh.models import (
+    BasicTickFormatter,
+    ColumnDataSource,
+    DataRange1d,
+    HoverTool,
+    PanTool,
+    Range1d,
+    ResetTool,
+    WheelZoomTool,
+)
 from bokeh.plotting import figure
 
 from mmgraph.evaluation import FIXED, TRAINED
@@ -102,7 +111,7 @@ def ranks(lines: Sequence[RankLine]) -> list[Chart]:
             columns = line.run.evaluations
             values = columns.get(f"eval/{line.kind}/{metric}", np.empty(0))
             if np.isfinite(values).any():
-                marked = len(values) < FEW_POINTS
+                marked = len(values) == 1 or (len(values) < FEW_POINTS and not line.dashed)
                 drawn.append(Line(line.label, columns["step"], values, line.colour, line.dashed, marked))
         if drawn:
             charts.append(_chart(f"eval/{metric}", title, drawn))
@@ -126,6 +135,8 @@ def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, mode="vline"))
     low, high = _extent(lines, from_zero=key in FROM_ZERO or key.startswith("eval/"))
     plot.y_range = Range1d(start=low, end=high)
+    plot.yaxis.formatter = BasicTickFormatter(precision=1) if key == "lr" else BasicTickFormatter()
+    plot.xaxis.axis_label = "step"
     return Chart(key, title, _embedded(plot))
 
 
@@ -170,7 +181,7 @@ def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
     # Pictures cannot be hit by a pointer: an unseen dot of their size can.
     size, alpha = (26, 0.0) if pictured else (6, 0.6)
     dots = plot.scatter("x", "y", source=source, size=size, color=COLOURS[0], alpha=alpha)
-    plot.add_tools(HoverTool(renderers=[dots], tooltips=tip))
+    plot.add_tools(HoverTool(renderers=[dots], tooltips=tip, limit=2))
 
 
 def _embedded(plot: Any) -> str:

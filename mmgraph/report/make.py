@@ -12,7 +12,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.files import told_of_disk
 from mmgraph.graph import Graph
-from mmgraph.inference import Inference, open_checkpoint, settings_of
+from mmgraph.inference import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.metrics import Figures
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.nearest import Links, Query, asked_for, kept_in, links_of
@@ -89,15 +89,6 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
 
     on_main_process(accelerator, show)
     return shown[0] if shown else Shown(run, None, "")
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The epoch or final file of a run that was written last. Raises :class:`UserError` where there is none."""
-    final = checkpoints.final_file(folder)
-    found = [path for path in (*checkpoints.epoch_files(folder), final) if path.is_file()]
-    if not found:
-        raise UserError(f"{folder} has written no checkpoint yet")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
 
 
 def _asked(query: Query, inference: Inference) -> Asked:

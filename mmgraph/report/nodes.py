@@ -67,6 +67,7 @@ class Nodes(NamedTuple):
     gallery: list[Entry]
     asked: int  # of the gallery, the first
     edges_known: bool
+    mean_similarity: float  # of two nodes of the sample
     causes: list[Cause]
     seed: int
 
@@ -115,9 +116,16 @@ def show_nodes(
         _gallery(graph, chosen, links),
         len(asked),
         links is not None,
+        _mean_similarity(graph.found.vectors[sample]),
         _causes(graph),
         graph.seed,
     )
+
+
+def _mean_similarity(vectors: np.ndarray) -> float:
+    """Of two different ones of (M, d) unit vectors, on average."""
+    count, total = len(vectors), vectors.sum(axis=0, dtype=np.float64)
+    return float(total @ total - count) / (count * (count - 1)) if count > 1 else 1.0
 
 
 def _for_gallery(graph: NodesOfRun, drawn: np.ndarray) -> list[int]:

@@ -12,6 +12,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmgraph.config import Config
+from mmgraph.demo_towers import is_stand_in
 from mmgraph.evaluation import Table
 from mmgraph.files import write_durably
 from mmgraph.report.charts import BASELINES, RANKS, Chart, colours, curves, node_map, rank_lines, ranks
@@ -61,6 +62,7 @@ def page(shown: Sequence[Shown]) -> str:
         settings=_settings(runs),
         starts=[(run.name, list(_start(run.starts))) for run in runs],
         tables=[(run, run.table and list(_table(run.table)), relations_of(run.table)) for run in runs],
+        stand_ins=[run.name for run in runs if is_stand_in(str(run.settings.get("model_name")))],
         summaries=[_summary(run) for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         style=files("mmgraph.report").joinpath("page.css").read_text(encoding="utf-8"),
@@ -110,7 +112,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     if run.table is not None:
         embeddings = run.table["embeddings"]
         name = "z_graph" if "z_graph" in embeddings else next(iter(embeddings))
-        found.append((f"MRR of {name}", digits(embeddings[name]["mrr"])))
+        at = f", step {run.table['step']:,}" if "step" in run.table else ""
+        found.append((f"MRR of {name}{at}", digits(embeddings[name]["mrr"])))
         others = {name: embeddings[name]["mrr"] for name in BASELINES if name in embeddings}
         if others:
             best = max(others, key=lambda name: others[name])
@@ -158,6 +161,6 @@ def _start(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tupl
     for start in starts:
         versions, step = start.get("versions"), start.get("from_step")
         own = {name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")}
-        rows = {**own, **(versions if isinstance(versions, dict) else {})}
+        rows = {"started": own.pop("time", None), **own, **(versions if isinstance(versions, dict) else {})}
         title = f"from step {step:,}" if isinstance(step, int) else "of a run"
         yield title, [(name, str(value)) for name, value in rows.items() if value is not None]
