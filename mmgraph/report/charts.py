@@ -143,8 +143,6 @@ def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
 def _extent(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
     """The values that an axis spans, with a little room."""
     values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
-    if not len(values):
-        return 0.0, 1.0
     low, high = float(values.min()), float(values.max())
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return (min(0.0, low) if from_zero else low - room), high + room
