@@ -119,7 +119,7 @@ def test_demo_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert train_main(["--demo", "--max_steps=3"]) == 0
     out = capsys.readouterr().out
     assert "untrained stand-ins" in out and "--model_name openai/clip-vit-base-patch32" in out
-    assert "building the demo graph in data/demo" in out and out.splitlines()[-2].startswith("done: runs/demo/")
+    assert "building the demo graph in data/demo" in out and out.splitlines()[-3].startswith("done: runs/demo/")
     assert out.splitlines()[-1] == "report: runs/demo/report.html" and Path("runs/demo/report.html").is_file()
 
 

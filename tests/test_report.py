@@ -176,10 +176,12 @@ def test_a_picture_is_told_under_the_pointer(demo: Path, browser: Browser) -> No
           const root = Bokeh.documents.flatMap((d) => d.roots()).find((root) => root.name === "map-0");
           const source = root.renderers.map((one) => one.data_source)
             .find((one) => one.columns().includes("picture") && one.get("picture").length);
+          const [x, y] = ["x", "y"].map((name) => source.get_array(name));
+          const far = x.map((_, i) => Math.min(...x.map((_, j) => i === j ? 9 : Math.hypot(x[i] - x[j], y[i] - y[j]))));
+          const one = far.indexOf(Math.max(...far));  // of a picture that no other covers
           const frame = Bokeh.index.find_one(root).frame;
-          return [frame.bbox.left + frame.x_scale.compute(source.get_array("x")[7]),
-                  frame.bbox.top + frame.y_scale.compute(source.get_array("y")[7]) - frame.bbox.top,
-                  source.get("name")[7]];
+          const [left, top] = [frame.bbox.left + frame.x_scale.compute(x[one]), frame.y_scale.compute(y[one])];
+          return [left, top, source.get("name")[one]];
         }""")
         box = chart.bounding_box()
         assert box is not None
