@@ -94,7 +94,7 @@ class Trackers:
         for follower in self._followers:
             follower.write(row)
 
-    def show(self, step: int, figures: "Figures", page: Path) -> None:
+    def show(self, step: int, figures: Figures, page: Path) -> None:
         """Show what a report has beyond the metrics.
 
         Args:

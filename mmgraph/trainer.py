@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from mmgraph import checkpoints, consolidation, state, zero
 from mmgraph.batches import build_loader
@@ -178,7 +179,7 @@ class Trainer:
                         self.save()
                 self.save()
             self._say_goodbye()
-            if self.config.report and self.done and not self.stopping:
+            if self.config.report and self.done and not any(gather_object([self.stop.requested])):
                 self.report()
         return EXIT_CODE if self.stopping and not self.done else 0
 

@@ -25,6 +25,7 @@ from mmgraph.demo_towers import build_towers
 from mmgraph.report import make
 from mmgraph.report.history import read_run, thinned
 from mmgraph.report.nodes import arrange
+from mmgraph.trainer import Trainer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MOST_BYTES = 10_000_000
@@ -610,6 +611,24 @@ def test_long_names_and_links_as_output(graph: Path, runs: Path, browser: Browse
     with Opened(browser, tmp_path / "page.html", 390) as opened:
         assert opened.page.evaluate("document.documentElement.scrollHeight") < 20_000
         opened.check()
+
+
+def test_a_run_that_is_asked_to_stop_makes_no_report(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the signal comes in the last save, when all steps are done."""
+    save = Trainer.save
+
+    def stopped(self: Trainer) -> None:
+        save(self)
+        if self.done and not self.stop.requested:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    monkeypatch.setattr(Trainer, "save", stopped)
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
+    out = capsys.readouterr().out
+    assert "done: " in out and "report" not in out and not (tmp_path / "run/report.html").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
