@@ -628,7 +628,7 @@ def test_a_run_that_is_asked_to_stop_makes_no_report(
     monkeypatch.setattr(Trainer, "save", stopped)
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
     out = capsys.readouterr().out
-    assert "done: " in out and "report" not in out and not (tmp_path / "run/report.html").exists()
+    assert "done: " in out and "\nreport: " not in out and not (tmp_path / "run/report.html").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
