@@ -50,8 +50,8 @@ def fill(blocks: "Blocks", accelerator: Accelerator, others: int = 0) -> None:
     if done:
         log(f"goes on: {done:,} of {total:,} nodes were embedded before")
     with bar(accelerator, total, done, "node") as shown:
-        for done in work_together(accelerator, telling(blocks.make(missing[rank::world_size]), shown, blocks.output)):
-            shown.update(done)
+        for count in work_together(accelerator, telling(blocks.make(missing[rank::world_size]), shown, blocks.output)):
+            shown.update(count)
     together(accelerator, lambda: blocks.wait_for(missing))
 
 
@@ -109,10 +109,6 @@ class Blocks:
     def file(self, number: int) -> Path:
         return self.folder / f"{number:08d}.safetensors"
 
-    def move(self, output: Path) -> None:
-        """Keep the blocks below another folder."""
-        self.output, self.folder = output, output / self.folder.name
-
     def make_folder(self, others: int) -> None:
         """Make the folder of the blocks, and remove those of other features but the last ``others``."""
         found = [folder for folder in self.folder.parent.glob(".blocks-*") if folder != self.folder]
@@ -141,7 +137,7 @@ class Blocks:
         deadline = time.monotonic() + SHOWN_SECONDS
         while not all(self.file(number).is_file() for number in numbers):
             if time.monotonic() > deadline:
-                raise UserError(f"--output_dir {self.folder.parent}: must be one folder that all machines see")
+                raise UserError(f"{self.output}: must be one folder that all machines see")
             time.sleep(1)
 
     def _images(self, number: int) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -169,8 +170,7 @@ class _Follower:
         return not self._off
 
     def write(self, row: Mapping[str, Any]) -> None:
-        values = {name: value for name, value in row.items() if name != "step" and value is not None}
-        self.do(lambda tracker: tracker.log(values, step=row["step"]))
+        self.do(partial(_log_row, row))
 
     def do(self, job: Callable[[Any], object]) -> None:
         """Have the tracker do something, after all that came before."""
@@ -213,6 +213,11 @@ class _Follower:
                 log(f"{self._name} is off{'' if doing == 'start' else ' from here'}: {_said(error)}")
             self._off = True
             self._started.set()
+
+
+def _log_row(row: Mapping[str, Any], tracker: Any) -> None:
+    values = {name: value for name, value in row.items() if name != "step" and value is not None}
+    tracker.log(values, step=row["step"])
 
 
 def _show_wandb(tracker: Any, step: int, figures: Figures, page: Path) -> None:

@@ -1,10 +1,10 @@
 """The nodes nearest to a node, or to a text or an image that is not in the graph: exact, by cosine similarity."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,15 +39,16 @@ class Match(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What is asked for: a node of the graph by id or name; or a text, an image file, or both, of a new one."""
+    """What is asked for: a node of the graph by id or name; or a text, an image file, or both, of a new one.
+
+    As text, of a new one.
+    """
 
     node: str | None = None
     text: str | None = None
     image: str | None = None
 
     def __str__(self) -> str:
-        if self.node is not None:
-            return f"node {self.node}"
         return " and ".join(
             part for part in (self.text and f"text '{self.text}'", self.image and f"image {self.image}") if part
         )
@@ -77,8 +78,6 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[
         queries: (Q, d) float32, of unit length.
         own: the row of each query, which is no answer; None of one that is no node.
     """
-    if not len(queries):
-        return []
     asked = min(len(vectors), count + 1)
     search = NearestNeighbors(n_neighbors=asked, algorithm="brute").fit(vectors)  # of unit vectors: the order of cosine
     found = search.kneighbors(queries, return_distance=False)  # (Q, asked)
@@ -126,8 +125,6 @@ def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]:
     """Up to three rows whose ids or names hold the name, or whose names are spelt alike."""
-    if not name.strip():
-        return []
     same = _where(pc.equal(pc.utf8_lower(names), name.lower()))[:3]
     if len(same):
         return [int(row) for row in same]
@@ -172,9 +169,14 @@ class Links:
 
 def name_of(nodes: NodeTable, row: int) -> str:
     """A node's ``short_name``, else its id."""
-    name = nodes[row].get("short_name")
+    return name_in(nodes[row], str(nodes.column("node_id")[row]))
+
+
+def name_in(node: Mapping[str, Any], node_id: str) -> str:
+    """:func:`name_of` of a row that was read."""
+    name = node.get("short_name")
     shown = plain(name) if isinstance(name, str) else ""
-    return shown or plain(str(nodes.column("node_id")[row]))
+    return shown or plain(node_id)
 
 
 def plain(text: str) -> str:
@@ -228,7 +230,7 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
         row, vector = (wanted, found.vectors[wanted]) if isinstance(wanted, int) else (None, wanted)
         [matches] = nearest(found.vectors, vector[None], count, [row])
         links = None if row is None else links_of([row], inference, config)
-        if query.node is None and not (query.text and query.image):
+        if row is None and not (query.text and query.image):
             log(f"without {'an image: a black picture' if query.text else 'a text: one space'} stands in for it")
         if row is None and is_stand_in(config.model_name):
             log("the towers are untrained stand-ins with random weights: they know nothing of a new text or image")

@@ -17,7 +17,7 @@ from mmgraph.errors import UserError
 from mmgraph.files import locked
 from mmgraph.inference import Inference
 from mmgraph.text_log import log
-from mmgraph.world import from_main_process, on_main_process
+from mmgraph.world import from_main_process, together
 
 KEPT = 3  # of other checkpoints: a process may be reading one
 
@@ -27,6 +27,9 @@ class NodeVectors(NamedTuple):
 
     vectors: np.ndarray  # (N, d) float32, of unit length
     causes: np.ndarray  # (N,) uint8, indices into mmgraph.images.CAUSES
+
+
+NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
 
 
 def node_vectors(
@@ -42,18 +45,16 @@ def node_vectors(
         UserError: another process embeds these nodes; or a vector is not finite.
     """
     blocks = Blocks(inference, folder / kind, (kind,), config.truncated_images)
-    found = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
-
-    def read() -> None:
-        nonlocal found
-        found = NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy())
-
     with ExitStack() as stack:
         if look(blocks, accelerator):
-            blocks.move(from_main_process(accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)))
+            opened = from_main_process(accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes))
+            blocks = Blocks(inference, opened, (kind,), config.truncated_images)
             fill(blocks, accelerator, others=KEPT)
-        on_main_process(accelerator, read)
-    return found
+        return together(accelerator, lambda: _read(blocks, kind) if accelerator.is_main_process else NO_VECTORS)
+
+
+def _read(blocks: Blocks, kind: str) -> NodeVectors:
+    return NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy())
 
 
 def unit(vectors: torch.Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from mmgraph.evaluation import FIXED, TRAINED
-from mmgraph.report.history import Run, thinned
+from mmgraph.report.history import RANKS, Run, thinned
 
 MOST_POINTS = 1_000  # of a curve
 FEW_POINTS = 50  # of a curve, each of which is marked
@@ -38,7 +38,6 @@ CURVES = {
     "false_negatives_mm": "false negatives left out, text-image loss",
 }
 FROM_ZERO = ("lr", "edges_per_s", "data_wait_s", "peak_memory_gb")  # where a share of the whole is to be seen
-RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 
 
 class Line(NamedTuple):

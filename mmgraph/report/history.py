@@ -13,7 +13,7 @@ from mmgraph.environment import read_starts
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table
 
-METRICS = ("mrr", "hits@1", "hits@3", "hits@10")
+RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 Columns = dict[str, np.ndarray]
 
 
@@ -121,7 +121,7 @@ def _check_table(table: Table) -> None:
         raise ValueError("of no embeddings")
     numbers = [table["edges"], table["nodes"], table.get("step", 0)]
     for kind in kinds:
-        numbers += [table[group][kind][metric] for group in ("embeddings", "sampled") for metric in METRICS]
+        numbers += [table[group][kind][metric] for group in ("embeddings", "sampled") for metric in RANKS]
         numbers += [values[kind] for values in table["relations"].values()]
     numbers += [values["edges"] for values in table["relations"].values()]
     for name in ("retrieval", "retrieval_shuffled"):

@@ -82,13 +82,11 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
         log(f"{run.folder}: no map and no nearest nodes: {error}")
         return Shown(run, None, str(error))
     of_run = NodesOfRun(inference.nodes, inference.paths, found, config.truncated_images, config.seed, checkpoint.name)
-    shown: list[Shown] = []
 
-    def show() -> None:
-        shown.append(Shown(run, show_nodes(of_run, asked, lambda rows: links_of(rows, inference, config), most), ""))
+    def show() -> Shown:
+        return Shown(run, show_nodes(of_run, asked, lambda rows: links_of(rows, inference, config), most), "")
 
-    on_main_process(accelerator, show)
-    return shown[0] if shown else Shown(run, None, "")
+    return together(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
 
 
 def _asked(query: Query, inference: Inference) -> Asked:

@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 
 from mmgraph.images import CAUSES
 from mmgraph.loader.node_inputs import node_text
-from mmgraph.nearest import Links, Match, name_of, nearest, plain
+from mmgraph.nearest import Links, Match, name_in, nearest, plain
 from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import NodeVectors
 from mmgraph.report.pictures import thumbnails
@@ -160,7 +160,7 @@ def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
     values = [nodes[row] for row in rows]
     pictures = thumbnails([graph.paths.resolve(value["image_path"]) for value in values], side, graph.truncated_images)
     return [
-        Node(row, _short(str(ids[row])), _short(name_of(nodes, row)), _short(node_text(value)), picture)
+        Node(row, _short(str(ids[row])), _short(name_in(value, str(ids[row]))), _short(node_text(value)), picture)
         for row, value, picture in zip(rows, values, pictures, strict=True)
     ]
 

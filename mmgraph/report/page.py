@@ -15,8 +15,8 @@ from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.evaluation import Table
 from mmgraph.files import write_durably
-from mmgraph.report.charts import BASELINES, RANKS, Chart, colours, curves, node_map, rank_lines, ranks
-from mmgraph.report.history import Run
+from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, rank_lines, ranks
+from mmgraph.report.history import RANKS, Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
 
@@ -122,7 +122,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
 
 
 def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:
-    """Rows of the last evaluation: embeddings, whether they are a baseline, and the figures of :data:`HEADER`."""
+    """Rows of the last evaluation: embeddings, whether they are a baseline; MRR and Hits, then of 100 negatives."""
     for name, values in table["embeddings"].items():
         sampled = table["sampled"][name]
         yield name, name in BASELINES, [*(values[metric] for metric in RANKS), sampled["mrr"], sampled["hits@10"]]

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
-from mmgraph.images import CAUSES, read_image
+from mmgraph.images import is_black, read_image
 
 WORKERS = 2  # decoders of JPEG and PNG let go of Python's lock; each may hold a picture of 179 million pixels
 SECONDS = 120  # after which the pictures that are left are not read
@@ -27,7 +28,7 @@ def thumbnails(
         if time.monotonic() > deadline:
             return None
         pixels, cause = read_image(path, truncated)
-        if cause and (truncated == "black" or CAUSES[cause] != "truncated"):
+        if is_black(np.array(cause), truncated):
             return None
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
