@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,33 @@ def launch(config: str, *arguments: str, cwd: Path | None = None) -> subprocess.
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def lines_with(text: str, *facts: object) -> list[str]:
+    """The lines of a text that hold all these facts (flags, names, numbers, paths), as words and in this order."""
+    words = (re.escape(str(fact)) for fact in facts)
+    pattern = ".*?".join(rf"(?<![\w.]){word}(?!\w|[.,]\d)" for word in words)
+    return [line for line in text.splitlines() if re.search(pattern, line)]
+
+
+def line_with(text: str, *facts: object) -> str:
+    """The one line that holds them."""
+    found = lines_with(text, *facts)
+    assert len(found) == 1, (facts, found, text[-3000:])
+    return found[0]
+
+
+def error_of(text: str, *facts: object) -> str:
+    """The one line that says why a run has ended, with these facts in it, in this order; no traceback anywhere."""
+    assert "Traceback" not in text, text[-3000:]
+    [line] = [line for line in text.splitlines() if "mmgraph: error: " in line] or [""]
+    assert lines_with(line, *facts), (facts, text[-3000:])
+    return line
+
+
+def stop_lines(text: str, step: int) -> list[str]:
+    """Lines that say at which step a run was stopped; those of its progress have ``step 7/12``."""
+    return [line for line in lines_with(text, f"step {step:,}") if f"step {step:,}/" not in line]
 
 
 LOSSES = ("loss", "loss_mm", "loss_graph")

@@ -1,6 +1,8 @@
 """Stops, deaths and hangs in real launches: the run ends together and soon, says why, and goes on."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,24 @@ from pathlib import Path
 
 import psutil
 import pytest
+import targets
 import torch.distributed as dist
-from conftest import LOSSES, REPOSITORY, launch_command, read_metrics, run, settings
+from conftest import (
+    LOSSES,
+    REPOSITORY,
+    launch_command,
+    line_with,
+    lines_with,
+    read_metrics,
+    run,
+    settings,
+    stop_lines,
+)
 
+from mmgraph.stopping import StopRequest
+
+LAUNCHED = str(Path(__file__).parent / "faults/launched.py")  # launch.py with FAULTS
+TESTS_PATH = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 ZERO2 = "deepspeed_zero2.yaml --num_processes 2 --mixed_precision no"
 
 
@@ -105,8 +122,9 @@ def test_a_signal_stops_all_ranks_together(
         assert ended(process, ranks, 20) == code, said(output)
     steps = [row["step"] for row in read_metrics(output)]
     assert steps == list(range(1, len(steps) + 1)) and (output / f"state/step-{len(steps):08d}/state.json").exists()
-    assert said(output).count(f"stopped at step {len(steps)}, state written") == 1
-    assert (output / "training_log.txt").read_text().count("stopped at step") == 1
+    assert len(stop_lines(said(output), len(steps))) == 1
+    log = (output / "training_log.txt").read_text()
+    assert stop_lines(log, len(steps)) == [log.splitlines()[-1]]
 
 
 @pytest.mark.parametrize("config", ["cpu_2proc.yaml", pytest.param(ZERO2, marks=pytest.mark.slow)])
@@ -115,7 +133,8 @@ def test_a_rank_that_is_killed_ends_all_and_is_named(endless: list[str], tmp_pat
         ranks[1].kill()
         assert ended(process, ranks, 20) == 1
     text = said(tmp_path / "run")
-    assert "rank 0 lost another rank" in text and "exitcode  : -9" in text and "rank      : 1" in text
+    [told] = lines_with(text, "mmgraph: error:", "rank 0")
+    assert "--collective_timeout" not in told and "exitcode  : -9" in text and "rank      : 1" in text
     assert "mmgraph/" not in text  # no traceback of ours
 
 
@@ -124,7 +143,7 @@ def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
     with training("cpu_2proc.yaml", output, *endless, "--collective_timeout=4") as (process, ranks):
         ranks[1].suspend()
         assert ended(process, ranks, 4 + 35) == 1
-    assert "rank 0 waited --collective_timeout for another rank" in said(output)
+    assert line_with(said(output), "mmgraph: error:", "rank 0", "--collective_timeout")
 
 
 def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[str], tmp_path: Path) -> None:
@@ -139,12 +158,12 @@ def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[s
         ranks[0].wait(timeout=12)  # --stop_grace is 15 s otherwise
         ranks[1].kill()
         ended(process, ranks, 20)
-    assert "rank 0 was asked to stop, and has finished no step for 2 s (--stop_grace)" in said(output)
+    assert line_with(said(output), "mmgraph:", "rank 0", "2 s", "--stop_grace")
 
 
-SLOW_STEPS = """
+SLOW_STEPS = f"""
 import os, signal, time
-from mmgraph.stopping import StopRequest
+{targets.imports(StopRequest)}
 stop = StopRequest(0.4)
 with stop.listening():
     for _ in range(2):
@@ -165,12 +184,12 @@ def test_neither_slow_steps_nor_a_save_are_cut_off() -> None:
     start = time.monotonic()
     done = run([sys.executable, "-c", SLOW_STEPS])
     assert done.stdout == "saved\n" and done.returncode == 143 and time.monotonic() - start < 15
-    assert "has finished no step for 0.4 s (--stop_grace)" in done.stderr
+    assert line_with(done.stderr, "rank 0", "0.4 s", "--stop_grace")
 
 
-FAILS = """
+FAILS = f"""
 import os, signal
-from mmgraph.stopping import StopRequest
+{targets.imports(StopRequest)}
 try:
     with StopRequest(1).listening():
         raise ValueError
@@ -189,43 +208,28 @@ def test_after_an_error_a_launched_rank_alone_is_deaf() -> None:
         assert (done.returncode, done.stdout) == (code, said), done.stderr
 
 
-SLOW_RUN = """
-import os, signal, sys, time
-from mmgraph import cli, state
-from mmgraph.trainer import Trainer
-step, write_state = Trainer.step, state.write_state
-def slow_step(self, batch):
-    time.sleep(1.5)
-    return step(self, batch)
-def slow_write_state(folder, progress, *more):
-    if progress.step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(4)
-    return write_state(folder, progress, *more)
-Trainer.step, state.write_state = slow_step, slow_write_state
-cli.leave(cli.train_main())
-"""
-
-
 def test_a_run_of_slow_steps_and_saves_stops_with_its_state(graph: Path, tmp_path: Path) -> None:
     """Asked in a save of 4 s, with steps of 1.5 s, and a grace that is shorter than either."""
-    (tmp_path / "launch.py").write_text(SLOW_RUN)
+    faults = [
+        ("slow_steps", {"seconds": 1.5}),
+        ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": 4}),
+        ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": "SIGTERM"}),  # before those 4 s
+    ]
     flags = settings(graph, tmp_path / "run", "--save_every=3", "--stop_grace=1", "--report_to=none")
-    done = run([*launch_command("cpu.yaml")[:-1], str(tmp_path / "launch.py"), *flags])
-    assert "stopped at step" in done.stdout and "was asked to stop" not in done.stderr, done.stderr
+    done = run([*launch_command("cpu.yaml")[:-1], LAUNCHED, *flags], FAULTS=json.dumps(faults))
     steps = len(read_metrics(tmp_path / "run"))
-    assert steps < 8 and (tmp_path / f"run/state/step-{steps:08d}").exists()
+    assert len(stop_lines(done.stdout, steps)) == 1 and not lines_with(done.stderr, "mmgraph:"), done.stderr
+    assert 3 <= steps < 8 and (tmp_path / f"run/state/step-{steps:08d}").exists()
 
 
 MEET = """
-import os, sys, time
+import os, sys
 from datetime import timedelta
-import torch
-from mmgraph.world import _join
+from pkgutil import resolve_name
+import targets, torch
 if sys.argv[1] == "dies":
-    import mmgraph.world
-    mmgraph.world._answer = lambda *_: os._exit(9)
-_join(timedelta(seconds=30), "gloo")
+    targets.put(targets.MEET_ANSWER, lambda *_: os._exit(9))
+resolve_name(targets.MEET)(timedelta(seconds=30), "gloo")
 total = torch.ones(1)
 torch.distributed.all_reduce(total)
 print(total.item())
@@ -235,41 +239,32 @@ print(total.item())
 def test_ranks_meet_in_their_own_start() -> None:
     """Rank 0 dies before rank 1 is there; rank 1 of the next start is there before rank 0 is."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("mmgraph/asks/1", "of a rank that died asking")
+    asks = f"{targets.MEET_FOLDER}/asks/1"
+    store.set(asks, "of a rank that died asking")
 
     def start(rank: int, how: str = "lives") -> subprocess.Popen[str]:
         environment = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": "2", "PYTHONPATH": TESTS_PATH,
         }  # fmt: skip
         return subprocess.Popen([sys.executable, "-c", MEET, how], env=environment, stdout=subprocess.PIPE, text=True)
 
     assert start(0, "dies").wait(timeout=60) == 9
     second = start(1)
-    while store.get("mmgraph/asks/1") == b"of a rank that died asking":
+    while store.get(asks) == b"of a rank that died asking":
         time.sleep(0.1)
     first = start(0)
     assert [process.communicate(timeout=60)[0] for process in (first, second)] == ["2.0\n", "2.0\n"]
 
 
-def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str], tmp_path: Path) -> None:
+def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str]) -> None:
     """In the collator, on rank 1 alone."""
-    script = tmp_path / "launch.py"
-    script.write_text(
-        "import os, sys\n"
-        "from mmgraph import batches, cli\n"
-        "call = batches.EdgeCollator.__call__\n"
-        "def broken(self, items):\n"
-        "    if os.environ['RANK'] == '1' and items[0][0] % 7 == 0:\n"
-        "        raise ValueError('a broken collator')\n"
-        "    return call(self, items)\n"
-        "batches.EdgeCollator.__call__ = broken\n"
-        "cli.leave(cli.train_main())\n".replace("\\\n", "\n")
-    )
+    fault = ("at_call", {"target": targets.COLLATE_EDGES, "number": 3, "action": "raise", "rank": "1"})
     start = time.monotonic()
-    done = run([*launch_command("cpu_2proc.yaml")[:-1], str(script), *endless])
+    done = run([*launch_command("cpu_2proc.yaml")[:-1], LAUNCHED, *endless], FAULTS=json.dumps([fault]))
     assert done.returncode == 1 and time.monotonic() - start < 60
-    assert "ValueError: a broken collator" in done.stderr and "rank 0 lost another rank" in done.stderr
+    told = line_with(done.stderr, "mmgraph: error:", "rank 0")
+    assert "ValueError: injected by the test" in done.stderr and "--collective_timeout" not in told
 
 
 def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_path: Path) -> None:
@@ -284,7 +279,8 @@ def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_pa
     ranks_of(psutil.Process(process.pid))[1].kill()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text[-3000:]
-    assert "resumed at step" in text and "\ndone: " in text
+    assert re.search(rf"step \d+ .*{output}/state/step-\d{{8}}", text)  # where it went on
+    assert lines_with(text, output / "checkpoints/multimodal_encoder_final.pt")
     for row, other in zip(read_metrics(output), read_metrics(one_process), strict=True):
         assert max(abs(row[name] - other[name]) for name in LOSSES) < 1e-5
 

@@ -1,8 +1,10 @@
 """Runs in this process: files, resume, refusals, stops."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,19 +12,35 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
+import targets
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, graph_files, loss_difference, read_metrics, settings
+from conftest import (
+    REPOSITORY,
+    error_of,
+    graph_files,
+    line_with,
+    lines_with,
+    loss_difference,
+    newest,
+    read_metrics,
+    settings,
+    stop_lines,
+)
 
-from mmgraph import recorder, trainer, world
 from mmgraph.cli import main, train_main
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
+from mmgraph.text_log import log
+from mmgraph.trainer import Trainer
 from mmgraph.world import build_accelerator
 
 LOSSES = ("loss", "loss_mm", "loss_graph")
@@ -39,6 +57,23 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+class FirstStep(NamedTuple):
+    """Of a run."""
+
+    before: dict[str, torch.Tensor]  # weights
+    trained: torch.nn.Module  # after it, with its gradients
+    batch: dict[str, Any]
+    values: torch.Tensor  # total, text-image and graph loss, gradient norm
+
+
+def first_step(flags: list[str]) -> FirstStep:
+    config = parse_config(flags)
+    run = Trainer(config, build_accelerator(), load_graph(config))
+    before = {name: tensor.clone() for name, tensor in run.trained.state_dict().items()}
+    batch = next(run.batches())
+    return FirstStep(before, run.trained, batch, run.step(batch))
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +97,17 @@ def test_what_a_run_leaves(run40: Path) -> None:
         "multimodal_encoder_epoch_1.pt", "multimodal_encoder_epoch_2.pt", "multimodal_encoder_final.pt",
     }  # fmt: skip
     assert [path.name for path in sorted((run40 / "state").iterdir())] == ["step-00000036", "step-00000040"]
-    log = (run40 / "training_log.txt").read_text()
+    text = (run40 / "training_log.txt").read_text()
     for n in (1, 2):
         mean = sum(row["loss"] for row in rows if row["epoch"] == n) / 16
-        assert f"epoch {n}/20 done: mean loss {mean:.4f}" in log
+        assert line_with(text, f"epoch {n}/20", f"{mean:.4f}")
         file = torch.load(run40 / f"checkpoints/multimodal_encoder_epoch_{n}.pt", weights_only=True)
         assert file["epoch"] == n and file["loss"] == pytest.approx(mean, rel=1e-6)
         assert file["optimizer_state_dict"]["state"][0]["step"] == 16 * n
-    assert log.count("\nstep ") == 4 and "1 process (NO), device cpu" in log
-    assert log.splitlines()[-1].startswith("done: ")
+    steps = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [line.split("/")[0] for line in steps] == ["step 10", "step 20", "step 30", "step 40"]
+    assert line_with(text, 1, "NO", "cpu", 12)  # processes, how they work together, device, edges
+    assert lines_with(text.splitlines()[-1], run40 / "checkpoints/multimodal_encoder_final.pt")
     state = json.loads((run40 / "state/step-00000040/state.json").read_text())
     assert (state["format"], state["step"], state["epoch"], state["samples_in_epoch"]) == (1, 40, 3, 96)
     assert state["adam_step"] == 40 and state["metrics_bytes"] == (run40 / "metrics.jsonl").stat().st_size
@@ -81,7 +118,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
 ) -> None:
     before = tree(run40)
     assert train_main(settings(graph, run40, "--max_steps=40")) == 0
-    assert "finished: " in capsys.readouterr().out and tree(run40) == before
+    assert line_with(capsys.readouterr().out, run40, "step 40", "--max_steps") and tree(run40) == before
 
 
 def test_limits_raised_go_on(graph: Path, run40: Path, tmp_path: Path) -> None:
@@ -113,16 +150,18 @@ def test_another_run_in_the_same_folder_is_refused(
     shutil.copytree(graph, other)
     edges = (other / "edges.csv").read_text().splitlines()
     (other / "edges.csv").write_text("\n".join(edges[:-1]) + "\n")
-    for flags, message in (
-        (settings(graph, output, "--seed=1", "--temperature=0.1"), "seed 42 -> 1, temperature 0.07 -> 0.1"),
-        (settings(other, output), "edges table"),
-        (settings(graph, output, "--resume=never"), "--resume never"),
-        (settings(graph, output, f"--resume={run40 / 'state/step-00000036'}"), "has gone on to step-00000040"),
-        (settings(graph, output, "--resume=nowhere"), "nowhere: not a state"),
+    changed = ("seed", 42, 1, "temperature", 0.07, 0.1)
+    named = run40 / "state/step-00000036"
+    for flags, facts in (
+        (settings(graph, output, "--seed=1", "--temperature=0.1"), (output, *changed, "--run_name")),
+        (settings(other, output), (output, "edges table", "--run_name")),
+        (settings(graph, output, "--resume=never"), ("--resume", output, "--run_name")),
+        (settings(graph, output, f"--resume={named}"), ("--resume", named, output, "step-00000040", "--run_name")),
+        (settings(graph, output, "--resume=nowhere"), ("nowhere", "state.json")),
     ):
         assert train_main(flags) == 2
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
+        assert error_of(error, *facts) and error.count("\n") == 1, error
     assert tree(output) == before
 
 
@@ -137,21 +176,22 @@ def test_a_damaged_state_is_never_used(
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(run40, output)
-    newest = output / "state/step-00000040"
-    weights = bytearray((newest / "trainable.safetensors").read_bytes())
+    state = output / "state/step-00000040"
+    damaged = state / "trainable.safetensors"
+    weights = bytearray(damaged.read_bytes())
     weights[-5] ^= 1
-    (newest / "trainable.safetensors").write_bytes(weights)
+    damaged.write_bytes(weights)
     (output / "state/step-00000099").mkdir()
     (output / "state/step-10.bak").mkdir()
     (output / "state/.tmp-1").mkdir()
-    assert train_main(settings(graph, output, "--max_steps=40", f"--resume={newest}")) == 2
-    assert "trainable.safetensors: damaged" in capsys.readouterr().err
+    assert train_main(settings(graph, output, "--max_steps=40", f"--resume={state}")) == 2
+    assert error_of(capsys.readouterr().err, damaged)
     assert train_main(settings(graph, output, "--max_steps=40")) == 0
     out = capsys.readouterr().out
-    assert "ignored: " in out and "resumed at step 36" in out
+    assert line_with(out, damaged) and line_with(out, "step 36", output / "state/step-00000036")
     assert losses(output) == losses(run40)  # rows behind step 36 were cut off and written anew
-    (newest / "state.json").write_text('{"format": 2}')
-    assert train_main(settings(graph, output, f"--resume={newest}")) == 2
+    (state / "state.json").write_text('{"format": 2}')
+    assert train_main(settings(graph, output, f"--resume={state}")) == 2
 
 
 def test_init_from_an_epoch_file_goes_on_as_the_run_did(graph: Path, run40: Path, tmp_path: Path) -> None:
@@ -176,10 +216,13 @@ def test_init_from_other_towers_or_sizes_is_refused(
     state["text_model.text_model.final_layer_norm.weight"] += 1
     torch.save(state, path)
     assert train_main(settings(graph, tmp_path / "run", f"--init_from={path}")) == 2
-    assert "its towers are not --model_name" in capsys.readouterr().err
-    flags = settings(graph, tmp_path / "run", f"--init_from={run40 / 'checkpoints/multimodal_encoder_final.pt'}")
+    key = "text_model.text_model.final_layer_norm.weight"
+    assert error_of(capsys.readouterr().err, "--init_from", path, "--model_name", graph / "towers", key)
+    path = run40 / "checkpoints/multimodal_encoder_final.pt"
+    flags = settings(graph, tmp_path / "run", f"--init_from={path}")
     assert train_main([*flags, "--fused_dim=64"]) == 2
-    assert "weights do not fit" in capsys.readouterr().err
+    line = error_of(capsys.readouterr().err, path)
+    assert "32" in re.findall(r"\d+", line) and "64" in re.findall(r"\d+", line) and "fusion." in line, line
 
 
 def test_towers_are_unchanged_after_training(graph: Path, run40: Path) -> None:
@@ -198,19 +241,19 @@ def test_a_run_that_is_asked_to_stop_does_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output, flags = tmp_path / "run", settings(graph, tmp_path / "run", "--max_steps=40")
-    step = trainer.Trainer.step
+    step = resolve_name(targets.TAKE_STEP)
 
-    def interrupted(self: trainer.Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self.progress.step == 20:
+    def interrupted(run: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if targets.steps_done(run) == 20:
             os.kill(os.getpid(), number)
-            while not self.stop.requested:  # a thread hears of it, and a step here takes less time than that may
+            while not targets.stop_requested(run):  # a thread hears of it; a step here takes less time than that may
                 time.sleep(0.001)
-        return step(self, batch)
+        return step(run, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", interrupted)
+        patch.setattr(targets.TAKE_STEP, interrupted)
         assert train_main(flags) == 143
-    assert "stopped at step 22" in capsys.readouterr().out
+    assert len(stop_lines(capsys.readouterr().out, 22)) == 1 and newest(output).name == "step-00000022"
     assert not (output / "checkpoints/multimodal_encoder_final.pt").exists()
     assert train_main(flags) == 0 and losses(output) == losses(run40)
 
@@ -218,23 +261,26 @@ def test_a_run_that_is_asked_to_stop_does_and_goes_on(
 def test_a_loss_that_is_not_finite_ends_the_run(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = trainer.Trainer.step
+    step = resolve_name(targets.TAKE_STEP)
     monkeypatch.setattr(
-        trainer.Trainer, "step", lambda self, batch: step(self, batch) * (float("nan") if self.progress.step > 8 else 1)
+        targets.TAKE_STEP,
+        lambda run, batch: step(run, batch) * (float("nan") if targets.steps_done(run) > 8 else 1),
     )
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--save_every=5")) == 1
-    assert "step 9: the loss is not finite" in capsys.readouterr().err
+    assert error_of(capsys.readouterr().err, "step 9", "loss", "not_finite.jsonl")
+    told = json.loads((tmp_path / "run/not_finite.jsonl").read_text())
+    assert (told["step"], told["ranks"]) == (9, [0])
     assert [path.name for path in (tmp_path / "run/state").iterdir()] == ["step-00000005"]
 
 
 def test_an_error_in_a_run_loses_no_line_of_the_log(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: trainer.Trainer, batch: object) -> torch.Tensor:
-        recorder.log("the last line")
+    def broken(run: object, batch: object) -> torch.Tensor:
+        log("the last line")
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(trainer.Trainer, "step", broken)
+    monkeypatch.setattr(targets.TAKE_STEP, broken)
     with pytest.raises(RuntimeError):
         train_main(settings(graph, tmp_path / "run"))
     assert (tmp_path / "run/training_log.txt").read_text().endswith("the last line\n")
@@ -244,16 +290,17 @@ def test_the_loop_is_non_blocking_and_sets_gradients_to_none(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[object] = []
-    zero_grad, build = torch.optim.AdamW.zero_grad, trainer.Trainer._build
+    zero_grad, prepare = torch.optim.AdamW.zero_grad, Accelerator.prepare
     monkeypatch.setattr(
         torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: seen.append(set_to_none) or zero_grad(self)
     )
 
-    def built(self: trainer.Trainer, *args: object) -> None:
-        build(self, *args)
-        seen.append(self.loader._non_blocking)
+    def prepared(self: Accelerator, *args: object) -> Any:
+        found = prepare(self, *args)
+        seen.extend(part._non_blocking for part in found if isinstance(part, torch.utils.data.DataLoader))
+        return found
 
-    monkeypatch.setattr(trainer.Trainer, "_build", built)
+    monkeypatch.setattr(Accelerator, "prepare", prepared)
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=3")) == 0
     assert seen == [True] * 4
 
@@ -266,12 +313,11 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     from mmgraph.towers import load_tokenizer_and_processor
 
     config = parse_config(settings(graph, tmp_path / "run"))
-    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
+    before, trained, batch, values = first_step(settings(graph, tmp_path / "run"))
     encoder = MultimodalGraphEncoder(config.model_name, 32, 16)
-    encoder.load_state_dict(run.trained.state_dict(), strict=False)
-    batch = next(run.batches())
+    encoder.load_state_dict(before, strict=False)
     assert len(batch["distinct"]) < len(batch["rows"]) == 24
-    tensors, norm = run.step(batch).split([3, 1])
+    tensors, norm = values.split([3, 1])
 
     nodes = read_nodes(config.nodes)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
@@ -286,7 +332,7 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     assert torch.allclose(tensors, torch.stack([mm + graph_loss, mm, graph_loss]).detach(), atol=1e-5)
     exact = torch.cat([parameter.grad.flatten() for parameter in encoder.get_trainable_parameters()]).norm()
     assert float(norm) == pytest.approx(float(exact), rel=1e-5)
-    for (name, ours), theirs in zip(run.trained.named_parameters(), encoder.get_trainable_parameters(), strict=True):
+    for (name, ours), theirs in zip(trained.named_parameters(), encoder.get_trainable_parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
 
 
@@ -299,8 +345,9 @@ def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.Capture
     nodes.loc[3, "image_path"] = ""
     nodes.to_csv(folder / "nodes.csv", index=False)
     assert train_main(settings(folder, tmp_path / "run", "--max_steps=16")) == 0
-    line = f"1 {CAUSES[1]}, 1 {CAUSES[2]}, 1 {CAUSES[3]} (among the nodes seen since the start)"
-    assert line in capsys.readouterr().out and line in (tmp_path / "run/training_log.txt").read_text()
+    counts = [f"1 {cause}" for cause in CAUSES[1:4]]
+    for text in (capsys.readouterr().out, (tmp_path / "run/training_log.txt").read_text()):
+        assert line_with(text, *counts)
 
 
 def test_encode_writes_the_originals_feature_files(graph: Path, run40: Path, tmp_path: Path) -> None:
@@ -356,7 +403,7 @@ def test_a_stop_of_the_whole_process_group_leaves_the_workers_alive(graph: Path,
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped at step" in out
+    assert process.returncode == 143 and len(stop_lines(out, int(newest(output).name[5:]))) == 1
     assert train_main(flags) == 0
     assert loss_difference(output, run40, 40) < 2e-6  # of stored tokens
 
@@ -382,7 +429,7 @@ def test_a_newer_format_is_refused_and_kept(
     path.write_text(json.dumps({**record, "format": 2}))
     before = tree(output)
     assert train_main(settings(graph, output, "--max_steps=50")) == 2
-    assert "written by a newer mmgraph" in capsys.readouterr().err and tree(output) == before
+    assert error_of(capsys.readouterr().err, path.parent, 2, 1) and tree(output) == before
 
 
 def test_lost_metrics_are_not_filled_up(graph: Path, run40: Path, tmp_path: Path) -> None:
@@ -402,7 +449,7 @@ def test_one_run_at_a_time_in_a_folder(graph: Path, tmp_path: Path, capsys: pyte
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         assert train_main(settings(graph, output, "--max_steps=2")) == 2
         other.communicate("\n")
-    assert "another process is training in this folder" in capsys.readouterr().err
+    assert error_of(capsys.readouterr().err, output) and not (output / "metrics.jsonl").exists()
     assert train_main(settings(graph, output, "--max_steps=2")) == 0
 
 
@@ -412,8 +459,9 @@ def test_a_full_disk_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.Cap
     (output / "training_log.txt").symlink_to("/dev/full")
     assert train_main(settings(graph, output, "--max_steps=9", "--log_every=1", "--log_buffer_size=1")) == 1
     err = capsys.readouterr().err
-    assert f"mmgraph: error: {output}: No space left on device" in err and "Traceback" not in err
-    assert "training_log.txt lacks its last" in err
+    assert error_of(err, output, os.strerror(errno.ENOSPC))
+    [lost] = [line for line in lines_with(err, output / "training_log.txt") if "error" not in line]
+    assert re.search(r"\d", lost.split("training_log.txt")[1]), lost  # how many of its lines are lost
 
 
 def test_towers_that_are_broken_are_one_line(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,20 +479,19 @@ def test_encode_checks_and_counts_images(
 ) -> None:
     arguments = ["encode", str(run40), f"--output_dir={tmp_path / 'features'}"]
     assert main([*arguments, f"--image_root={tmp_path}"]) == 2
-    assert "none of 40 image files looked up exists" in capsys.readouterr().err
+    assert error_of(capsys.readouterr().err, 40)
     nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
     nodes.loc[7, "image_path"] = "a" * 300 + ".png"  # too long a name for any file system
     nodes.to_csv(tmp_path / "nodes.csv", index=False)
     assert main([*arguments, f"--nodes={tmp_path / 'nodes.csv'}"]) == 0
-    assert f"images that are black or in part: 1 {CAUSES[3]}\n" in capsys.readouterr().out
+    line = line_with(capsys.readouterr().out, f"1 {CAUSES[3]}")
+    assert not any(cause in line for cause in CAUSES[1:] if cause != CAUSES[3])
 
 
 def test_gradients_are_clipped_when_asked(graph: Path, tmp_path: Path) -> None:
-    config = parse_config(settings(graph, tmp_path / "run", "--max_grad_norm=0.001"))
-    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
-    run.step(next(run.batches()))
-    norm = torch.cat([parameter.grad.flatten() for parameter in run.trained.parameters()]).norm()
+    trained = first_step(settings(graph, tmp_path / "run", "--max_grad_norm=0.001")).trained
+    norm = torch.cat([parameter.grad.flatten() for parameter in trained.parameters()]).norm()
     assert float(norm) == pytest.approx(0.001, rel=1e-3)
 
 
@@ -458,11 +505,11 @@ def test_a_warmup_and_a_cosine_reach_the_optimizer(graph: Path, tmp_path: Path) 
 
 
 def test_a_world_that_is_not_the_launchers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = build_accelerator()
+    build_accelerator()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="4 processes were launched, but Accelerate sees 1"):
-        world._check_world(accelerator)
+    with pytest.raises(UserError, match=r"\b4\b.*\b1\b"):
+        build_accelerator()
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP is not supported"):
-        world._check_world(accelerator)
+    with pytest.raises(UserError, match="FSDP"):
+        build_accelerator()

@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import pkgutil
 import pty
 import signal
 import sys
@@ -13,8 +12,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import targets
 
 ERRORS = {"full": errno.ENOSPC, "quota": errno.EDQUOT, "broken": errno.EIO}
 FILE_CALLS = {
@@ -24,8 +27,11 @@ FILE_CALLS = {
 MODULES = [__import__(name) for name in ("posix", "io", "_io")]
 
 
-def act(action: str) -> None:
-    """What happens: an error of the disk, any other error, a sleep without end, or a signal to this process."""
+def act(action: str | float) -> None:
+    """What happens: an error of the disk, any other error, a sleep (in s, or without end), a signal to this process."""
+    if not isinstance(action, str):
+        time.sleep(action)
+        return
     if action in ERRORS:
         raise OSError(ERRORS[action], os.strerror(ERRORS[action]))
     if action == "raise":
@@ -43,20 +49,17 @@ def after_step(step: int, action: str) -> None:
 
 
 def at_step(step: int, do: Callable[[], object]) -> None:
-    from mmgraph.trainer import Trainer
-
-    record = Trainer.record
-
-    def recorded(trainer: Trainer, values: Any) -> None:
-        record(trainer, values)
-        if trainer.progress.step == step:
+    def recorded(record: Callable[..., Any], run: Any, *values: Any, **named: Any) -> Any:
+        result = record(run, *values, **named)
+        if targets.steps_done(run) == step:
             do()
+        return result
 
-    Trainer.record = recorded  # type: ignore[method-assign]
+    wrap(targets.RECORD_STEP, recorded)
 
 
-def at_call(target: str, number: int, action: str, after: bool = False) -> None:
-    """At the ``number``-th call (from 1) of a function or method, such as ``mmgraph.state.write_state``."""
+def at_call(target: str, number: int, action: str | float, after: bool = False) -> None:
+    """At the ``number``-th call (from 1) of a function or method, by its dotted name."""
     calls = [0]
 
     def with_fault(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -93,31 +96,28 @@ def in_a_worker(action: str) -> None:
             act(action)
         return function(*arguments)
 
-    wrap("mmgraph.batches.BatchCollator.__call__", collate)
+    wrap(targets.COLLATE, collate)
 
 
 def not_finite(step: int, what: str, value: str) -> None:
     """Make the loss or the gradient of step ``step`` nan or inf, on this rank alone."""
     import torch
 
-    from mmgraph.trainer import Trainer
-
     factor, due = float(value), [False]
-    take_step = Trainer.step
 
-    def stepped(trainer: Trainer, batch: Any) -> torch.Tensor:
-        due[0] = trainer.progress.step + 1 == step
-        return take_step(trainer, batch)
+    def stepped(take_step: Callable[..., Any], run: Any, *batch: Any, **named: Any) -> Any:
+        due[0] = targets.steps_done(run) + 1 == step
+        return take_step(run, *batch, **named)
 
-    def with_fault(losses: Callable[..., Any], z_graph: torch.Tensor, *others: Any) -> Any:
+    def with_fault(losses: Callable[..., Any], z_graph: torch.Tensor, *others: Any, **named: Any) -> Any:
         if due[0] and what == "gradient":
             z_graph.register_hook(lambda gradient: gradient * factor)
-        found = losses(z_graph, *others)
+        found = losses(z_graph, *others, **named)
         # By a sum, whose gradient is finite: it is the run that has to spread the word.
         return found._replace(total=found.total + factor) if due[0] and what == "loss" else found
 
-    Trainer.step = stepped  # type: ignore[method-assign]
-    wrap("mmgraph.losses.contrastive_losses", with_fault)
+    wrap(targets.TAKE_STEP, stepped)
+    wrap(targets.LOSSES, with_fault)
 
 
 def loss_scaler() -> None:
@@ -129,31 +129,27 @@ def loss_scaler() -> None:
         accelerator.scaler = torch.amp.GradScaler("cpu")
         return accelerator
 
-    wrap("mmgraph.world.build_accelerator", with_scaler)
+    wrap(targets.BUILD_ACCELERATOR, with_scaler)
 
 
 def note_edges(folder: str) -> None:
     """Write down this rank's edges of each step, a file a rank: step, edges."""
-    from mmgraph.trainer import Trainer
 
-    take_step = Trainer.step
-
-    def noted(trainer: Trainer, batch: Any) -> Any:
-        values = take_step(trainer, batch)
+    def noted(take_step: Callable[..., Any], run: Any, batch: Any) -> Any:
+        values = take_step(run, batch)
         with (Path(folder) / os.environ.get("RANK", "0")).open("a") as file:
-            print(json.dumps([trainer.progress.step, batch["edges"].tolist()]), file=file)
+            print(json.dumps([targets.steps_done(run), batch["edges"].tolist()]), file=file)
         return values
 
-    Trainer.step = noted  # type: ignore[method-assign]
+    wrap(targets.TAKE_STEP, noted)
 
 
 def bad_wandb(where: str, action: str, patience: float = 2) -> None:
     """A wandb that raises or sleeps in ``init``, ``log`` or ``finish``; and so many seconds of patience with it."""
     import wandb
 
-    from mmgraph import metrics
-
-    metrics.START_SECONDS = metrics.HANG_SECONDS = metrics.FINISH_SECONDS = patience
+    for target in targets.TRACKER_SECONDS:
+        targets.put(target, patience)
 
     class Run:
         id, offline, url, config = "abc", False, "https://wandb.example", {}
@@ -207,15 +203,12 @@ def _read_all(descriptor: int) -> None:
 
 def slow_steps(seconds: float) -> None:
     """Let each step take so long at least."""
-    from mmgraph.trainer import Trainer
 
-    take_step = Trainer.step
-
-    def slow(trainer: Trainer, batch: Any) -> Any:
+    def slow(take_step: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         time.sleep(seconds)
-        return take_step(trainer, batch)
+        return take_step(*arguments, **named)
 
-    Trainer.step = slow  # type: ignore[method-assign]
+    wrap(targets.TAKE_STEP, slow)
 
 
 def at_file_call(inside: list[str], number: int, action: str, told: str | None = None) -> None:
@@ -227,7 +220,16 @@ def at_file_call(inside: list[str], number: int, action: str, told: str | None =
     Args:
         told: a file for the names of all such calls, a line each.
     """
-    counted, disk = [0], Disk() if action == "power" else None
+    counted, disk = [0], None
+    if action == "power":
+        disk = Disk()
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: F841, PTH115 - for Disk.note
+            sync(descriptor)
+
+        os.fsync = fsync
     lines = Path(told).open("w", buffering=1) if told else None  # noqa: SIM115 - for the rest of the run
 
     def seen(frame: FrameType, event: str, function: Any) -> None:
@@ -260,7 +262,7 @@ def at_file_call(inside: list[str], number: int, action: str, told: str | None =
 class Disk:
     """What a power cut would leave: files as they were last synced, names as their folders were.
 
-    Follows :mod:`mmgraph.files` and ``pathlib``, whose local variables tell what they are about to do.
+    Follows ``fsync`` of :func:`at_file_call`, and ``pathlib``: their local variables tell what they are about to do.
     """
 
     def __init__(self) -> None:
@@ -309,15 +311,14 @@ def is_file_call(function: Any) -> bool:
 
 
 def wrap(target: str, around: Callable[..., Any]) -> None:
-    """Replace a function, wherever a module of mmgraph has it by its name; or a method in its class."""
-    owner_name, name = target.rsplit(".", 1)
-    owner = pkgutil.resolve_name(owner_name)
-    original = getattr(owner, name)
+    """Replace a function, under whatever name a module of the package has it; or a method in its class."""
+    original = resolve_name(target)
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         return around(original, *arguments, **named)
 
-    setattr(owner, name, wrapped)
-    for module in [module for key, module in sys.modules.items() if key.startswith("mmgraph")]:
-        if getattr(module, name, None) is original:
+    targets.put(target, wrapped)
+    package = target.split(".")[0]
+    for module in [module for key, module in sys.modules.items() if key.split(".")[0] == package]:
+        for name in [name for name, value in vars(module).items() if value is original]:
             setattr(module, name, wrapped)

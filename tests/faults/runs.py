@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -153,4 +154,5 @@ def steady(row: dict[str, Any]) -> dict[str, Any]:
 def check_log(before: str, after: str, step: int) -> None:
     """Insist that the log only grew, and says where the run went on (nothing, where it began anew)."""
     assert after.startswith(before)
-    assert (f"resumed at step {step} from" in after[len(before) :]) == (step > 0)
+    went_on = re.findall(r"step (\d+) .*/state/step-(\d{8})\b", after[len(before) :])
+    assert [tuple(map(int, found)) for found in went_on] == [(step, step)] * (step > 0)

@@ -7,23 +7,26 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import targets
 import torch
-from conftest import graph_files
+from conftest import error_of, graph_files, line_with, lines_with
 from PIL import Image, ImageFile
 from runs import brief, run
 
-from mmgraph import images
 from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
 from mmgraph.tables import ImagePaths
+from mmgraph.world import peak_memory_gb
 
 Cases = Callable[[int], None]
 NOISE = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
@@ -165,7 +168,7 @@ def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
 
 
 @pytest.mark.fault("damaged images decoded by four threads at once: each has the outcome that it has alone")
-def test_threads(cases: Cases) -> None:
+def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), "PNG", compress_level=1)
     flipped = bytearray(whole)
@@ -177,20 +180,32 @@ def test_threads(cases: Cases) -> None:
         found = list(threads.map(lambda kind: decode_picture(kind[0], 0), kinds * 60))
     for (pixels, cause), (expected_pixels, expected) in zip(found, alone * 60, strict=True):
         assert cause == expected and torch.equal(pixels, expected_pixels)
-    with images._accept_truncated.off():  # as if a thread were decoding
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            os._exit(CAUSES[decode_picture(kinds[1][0], 0)[1]] != "truncated")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    begun, go, open_file = threading.Event(), threading.Event(), Image.open
+
+    def waits(*arguments: Any, **named: Any) -> Image.Image:
+        if threading.current_thread() is decoding:
+            begun.set()
+            go.wait()
+        return open_file(*arguments, **named)
+
+    monkeypatch.setattr(Image, "open", waits)
+    decoding = threading.Thread(target=decode_picture, args=(kinds[1][0], 0))
+    decoding.start()
+    assert begun.wait(20)  # it is in the middle of decoding now
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(CAUSES[decode_picture(kinds[1][0], 0)[1]] != "truncated")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go.set()
+    decoding.join()
     cases(len(found) + 1)
 
 
-MEMORY = """
+MEMORY = f"""
 import sys
 import torch
-from mmgraph.images import read_image
-from mmgraph.world import peak_memory_gb
+{targets.imports(read_image, peak_memory_gb)}
 read_image(sys.argv[1])
 before = peak_memory_gb(torch.device("cpu"))
 for path in sys.argv[2:]:
@@ -247,9 +262,9 @@ def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> Non
         output = tmp_path / name
         ended = run(brief(bad, output, *flags), ranks=ranks)
         assert ended.codes == [0] * ranks, ended.said
-        [told] = [line for line in ended.said.splitlines() if line.startswith("images that are black or in part: ")]
+        told = line_with(ended.said, f"{causes['unreadable']} unreadable")
         for cause, count in causes.items():
-            assert f"{count} {cause}" in told, (cause, count, told)
+            assert lines_with(told, f"{count} {cause}"), (cause, count, told)
         losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
     for other in losses[1:]:
         assert np.allclose(other, losses[0], rtol=0, atol=1e-5)
@@ -289,7 +304,7 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
         flags = [*brief(graph, output, *flags), f"--nodes={bad / 'nodes.csv'}", f"--edges={bad / 'edges.csv'}"]
         assert "outside the image root" not in run(flags).said
         refused = run([*flags, "--confine_images"])
-        assert refused.code == 2 and "confine_images False -> True" in refused.said
+        assert refused.code == 2 and error_of(refused.said, "confine_images", False, True)
         ended = run([*flags, "--confine_images", f"--output_dir={output}-confined"])
         assert ended.code == 0 and "1 outside the image root" in ended.said, ended.said
 
@@ -301,7 +316,7 @@ def test_mostly_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
     for ranks in (1, 2):
         flags = [*brief(graph, tmp_path / f"run{ranks}", "--tower_cache=off"), *more]
         ended = run([*flags, "--max_bad_images=0.3"], ranks=ranks)
-        assert ended.codes == [2] * ranks and "more than --max_bad_images 0.3" in ended.said, ended.said
-        assert "4 too many pixels" in ended.said and "Traceback" not in ended.said
+        told = lines_with(ended.said, "mmgraph: error:", "4 too many pixels", "--max_bad_images", 0.3)
+        assert ended.codes == [2] * ranks and len(told) == ranks and "Traceback" not in ended.said, ended.said
         assert run([*flags, "--max_bad_images=0.6"], ranks=ranks).codes == [0] * ranks
     cases(4)

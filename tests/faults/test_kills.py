@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import targets
 from runs import SAVE_EVERY, STEPS, Fault, brief, check_log, check_same, count, each, run, valid_steps
 
 EPOCH = 4  # steps
 EVALUATED = ("--eval_fraction=0.1", "--eval_every=3", "--batch_size=44", "--keep_best=z_graph/mrr")
-SAVING = ["mmgraph.trainer.Trainer.save"]
-EVALUATING = ["mmgraph.trainer.Trainer.evaluate"]
-PREPARING = ["mmgraph.start.open_graph", "mmgraph.tower_cache.contents_of", "mmgraph.tower_cache.open_store"]
+SAVING = [targets.SAVE]
+EVALUATING = [targets.EVALUATE]
+PREPARING = [targets.OPEN_GRAPH, targets.FIND_CONTENTS, targets.OPEN_STORE]
 Cases = Callable[[int], None]
 
 
@@ -91,10 +92,10 @@ def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, c
 @pytest.mark.fault("kill -9 at an epoch's end: before its file, between file and state, after the state")
 def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     places = [
-        ("mmgraph.checkpoints.write_checkpoint", 1, False),
-        ("mmgraph.checkpoints.write_checkpoint", 1, True),
-        ("mmgraph.state.write_state", 2, False),
-        ("mmgraph.state.write_state", 2, True),
+        (targets.WRITE_CHECKPOINT, 1, False),
+        (targets.WRITE_CHECKPOINT, 1, True),
+        (targets.WRITE_STATE, 2, False),
+        (targets.WRITE_STATE, 2, True),
     ]
 
     def check(place: tuple[str, int, bool]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import injection
+import targets
 import tensorboard  # noqa: F401
 import torch
 import transformers
@@ -109,7 +110,7 @@ def start(
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
     torch.set_num_threads(1)
-    cli.OTHERS_WAIT_SECONDS = 0  # there is no launcher to end the others
+    targets.put(targets.OTHERS_WAIT_SECONDS, 0)  # there is no launcher to end the others
     return run(arguments, faults, rank)
 
 

@@ -1,0 +1,56 @@
+"""What tests replace, wrap or look up in the package by its name: the one place that knows of its shape."""
+
+from pkgutil import resolve_name
+from typing import Any
+
+# training, faults
+TAKE_STEP = "mmgraph.trainer.Trainer.step"  # of a run and a batch: forward, backward, update
+RECORD_STEP = "mmgraph.trainer.Trainer.record"  # of a run and a step's values, after each step
+SAVE = "mmgraph.trainer.Trainer.save"  # all that a save writes, epoch and final file too
+EVALUATE = "mmgraph.trainer.Trainer.evaluate"  # all that an evaluation writes
+BUILD_LOADER = "mmgraph.batches.build_loader"  # at a start, once the state was read
+RANK_HELD_OUT = "mmgraph.evaluation.Evaluation.evaluate"
+RECORD_EVALUATION = "mmgraph.recorder.Recorder.evaluation"  # on the main process
+RECORD_ROW = "mmgraph.recorder.Recorder.row"  # and log line, of a step
+WRITE_ROW = "mmgraph.metrics.MetricsFile.write"  # on the main process
+LOSSES = "mmgraph.losses.contrastive_losses"
+FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
+COLLATE = "mmgraph.batches.BatchCollator.__call__"  # where towers run
+COLLATE_EDGES = "mmgraph.batches.EdgeCollator.__call__"  # where tokens are stored
+EDGE_ROWS = "mmgraph.batches.EdgeRows.__getitems__"
+CONSOLIDATE = "mmgraph.consolidation.consolidate"  # on every rank, in a save and an evaluation
+WRITE_STATE = "mmgraph.state.write_state"  # on the main process
+PRUNE_STATES = "mmgraph.state._prune"
+WRITE_CHECKPOINT = "mmgraph.checkpoints.write_checkpoint"  # epoch and final file
+OPEN_GRAPH = "mmgraph.start.open_graph"
+FIND_CONTENTS = "mmgraph.tower_cache.contents_of"
+OPEN_STORE = "mmgraph.tower_cache.open_store"
+BUILD_STORE = "mmgraph.tower_build.build"
+BUILD_ACCELERATOR = "mmgraph.world.build_accelerator"
+MEET_ANSWER = "mmgraph.world._answer"  # rank 0's part of how ranks meet
+MEET = "mmgraph.world._join"
+MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
+FAIL = "mmgraph.cli._end_workers"  # first of all, where a run ends in an error
+OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
+TRACKER_SECONDS = [f"mmgraph.metrics.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
+
+
+def steps_done(run: Any) -> int:
+    """Of what ``TAKE_STEP`` and ``RECORD_STEP`` are called with first: how many optimizer steps are done."""
+    return run.progress.step
+
+
+def stop_requested(run: Any) -> bool:
+    """Of the same: whether this process was asked to stop."""
+    return run.stop.requested
+
+
+def put(target: str, value: object) -> None:
+    """Replace what a dotted name stands for."""
+    owner, name = target.rsplit(".", 1)
+    setattr(resolve_name(owner), name, value)
+
+
+def imports(*things: Any) -> str:
+    """Lines of a script that import what a test has imported."""
+    return "".join(f"from {thing.__module__} import {thing.__qualname__}\n" for thing in things)
