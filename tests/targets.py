@@ -34,6 +34,30 @@ FAIL = "mmgraph.cli._end_workers"  # first of all, where a run ends in an error
 OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
 TRACKER_SECONDS = [f"mmgraph.metrics.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
 
+# data, towers, losses, command line
+CLAIMED = "mmgraph.files.claimed"
+CHECK_UNIQUE = "mmgraph.table_cache.check_unique"
+READ_CHUNKS = "mmgraph.table_cache.read_chunks"
+ROWS_AT_ONCE = "mmgraph.table_cache.ROWS_AT_ONCE"
+EDGES_AT_ONCE = "mmgraph.table_cache.EDGES_AT_ONCE"
+IDS_AT_ONCE = "mmgraph.tables.IDS_AT_ONCE"
+OPENED_NODE_TABLE = "mmgraph.table_cache.NodeTable"
+RESOLVE_IMAGE_PATH = "mmgraph.tables.ImagePaths.resolve"
+READ_FILE_FOR_INPUTS = "mmgraph.loader.node_inputs.read_file"
+READ_FILE_FOR_HASHES = "mmgraph.contents.read_file"
+PICTURE_TICK_NS = "mmgraph.loader.picture_file.TICK_NS"
+PICTURES_MISSING_ROOM = "mmgraph.batches.missing_room"
+LOAD_TOWERS = "mmgraph.towers.load_towers"
+LOAD_TOWERS_FOR_RUN = "mmgraph.source.load_towers"
+LOAD_TOWERS_FOR_BUILD = "mmgraph.tower_build.load_towers"
+BUILD_TEXT_HASH = "mmgraph.tower_build.text_hash"
+MAKE_SHARD = "mmgraph.tower_build._Maker.make"
+SHARD_ENTRIES = "mmgraph.tower_plan.SHARD"
+LOAD_ENCODER = "mmgraph.checkpoints.load_pretrained_encoder"
+LOGITS_AT_ONCE = "mmgraph.losses.LOGITS_AT_ONCE"
+INFO_NCE = "mmgraph.losses._info_nce"
+
+
 
 def steps_done(run: Any) -> int:
     """Of what ``TAKE_STEP`` and ``RECORD_STEP`` are called with first: how many optimizer steps are done."""

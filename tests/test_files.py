@@ -1,13 +1,14 @@
 """Files that several processes make: once, whole, with and without locks."""
 
 import errno
+import fcntl
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from mmgraph import files
 from mmgraph.files import claimed, make_once, write_durably
 
 
@@ -17,7 +18,7 @@ def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.ENOSYS, "no locks")
 
-        files.fcntl.lockf = refuse
+        fcntl.lockf = refuse  # in a process of its own
 
     def make(file: object) -> None:
         for _ in range(50):
@@ -47,13 +48,13 @@ def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """What is there may be mapped by then: it must stay the same file."""
     path, makers_own = tmp_path / "made", tmp_path / ".made.tmp"
     if why == "no locks":
-        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+        monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
     else:
         makers_own.touch()
-        opened = files.os.open
+        opened = os.open
         refused = PermissionError(errno.EACCES, "")
         monkeypatch.setattr(
-            files.os, "open", lambda p, *more: (_ for _ in ()).throw(refused) if p == makers_own else opened(p, *more)
+            "os.open", lambda p, *more: (_ for _ in ()).throw(refused) if p == makers_own else opened(p, *more)
         )
     with claimed(path) as first:
         assert first is not None
@@ -70,7 +71,7 @@ def test_a_lock_that_fails_removes_no_claim(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "made"
     with claimed(path) as first:
         assert first is not None
-        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+        monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
         with claimed(path) as second:
             assert second is not None
             second.write(b"whole")

@@ -1,5 +1,6 @@
 """Edges held out by seed, or from a table of their own."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,19 +107,23 @@ def test_relations_of_odd_types(graph: Path, tmp_path: Path, capsys: pytest.Capt
         found = graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.parquet"))
         assert len(found.held_out.names) == 2 and (np.bincount(found.held_out.relations) == 10).all()
     table.assign(rel_id=[["a"]] * 20).to_parquet(tmp_path / "eval.parquet")
+    capsys.readouterr()
     assert graph_with(graph, tmp_path, eval_edges=str(tmp_path / "eval.parquet")).held_out.relations is None
-    assert "which is not text: the edges have no relations" in capsys.readouterr().out
+    [told] = [line for line in capsys.readouterr().out.splitlines() if "'rel_id'" in line]
+    assert str(tmp_path / "eval.parquet") in told and "list" in told  # what the column holds
 
 
 def test_nothing_to_hold_out(graph: Path, tmp_path: Path) -> None:
     pd.DataFrame({"src_id": ["000", "002"], "dst_id": ["001", "003"]}).to_csv(tmp_path / "edges.csv", index=False)
-    with pytest.raises(UserError, match=r"--eval_fraction 0.5: no edge of .*edges.csv can be held out"):
+    path = re.escape(str(tmp_path / "edges.csv"))
+    with pytest.raises(UserError, match=rf"^--eval_fraction 0\.5: [^\n]*{path}\b[^\n]*--eval_edges[^\n]*$"):
         graph_with(graph, tmp_path, eval_fraction=0.5)
-    with pytest.raises(UserError, match="give one of the two"):
+    with pytest.raises(UserError, match=r"^--eval_fraction\b[^\n]*--eval_edges\b[^\n]*$"):
         Config(eval_fraction=0.1, eval_edges="x.csv")
-    with pytest.raises(UserError, match="must be 0 or more, and below 1"):
+    with pytest.raises(UserError, match=r"^--eval_fraction 1\.0: [^\n]*\b0\b[^\n]*\b1$"):  # the bounds
         Config(eval_fraction=1.0)
-    with pytest.raises(UserError, match=r"--keep_best loss: must be one of z_graph/mrr"):
+    with pytest.raises(UserError, match=r"^--keep_best loss: [^\n]*\bz_graph/mrr\b[^\n]*$"):
         Config(keep_best="loss", eval_fraction=0.1)
-    with pytest.raises(UserError, match="--early_stopping_patience needs edges to evaluate on"):
+    needed = r"^--early_stopping_patience\b[^\n]*--eval_fraction\b[^\n]*--eval_edges\b[^\n]*$"
+    with pytest.raises(UserError, match=needed):
         Config(early_stopping_patience=3)

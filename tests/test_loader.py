@@ -1,6 +1,7 @@
 """Datasets, collators and the image cache."""
 
 import gc
+import pkgutil
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import targets
 import torch
 from torch.utils.data import DataLoader
 
 from mmgraph import GraphEdgeDataset, InferenceCollator, MultimodalCollator, NodesDataset
 from mmgraph.batches import start_worker
 from mmgraph.bench.data import private_mb
-from mmgraph.loader import node_inputs
 from mmgraph.loader.image_cache import ShardedLRU
 from mmgraph.loader.node_inputs import node_text
 from mmgraph.tables import read_edges, read_nodes
@@ -96,8 +97,8 @@ def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
-    read = node_inputs.read_file
-    monkeypatch.setattr(node_inputs, "read_file", lambda path: reads.append(path) or read(path))
+    read = pkgutil.resolve_name(targets.READ_FILE_FOR_INPUTS)
+    monkeypatch.setattr(targets.READ_FILE_FOR_INPUTS, lambda path: reads.append(path) or read(path))
     return reads
 
 

@@ -1,8 +1,10 @@
 """The shared image cache: never another picture than decoding gives, whoever writes, whatever happens to the file."""
 
+import errno
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import targets
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import read_metrics, settings
@@ -27,10 +30,16 @@ from mmgraph.files import cache_folder
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES, Preprocessing
-from mmgraph.loader import picture_file
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.loader.nodes_dataset import NodesDataset
-from mmgraph.loader.picture_file import PictureFile, missing_room, slot_bytes, slots_by_frequency, source_signature
+from mmgraph.loader.picture_file import (
+    TICK_NS,
+    PictureFile,
+    missing_room,
+    slot_bytes,
+    slots_by_frequency,
+    source_signature,
+)
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.tables import ImagePaths
 from mmgraph.towers import load_tokenizer_and_processor
@@ -52,7 +61,7 @@ def tokenize(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
 
 def settle() -> None:
     """Let what was just written become old enough to be kept."""
-    time.sleep(2 * picture_file.TICK_NS / 1e9)
+    time.sleep(2 * TICK_NS / 1e9)
 
 
 @pytest.fixture
@@ -131,7 +140,7 @@ def test_an_image_that_is_changing_is_not_kept(
     assert file.read(0, images[0], decode)[1] == 0 and file.get(0, before) is None
     settle()
     assert decoded_by(inputs, images[:1]) == 1 and decoded_by(inputs, images[:1]) == 0
-    monkeypatch.setattr(picture_file, "TICK_NS", 3600 * 10**9)  # all files are this young
+    monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files are this young
     assert decoded_by(inputs, images[:1]) == 1 and source_signature(images[0]) is None
 
 
@@ -291,8 +300,10 @@ def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: py
         room = min(int(pictures), 40)
         assert (file.slots >= 0).sum() == room and file.path.stat().st_size == room * one
         assert file.path.parent == tmp_path / "cache" and file.path.stat().st_blocks == 0  # sparse
-        line = f"image cache: {file.path} has room for {room} of 40 nodes' pictures, {room * one / 1e9:.2f} GB\n"
-        assert capsys.readouterr().out == line
+        [told] = capsys.readouterr().out.splitlines()
+        assert str(file.path) in told
+        figures = re.findall(r"\b\d[\d.]*(?: GB)?\b", told.replace(str(file.path), ""))
+        assert figures == [str(room), "40", f"{room * one / 1e9:.2f} GB"]  # pictures, nodes, bytes
         names.add(file.path.name)
     assert len(names) == 5  # the last two are one: room for all
     config = replaced(case.config, image_cache_gb=8 * one / 1e9 * (1 + 1e-9))
@@ -329,23 +340,30 @@ def train(config: Any, tmp_path: Path, *flags: str) -> list[float]:
     return [row["loss"] for row in read_metrics(folder)]
 
 
+def about_the_cache(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that name a file of the cache, or a setting of it."""
+    names = ("pictures-", "MMGRAPH_CACHE", "image_cache_gb")
+    return [line for line in capsys.readouterr().out.splitlines() if any(name in line for name in names)]
+
+
 def test_training_goes_on_without_it(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = train(case.config, tmp_path, "--image_cache_gb=0")
-    assert "image cache" not in capsys.readouterr().out
+    assert not about_the_cache(capsys) and not list((tmp_path / "cache").glob("pictures-*"))
 
     (tmp_path / "file").write_text("a file where the folder should be")
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "file/cache"))
     assert train(case.config, tmp_path) == expected
-    out = capsys.readouterr().out
-    assert out.count("image cache") == 1 and "set MMGRAPH_CACHE to a folder that takes files" in out
+    [told] = about_the_cache(capsys)
+    assert f"{tmp_path / 'file/cache'}/pictures-" in told and "MMGRAPH_CACHE" in told
+    assert os.strerror(errno.ENOTDIR) in told
 
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mmgraph.batches.missing_room", lambda path, size: 10**9)
+    monkeypatch.setattr(targets.PICTURES_MISSING_ROOM, lambda path, size: 10**9)
     assert train(case.config, tmp_path) == expected
-    out = capsys.readouterr().out
-    assert out.count("image cache") == 1 and "lacks 1.00 GB" in out and "smaller --image_cache_gb" in out
+    [told] = about_the_cache(capsys)
+    assert str(tmp_path / "cache") in told and re.search(r"\b1\.00 GB\b", told) and "--image_cache_gb" in told
     assert not list((tmp_path / "cache").glob("pictures-*"))
 
 
@@ -368,13 +386,12 @@ def test_a_full_disk_stops_the_cache_and_nothing_else(
     def full(*args: Any) -> int:
         written.append(args)
         if len(written) > 5:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
     assert train(case.config, tmp_path, f"--num_workers={workers}") == expected
-    out = capsys.readouterr().out
-    assert out.count("the image cache keeps no more pictures (No space left on device)") == 1
+    assert capsys.readouterr().out.count(os.strerror(errno.ENOSPC)) == 1
     assert len(written) == (0 if workers else 6)  # workers are forks: each has a list of its own
     monkeypatch.undo()
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -18,10 +20,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from test_tables import BAD_TABLES, HEADER
+import targets
+from test_tables import BAD_TABLES, HEADER, bad_table, tells
 
-from mmgraph import files, table_cache
-from mmgraph import tables as tables_module
+from mmgraph import table_cache
 from mmgraph.batches import EdgeRows
 from mmgraph.edge_table import EdgeTable, EdgeWriter
 from mmgraph.errors import UserError
@@ -46,9 +48,19 @@ def all_edges(edges: EdgeTable) -> list[list[int]]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of a few rows are read and looked up in several chunks."""
-    monkeypatch.setattr(table_cache, "ROWS_AT_ONCE", 3)
-    monkeypatch.setattr(table_cache, "EDGES_AT_ONCE", 4)
-    monkeypatch.setattr(tables_module, "IDS_AT_ONCE", 5)
+    monkeypatch.setattr(targets.ROWS_AT_ONCE, 3)
+    monkeypatch.setattr(targets.EDGES_AT_ONCE, 4)
+    monkeypatch.setattr(targets.IDS_AT_ONCE, 5)
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the folders lie that stand in for a cache that cannot be written."""
+    (folder := tmp_path / "stand_ins").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    table_cache.remove_stand_ins()
+    assert not list(folder.iterdir())
 
 
 NODES = [
@@ -192,8 +204,8 @@ def test_tables_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(table_cache, "read_chunks", fail)
-    monkeypatch.setattr(table_cache, "check_unique", fail)
+    monkeypatch.setattr(targets.READ_CHUNKS, fail)
+    monkeypatch.setattr(targets.CHECK_UNIQUE, fail)
     assert all_edges(open_edges(edges_path, nodes_path)) == edges
     open_nodes(arrow_path)
     monkeypatch.undo()
@@ -204,64 +216,71 @@ def test_tables_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(fewer) < len(edges)
 
 
-@pytest.mark.parametrize(("content", "message"), BAD_TABLES)
+@pytest.mark.parametrize(("content", "facts"), BAD_TABLES)
 def test_errors_are_those_of_reading(
-    tmp_path: Path, small_chunks: None, content: str | bytes | None, message: str
+    tmp_path: Path, small_chunks: None, content: str | bytes | None, facts: tuple[str, ...]
 ) -> None:
-    path = tmp_path / "nodes.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path = bad_table(tmp_path / "nodes.csv", content)
     with pytest.raises(UserError) as whole:
         read_nodes(path)
     with pytest.raises(UserError) as caught:
         open_nodes(path)
-    assert message in str(caught.value) and str(caught.value) == str(whole.value)
+    tells(caught.value, path, *facts)
+    assert str(caught.value) == str(whole.value)
     assert not list(tmp_path.glob("mmgraph_cache/tables/*")) and not list(tmp_path.glob("mmgraph_cache/tables/.*"))
 
 
 def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> None:
     path = nodes_csv(tmp_path)
     good = path.read_text()
-    for more, message in (
-        (',"x",,,', "line 44: node_id is empty"),  # two fields before span lines
-        ("n3,x,,,", "line 44: node_id 'n3' is already used in line 14"),
-        ("z,x,,,,,", "line 44: 7 fields where the header has 5"),
-        ('z,"x', "line 44: 2 fields where the header has 5"),
+    for more, facts in (
+        (',"x",,,', ("line 44", "node_id")),  # two fields before span lines
+        ("n3,x,,,", ("line 44", "node_id", "'n3'", "line 14")),
+        ("z,x,,,,,", ("line 44", "7", "5")),
+        ('z,"x', ("line 44", "2", "5")),
     ):
         path.write_text(good + more + "\n")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError) as caught:
             open_nodes(path)
+        tells(caught.value, path, *facts)
     path.write_text(good)
     edges = edges_csv(tmp_path, path)
-    for more, message in (("0,,007", "line 102: dst_id is empty"), ("0,1,2,3", "line 102: 4 fields")):
+    for more, facts in (("0,,007", ("line 102", "dst_id")), ("0,1,2,3", ("line 102", "4", "3"))):
         edges.write_text(edges_csv(tmp_path, path).read_text() + more + "\n")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError) as caught:
             open_edges(edges, path)
+        tells(caught.value, edges, *facts)
     edges.write_text("src_id,dst_id\n" + "nobody,none\n" * 9)
-    with pytest.raises(UserError, match="no edge has both ends in the node table; the first unknown id is 'nobody'"):
+    with pytest.raises(UserError) as caught:
         open_edges(edges, path)
+    tells(caught.value, edges, "'nobody'")  # the first end that is no node
     frame = pd.concat([read_nodes(path), read_nodes(path)[4:5]])
     frame.reset_index(drop=True).to_feather(arrow := tmp_path / "n.arrow", compression="uncompressed")
-    with pytest.raises(UserError, match=r"n\.arrow, row 40: node_id 'nan' is already used in row 4;"):
+    with pytest.raises(UserError) as caught:
         open_nodes(arrow)
+    tells(caught.value, arrow, "row 40", "node_id", "'nan'", "row 4")
     for content in (b"", b"no table"):
         arrow.write_bytes(content)
-        with pytest.raises(UserError, match="not a readable Arrow table"):
+        with pytest.raises(UserError) as caught:
             open_nodes(arrow)
+        tells(caught.value, arrow, "Arrow")
 
 
 def test_a_table_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = nodes_csv(tmp_path)
     digest = fingerprint(path)
     path.write_text(path.read_text() + "more,,,,\n")
-    with pytest.raises(UserError, match="was changed while it was read"):
+    with pytest.raises(UserError) as caught:
         table_cache.open_nodes(path, digest)
+    tells(caught.value, path)
+    assert not list(tmp_path.glob("mmgraph_cache/tables/*.arrow"))
     assert len(open_nodes(path)) == 41 and len(list(tmp_path.glob("mmgraph_cache/tables/*"))) == 1
 
 
 OPEN = """
-import sys, time, os
+import pkgutil, sys, time, os
 from pathlib import Path
+from pytest import MonkeyPatch
 from mmgraph import table_cache
 from mmgraph.table_files import fingerprint
 folder = Path(sys.argv[1])
@@ -272,7 +291,7 @@ def slow(write):
         time.sleep(float(sys.argv[2]))
         return done
     return call
-table_cache.check_unique = slow(table_cache.check_unique)
+MonkeyPatch().setattr(sys.argv[3], slow(pkgutil.resolve_name(sys.argv[3])))
 nodes, edges = folder / "nodes.csv", folder / "edges.csv"
 table = table_cache.open_nodes(nodes, fingerprint(nodes))
 rows = table_cache.open_edges(edges, fingerprint(edges), table, fingerprint(nodes)).rows
@@ -282,7 +301,7 @@ print(len(table), len(rows), table.path)
 
 def opening(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", OPEN, str(folder), str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", OPEN, str(folder), str(seconds), targets.CHECK_UNIQUE], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -297,8 +316,10 @@ def test_two_processes_at_once_make_one_conversion(tmp_path: Path) -> None:
     both = [opening(tmp_path, 1.5, RANK="0") for _ in range(2)]
     outputs = [process.communicate(timeout=100) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    printed = "".join(output for output, _ in outputs)
-    assert printed.count("written") == 1 and printed.count("converted in") == 2  # nodes and edges, each by one
+    lines = [line for output, _ in outputs for line in output.splitlines()]
+    assert lines.count("written") == 1
+    for name in ("nodes.csv", "edges.csv"):  # each by one, which tells in how many seconds
+        assert len([line for line in lines if re.search(rf"{name}: .*\b\d+\.\d s\b", line)]) == 1
     assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
     assert len(made(tmp_path)) == 4  # nodes, edges, their relations, what is told
 
@@ -328,34 +349,36 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     child = opening(tmp_path, 0, MMGRAPH_CACHE=str(tmp_path / "file/cache"), TMPDIR=str(tmp_path / "temporary"))
     output, errors = child.communicate(timeout=100)
     assert child.returncode == 0, errors
-    assert output.count("cannot be written (Not a directory)") == 1
+    [told] = [line for line in output.splitlines() if os.strerror(errno.ENOTDIR) in line]
+    assert str(tmp_path / "file/cache") in told
     assert str(tmp_path / "temporary") in output.splitlines()[-1] and output.splitlines()[-1].startswith("40 ")
     assert not list((tmp_path / "temporary").iterdir())  # gone with the process
 
 
 def test_a_cache_without_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = nodes_csv(tmp_path)
-    claimed = files.claimed
+    claimed = pkgutil.resolve_name(targets.CLAIMED)
 
     class Full:
         closed = False
 
         def write(self, _: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def flush(self) -> None: ...
 
     @contextmanager
     def full(path: Path) -> Iterator[Any]:
         with claimed(path) as file:
-            yield file if tmp_path not in path.parents or file is None else Full()
+            yield file if stand_ins in path.parents or file is None else Full()
 
-    monkeypatch.setattr(files, "claimed", full)
-    monkeypatch.setattr(table_cache, "_stand_ins", {})
-    assert len(open_nodes(path)) == len(open_nodes(path)) == 40
-    assert capsys.readouterr().out.count("cannot be written (No space left on device)") == 1
+    monkeypatch.setattr(targets.CLAIMED, full)
+    first, second = open_nodes(path), open_nodes(path)
+    assert len(first) == len(second) == 40 and first.path == second.path and stand_ins in first.path.parents
+    [told] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.ENOSPC) in line]
+    assert str(tmp_path / "mmgraph_cache/tables") in told
     assert made(tmp_path) == {}
 
 
@@ -366,28 +389,27 @@ def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(files, "claimed", refuse)
+    monkeypatch.setattr(targets.CLAIMED, refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert open_nodes(path).path == converted
 
 
 def test_a_damaged_table_of_a_read_only_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It cannot be removed: a folder for this run stands in."""
-    monkeypatch.setattr(table_cache, "_stand_ins", {})
     path = nodes_csv(tmp_path)
     converted = open_nodes(path).path
     os.truncate(converted, converted.stat().st_size // 2)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        assert len(table := open_nodes(path)) == 40 and table.path != converted
-    assert "cannot be written (Read-only file system)" in capsys.readouterr().out
-    table_cache.remove_stand_ins()
+        assert len(table := open_nodes(path)) == 40 and stand_ins in table.path.parents
+    [told] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.EROFS) in line]
+    assert str(converted.parent) in told
 
 
 def test_a_slower_process_leaves_what_another_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +427,7 @@ def test_a_slower_process_leaves_what_another_made_anew(tmp_path: Path, monkeypa
             raise pa.ArrowInvalid("damaged")
         return NodeTable(name)
 
-    monkeypatch.setattr(table_cache, "NodeTable", open_damaged)
+    monkeypatch.setattr(targets.OPENED_NODE_TABLE, open_damaged)
     assert len(open_nodes(path)) == 40 and converted.stat().st_mtime_ns == found.st_mtime_ns
 
 
@@ -426,7 +448,9 @@ def test_paths_are_drawn_from_the_filled_ones(tmp_path: Path, monkeypatch: pytes
     filled = {name for name in names if name and name.strip()}
     column = pa.chunked_array([names[:70_000], names[70_000:70_001], names[70_001:]])
     looked_up: list[object] = []
-    monkeypatch.setattr(ImagePaths, "resolve", lambda self, name: looked_up.append(name) or str(tmp_path / "n.csv"))
+    monkeypatch.setattr(
+        targets.RESOLVE_IMAGE_PATH, lambda self, name: looked_up.append(name) or str(tmp_path / "n.csv")
+    )
     (tmp_path / "n.csv").touch()
     draws = []
     for seed in (0, 0, 1):

@@ -1,5 +1,7 @@
 """Every config by a real launch: the same training on each, and one state that goes on under any other."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,7 +43,12 @@ def test_every_config_is_here() -> None:
 @pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3_offload"])
 def test_zero_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
     done = launch(f"{name}.yaml {CONFIGS[name]} {FLOAT32}", *settings(graph, tmp_path / "run", "--max_steps=30"))
-    assert "2 processes (DEEPSPEED), device cpu" in done.stdout and done.stdout.count("\ndone: ") == 1
+    [start] = json.loads((tmp_path / "run/environment.json").read_text())
+    assert (start["processes"], start["distributed_type"]) == (2, "DEEPSPEED")
+    [told] = [line for line in done.stdout.splitlines() if re.search(r"\bDEEPSPEED\b", line)]
+    assert re.search(r"\bcpu\b", told)
+    final = tmp_path / "run/checkpoints/multimodal_encoder_final.pt"
+    assert done.stdout.count(str(final)) == 1  # one process writes
     assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5
 
 
