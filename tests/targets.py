@@ -57,6 +57,26 @@ LOAD_ENCODER = "mmgraph.checkpoints.load_pretrained_encoder"
 LOGITS_AT_ONCE = "mmgraph.losses.LOGITS_AT_ONCE"
 INFO_NCE = "mmgraph.losses._info_nce"
 
+# evaluation, inference, report, bench
+QUERIES_AT_ONCE = "mmgraph.ranking.QUERIES_AT_ONCE"
+CANDIDATES_AT_ONCE = "mmgraph.ranking.CANDIDATES_AT_ONCE"
+SAMPLED_NEGATIVES = "mmgraph.ranking._negatives"
+RANKS_OF_EMBEDDINGS = "mmgraph.evaluation.Evaluation.ranks"
+NODES_OF_A_BLOCK = "mmgraph.blocks.BLOCK"
+MAKE_BLOCKS = "mmgraph.blocks.Blocks.make"
+SAVE_OF_A_RUN = "mmgraph.trainer.Trainer.save"
+REPORT_AT_THE_END = "mmgraph.report.make.end_of_run"
+WRITE_PAGE = "mmgraph.report.make.write_page"
+EMBED_SHARE_OF_REPORT = "mmgraph.report.make.embed_share"
+TOWERS_OF_BENCH_GRAPH = "mmgraph.bench.graph.build_towers"
+LOG_FILE = "mmgraph.text_log.log_file"
+CHECK_AGREEMENT = "mmgraph.checks._check_agreement"
+DESCRIBE_WORLD = "mmgraph.checks._world"
+HOST_MEMORY = "mmgraph.checks._host_memory"
+GATHER_OF_CHECKS = "mmgraph.checks.gather_object"
+TENSORBOARD_IS_INSTALLED = "mmgraph.checks.is_tensorboard_available"
+DEEPSPEED_IS_INSTALLED = "mmgraph.zero.is_deepspeed_available"
+
 
 
 def steps_done(run: Any) -> int:

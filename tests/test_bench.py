@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, launch_command, run, settings
+from targets import LOGITS_AT_ONCE, TOWERS_OF_BENCH_GRAPH
 
 from mmgraph.bench.loss import compare_losses
 from mmgraph.bench.report import shown
@@ -70,13 +72,11 @@ def test_data(graph: Path, tmp_path: Path) -> None:
 
 
 def test_loss(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmgraph import losses
-
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4096)
+    monkeypatch.setattr(LOGITS_AT_ONCE, 4096)
     found = bench(graph, tmp_path, "loss", "--sizes", "64", "300", "--repeats=2")
     assert [row["edges"] for row in found["rows"]] == [64, 300]
     assert all(row["difference"] < 1e-5 and row["time ratio"] > 0 for row in found["rows"])
-    assert losses.LOGITS_AT_ONCE == 4096
+    assert resolve_name(LOGITS_AT_ONCE) == 4096
 
 
 def test_scale(graph: Path, tmp_path: Path) -> None:
@@ -106,10 +106,8 @@ def test_study(graph: Path, tmp_path: Path) -> None:
 
 
 def test_a_graph_to_measure_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmgraph.bench import graph as bench_graph
-
-    build = bench_graph.build_towers
-    monkeypatch.setattr(bench_graph, "build_towers", lambda folder, texts, real_size: build(folder, texts))
+    build = resolve_name(TOWERS_OF_BENCH_GRAPH)
+    monkeypatch.setattr(TOWERS_OF_BENCH_GRAPH, lambda folder, texts, real_size: build(folder, texts))
     pd.DataFrame({"src_id": ["x", "y", "x"], "dst_id": ["y", "z", "x"]}).to_csv(tmp_path / "edges.csv", index=False)
     assert main(["bench", "graph", str(tmp_path / "a"), f"--structure={tmp_path / 'edges.csv'}"]) == 0
     nodes = pd.read_csv(tmp_path / "a/nodes.csv")

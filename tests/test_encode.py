@@ -1,10 +1,12 @@
 """Embeddings out: the original's files, other formats, ranks, kills, and memory."""
 
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pandas as pd
@@ -15,10 +17,11 @@ import torch
 from conftest import launch_command, run
 from PIL import Image
 from safetensors.torch import load_file
+from targets import MAKE_BLOCKS, NODES_OF_A_BLOCK
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from mmgraph import blocks
 from mmgraph.cli import main
+from mmgraph.feature_files import FORMATS
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 
@@ -78,12 +81,13 @@ def test_over_ranks_and_in_every_format(
     """40 nodes in blocks of 6, so that ranks have different numbers of them."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom mmgraph import blocks\nfrom mmgraph.cli import leave, main\nblocks.BLOCK = 6\n"
-        "leave(main(sys.argv[1:]))\n"
+        f"import runpy, pytest\npytest.MonkeyPatch().setattr({NODES_OF_A_BLOCK!r}, 6)\n"
+        "runpy.run_module('mmgraph', run_name='__main__')\n"
     )
     command = [*launch_command("cpu_2proc.yaml")[:-1], str(script)]
     done = run([*command, *given(graph, original, tmp_path / "pt", "--num_workers=1")])
-    assert done.returncode == 0 and done.stdout.count("40 nodes:") == 1, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"{tmp_path / 'pt'}/features_*.pt") == 1  # of two ranks one tells
     for name in FEATURES:
         assert torch.allclose(torch.load(tmp_path / f"pt/features_{name}.pt"), expected[name], atol=1e-5)
     for kind in ("safetensors", "npy", "parquet"):
@@ -100,17 +104,17 @@ def test_over_ranks_and_in_every_format(
     assert np.allclose(np.stack(table["vector"].to_numpy()), z_graph, atol=1e-5)
 
 
-KILLED = """import sys, time
-from mmgraph import blocks
-from mmgraph.cli import main
-blocks.BLOCK = 4
-make = blocks.Blocks.make
+KILLED = f"""import pkgutil, runpy, time
+import pytest
+patch = pytest.MonkeyPatch()
+patch.setattr({NODES_OF_A_BLOCK!r}, 4)
+make = pkgutil.resolve_name({MAKE_BLOCKS!r})
 def slow(self, numbers):
     for count in make(self, numbers):
         time.sleep(0.2)
         yield count
-blocks.Blocks.make = slow
-sys.exit(main(sys.argv[1:]))
+patch.setattr({MAKE_BLOCKS!r}, slow)
+runpy.run_module("mmgraph", run_name="__main__")
 """
 
 
@@ -122,7 +126,7 @@ def test_a_second_start_goes_on(
     for image in (folder / "images").iterdir():
         image.touch()
     time.sleep(2.1)  # files that changed a moment ago are not trusted
-    monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(NODES_OF_A_BLOCK, 4)
     assert main(given(folder, original, tmp_path / "once")) == 0
     (tmp_path / "run.py").write_text(KILLED)
     process = subprocess.Popen(
@@ -142,13 +146,14 @@ def test_a_second_start_goes_on(
     damaged[-9] ^= 1
     block.write_bytes(damaged)
     made: list[int] = []
-    make = blocks.Blocks.make
-    monkeypatch.setattr(blocks.Blocks, "make", lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    make = resolve_name(MAKE_BLOCKS)
+    monkeypatch.setattr(MAKE_BLOCKS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
     Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # of the first block
     capsys.readouterr()
     assert main(given(folder, original, tmp_path / "out")) == 0
     assert made == [0, 1, *range(kept, 10)]
-    assert f"goes on: {4 * (kept - 2)} of 40 nodes were embedded before" in capsys.readouterr().out
+    numbers = [re.findall(r"\d+", line) for line in capsys.readouterr().out.splitlines()]
+    assert numbers.count([str(4 * (kept - 2)), "40"]) == 1  # a line tells what was embedded before
     for name in FEATURES:
         once, resumed = (torch.load(tmp_path / f"{part}/features_{name}.pt") for part in ("once", "out"))
         same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(once, resumed, strict=True)]
@@ -157,18 +162,20 @@ def test_a_second_start_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "facts"),
     [
-        (["--features", "fused", "z"], "--features z: must be of z_graph, fused"),
-        (["--format=csv"], "--format csv: must be one of pt, safetensors, parquet, npy"),
-        (["--output_dir=/proc/none"], "--output_dir /proc/none"),
+        (["--features", "fused", "z"], ["--features z:", *FEATURES]),
+        (["--format=csv"], ["--format csv:", *FORMATS]),
+        (["--output_dir=/proc/none"], ["--output_dir /proc/none:"]),
     ],
 )
 def test_wrong_usage(
-    graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], facts: list[str]
 ) -> None:
     assert main(given(graph, original, tmp_path, *more)) == 2
-    assert message in capsys.readouterr().err
+    [error] = capsys.readouterr().err.splitlines()
+    assert error.startswith("mmgraph: error: ") and all(fact in error for fact in facts)
+    assert not list(tmp_path.iterdir())
 
 
 HOLDER = """import fcntl, sys
@@ -187,16 +194,19 @@ def test_two_at_once_in_one_folder(
     )
     process.stdout.readline()
     assert main(given(graph, original, tmp_path)) == 2
-    assert "another process encodes into it" in capsys.readouterr().err
+    [error] = capsys.readouterr().err.splitlines()
+    assert error.startswith("mmgraph: error: ") and f"--output_dir {tmp_path}:" in error
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
     process.communicate(b"\n")
+    assert main(given(graph, original, tmp_path, "--features", "text_only")) == 0
 
 
-MEMORY = """import sys
-from mmgraph.cli import main
-code = main(sys.argv[1:])
-status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
-print("peak MB", int(status["VmHWM"].split()[0]) / 1024)
-sys.exit(code)
+MEMORY = """import runpy
+try:
+    runpy.run_module("mmgraph", run_name="__main__")
+finally:
+    status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+    print("peak MB", int(status["VmHWM"].split()[0]) / 1024)
 """
 
 

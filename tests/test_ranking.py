@@ -1,17 +1,19 @@
 """Ranks and metrics against brute force, with ties, repeated edges, self-loops and several relations."""
 
 from fractions import Fraction
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from targets import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, SAMPLED_NEGATIVES
 
-from mmgraph import ranking
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation
 from mmgraph.held_out import HeldOut
 from mmgraph.neighbors import Neighbors, pair_keys
+from mmgraph.ranking import on_grid, sampled_ranks
 
 Edges = list[tuple[int, int]]
 
@@ -60,8 +62,8 @@ def random_graph(seed: int, nodes: int = 23) -> tuple[torch.Tensor, Edges, list[
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (512, 8192)], ids=["one score", "5 x 7", "whole"])
 def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, tile: tuple[int, int]) -> None:
     """MRR and Hits, also by relation, in tiles of any size."""
-    monkeypatch.setattr(ranking, "QUERIES_AT_ONCE", tile[0])
-    monkeypatch.setattr(ranking, "CANDIDATES_AT_ONCE", tile[1])
+    monkeypatch.setattr(QUERIES_AT_ONCE, tile[0])
+    monkeypatch.setattr(CANDIDATES_AT_ONCE, tile[1])
     vectors, train, held_out = random_graph(seed)
     rows = np.array(held_out)
     evaluation = Evaluation(
@@ -69,7 +71,7 @@ def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, tile:
     )
     found = evaluation.table({"z": evaluation.ranks(vectors)})
 
-    scores = exact_scores(ranking.on_grid(vectors))
+    scores = exact_scores(on_grid(vectors))
     true = train + [(a, b) for a, b, _ in held_out]
     asked = sorted({edge for edge in held_out if edge[0] != edge[1]})
     expected = {
@@ -96,7 +98,7 @@ def test_scores_are_exact_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(301, 515, generator=generator)
     vectors[1::2] = vectors[0]
-    grid = ranking.on_grid(vectors)
+    grid = on_grid(vectors)
     scores = grid[:7].double() @ grid.double().T
     assert all(len(set(row[1::2].tolist())) == 1 for row in scores)
     shuffled = torch.randperm(515, generator=generator)
@@ -112,13 +114,12 @@ def test_scores_are_exact_in_any_order() -> None:
 def test_sampled_protocol() -> None:
     """Ranks among 100 drawn nodes: against the definition, whatever part begins where; the target is never drawn."""
     generator = torch.Generator().manual_seed(0)
-    grid = ranking.on_grid(torch.randn(50, 4, generator=generator))
+    grid = on_grid(torch.randn(50, 4, generator=generator))
     queries, targets = (torch.randint(50, (3000,), generator=generator) for _ in range(2))
-    whole = ranking.sampled_ranks(grid, queries, targets, 0, seed=5)
-    assert torch.equal(
-        ranking.sampled_ranks(grid, queries[1500:2100], targets[1500:2100], 1500, seed=5), whole[1500:2100]
-    )
-    drawn = ranking._negatives(1020, 10, 49, seed=5)  # of two blocks
+    whole = sampled_ranks(grid, queries, targets, 0, seed=5)
+    assert torch.equal(sampled_ranks(grid, queries[1500:2100], targets[1500:2100], 1500, seed=5), whole[1500:2100])
+    negatives = resolve_name(SAMPLED_NEGATIVES)
+    drawn = negatives(1020, 10, 49, seed=5)  # of two blocks
     drawn += drawn >= targets[1020:1030, None]
     assert not (drawn == targets[1020:1030, None]).any() and drawn.min() >= 0 and drawn.max() == 49
     for i in range(10):
@@ -128,9 +129,9 @@ def test_sampled_protocol() -> None:
         ]
         expected = 1 + sum(s > scores[0] for s in scores[1:]) + sum(s == scores[0] for s in scores[1:]) / 2
         assert whole[1020 + i] == expected
-    counts = torch.bincount(ranking._negatives(0, 3000, 50, seed=5).flatten(), minlength=50)
+    counts = torch.bincount(negatives(0, 3000, 50, seed=5).flatten(), minlength=50)
     assert counts.min() > 0.9 * counts.float().mean()  # uniform
-    assert not torch.equal(ranking.sampled_ranks(grid, queries, targets, 0, seed=6), whole)
+    assert not torch.equal(sampled_ranks(grid, queries, targets, 0, seed=6), whole)
 
 
 def test_neighbors_against_a_set() -> None:
@@ -149,7 +150,13 @@ def test_neighbors_against_a_set() -> None:
 
 
 def test_what_cannot_be_ranked() -> None:
-    with pytest.raises(UserError, match="row 1 is not finite"):
-        ranking.on_grid(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
-    with pytest.raises(UserError, match="nothing to evaluate on"):
-        Evaluation(Accelerator(cpu=True), neighbors([(0, 1)], 3), HeldOut(np.array([[2, 2]]), None, [], ""), 0)
+    with pytest.raises(UserError, match=r"\b1\b"):  # the row
+        on_grid(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
+
+    def evaluation_on(*edges: tuple[int, int]) -> Evaluation:
+        held_out = HeldOut(np.array(edges), None, [], "")
+        return Evaluation(Accelerator(cpu=True), neighbors([(0, 1)], 3), held_out, 0)
+
+    with pytest.raises(UserError):
+        evaluation_on((2, 2))
+    assert len(evaluation_on((2, 2), (2, 1)).rows) == 1

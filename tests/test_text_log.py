@@ -7,16 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from targets import LOG_FILE
 from torch.utils.data import DataLoader, Dataset
 
-from mmgraph import flush_log, log, text_log
+from mmgraph import flush_log, log
 from mmgraph.text_log import log_file
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits() -> None:
-    """Lines of other tests, logged outside of a run, would be written by the next run."""
-    text_log._waiting.clear()
+def nothing_waits(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lines of other tests, logged outside of a run, would be written by the next run: here they are."""
+    with log_file(tmp_path_factory.mktemp("before") / "log.txt"):
+        pass
 
 
 def count_writes(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -97,10 +99,11 @@ def test_exit_loses_nothing(tmp_path: Path, end: str) -> None:
     """Also without the block being left, as when the interpreter ends under it."""
     code = f"""
 import sys
-from mmgraph import text_log
-manager = text_log.log_file({str(tmp_path / "log.txt")!r})
+from pkgutil import resolve_name
+from mmgraph import log
+manager = resolve_name({LOG_FILE!r})({str(tmp_path / "log.txt")!r})
 manager.__enter__()
-text_log.log("one")
+log("one")
 {end}
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
