@@ -78,7 +78,6 @@ TENSORBOARD_IS_INSTALLED = "mmgraph.checks.is_tensorboard_available"
 DEEPSPEED_IS_INSTALLED = "mmgraph.zero.is_deepspeed_available"
 
 
-
 def steps_done(run: Any) -> int:
     """Of what ``TAKE_STEP`` and ``RECORD_STEP`` are called with first: how many optimizer steps are done."""
     return run.progress.step

@@ -71,7 +71,8 @@ def tells(text: str, *facts: str) -> None:
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
-    flags: list[str], facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: list[str], facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for name, text in (("BROKEN", "a: [1\nb: }"), ("LIST", "- 1"), ("UNKNOWN", "epocs: 3"), ("WRONG", "epochs: x"),

@@ -72,7 +72,7 @@ def test_preprocessing_is_clips(size: tuple[int, int]) -> None:
 
 
 def test_another_preprocessing_is_refused() -> None:
-    with pytest.raises(UserError, match="^CLIPImageProcessor\\b[^\n]*$"):  # one line, which names its class
+    with pytest.raises(UserError, match=r"^CLIPImageProcessor\b[^\n]*$"):  # one line, which names its class
         Preprocessing(CLIPImageProcessor(size={"height": 224, "width": 224}))
 
 

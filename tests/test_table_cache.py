@@ -301,8 +301,8 @@ print(len(table), len(rows), table.path)
 
 def opening(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", OPEN, str(folder), str(seconds), targets.CHECK_UNIQUE], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, **environment},
+        [sys.executable, "-c", OPEN, str(folder), str(seconds), targets.CHECK_UNIQUE],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
 
