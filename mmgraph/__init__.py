@@ -10,10 +10,10 @@ _HOMES = {
     "MultimodalCollator": "mmgraph.loader.multimodal_collator",
     "MultimodalGraphEncoder": "mmgraph.models.multimodal_graph_encoder",
     "NodesDataset": "mmgraph.loader.nodes_dataset",
-    "flush_log": "mmgraph.text_log",
+    "flush_log": "mmgraph.utils.log",
     "info_nce_loss": "mmgraph.losses",
     "load_pretrained_encoder": "mmgraph.checkpoints",
-    "log": "mmgraph.text_log",
+    "log": "mmgraph.utils.log",
 }
 __all__ = sorted(_HOMES)
 

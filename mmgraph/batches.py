@@ -21,7 +21,7 @@ from mmgraph.node_table import NodeTable
 from mmgraph.order import GlobalBatchSampler
 from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 
 class EdgeRows(Dataset[tuple[int, int, int]]):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmgraph.config import Config
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 DEFAULT_METRIC = "z_graph/mrr"
 

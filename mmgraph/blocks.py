@@ -22,12 +22,12 @@ from tqdm import tqdm
 from mmgraph.contents import file_signature
 from mmgraph.errors import UserError
 from mmgraph.feature_files import write_features
-from mmgraph.files import told_of_disk, write_durably
 from mmgraph.images import CAUSES
 from mmgraph.inference import Inference
 from mmgraph.node_outputs import BATCH
-from mmgraph.text_log import log
 from mmgraph.tower_cache import SHOWN_SECONDS
+from mmgraph.utils.files import told_of_disk, write_durably
+from mmgraph.utils.log import log
 from mmgraph.world import on_main_process, together, work_together
 
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped

@@ -15,10 +15,10 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import write_durably
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, file_keys
-from mmgraph.text_log import log
 from mmgraph.towers import load_tower_configs, random_towers
+from mmgraph.utils.files import write_durably
+from mmgraph.utils.log import log
 
 DEFAULT_MODEL = Config.model_name
 HEADS = 8  # of the fusion's attention

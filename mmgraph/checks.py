@@ -19,9 +19,9 @@ from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
-from mmgraph.text_log import log
 from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import file_fingerprints
+from mmgraph.utils.log import log
 from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, on_main_process, together
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from mmgraph.bench.command import add_bench_arguments, not_negative, positive
 from mmgraph.errors import UserError
-from mmgraph.text_log import is_main_process
+from mmgraph.utils.log import is_main_process
 
 OTHERS_WAIT_SECONDS = 5  # most errors are every rank's: the main one says it, and the launcher then ends the others
 
@@ -54,8 +54,8 @@ def _train(arguments: list[str]) -> int:
 
     from mmgraph.checks import check_run
     from mmgraph.start import open_graph
-    from mmgraph.text_log import log
     from mmgraph.trainer import Trainer
+    from mmgraph.utils.log import log
 
     accelerator, graph = open_graph(config)
     check_run(config, accelerator, graph)

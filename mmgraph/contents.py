@@ -13,11 +13,11 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.files import save_array
 from mmgraph.images import CAUSES, read_file
 from mmgraph.loader.node_inputs import node_text
 from mmgraph.node_table import NodeTable
 from mmgraph.tables import ImagePaths
+from mmgraph.utils.files import save_array
 from mmgraph.world import together
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits

@@ -9,8 +9,8 @@ from safetensors.torch import save
 
 from mmgraph.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from mmgraph.errors import UserError
-from mmgraph.files import write_durably
 from mmgraph.models.multimodal_graph_encoder import file_keys
+from mmgraph.utils.files import write_durably
 
 OPTIMIZER = "optimizer_state_dict."  # prefix of an epoch file's moments: params are numbered, as in the .pt
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mmgraph.demo_towers import build_towers
 from mmgraph.errors import UserError
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 VERSION = 1
 HELD_OUT = 0.1

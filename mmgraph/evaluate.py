@@ -15,12 +15,12 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.feature_files import FORMATS, read_features
-from mmgraph.files import write_durably
 from mmgraph.graph import Graph, load_graph
 from mmgraph.inference import open_checkpoint
 from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.tables import find_ids
-from mmgraph.text_log import log
+from mmgraph.utils.files import write_durably
+from mmgraph.utils.log import log
 from mmgraph.world import on_main_process, together
 
 MOST_RELATIONS = 20  # in the printed table

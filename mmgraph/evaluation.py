@@ -15,7 +15,7 @@ from mmgraph.node_outputs import NodeOutputs
 from mmgraph.order import permuted
 from mmgraph.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
 from mmgraph.shares import Embeddings, embed_share, gather_shares, share
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 TRAINED = ("z_graph", "fused")
 ALIGNED = ("z_text", "z_vis")  # what the text-image loss compares

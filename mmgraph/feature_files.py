@@ -16,7 +16,7 @@ from torch.serialization import skip_data
 
 from mmgraph.checkpoints import check_data, load_safely, save
 from mmgraph.errors import UserError
-from mmgraph.files import sync
+from mmgraph.utils.files import sync
 
 FORMATS = ("pt", "safetensors", "parquet", "npy")
 ID, VECTOR = "node_id", "vector"  # columns of a Parquet file

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from mmgraph.config import DEMO_FOLDER, Config
 from mmgraph.errors import UserError
-from mmgraph.text_log import is_main_process
+from mmgraph.utils.log import is_main_process
 
 DEMO_SETTINGS: dict[str, Any] = {
     "nodes": str(DEMO_FOLDER / "nodes.csv"),

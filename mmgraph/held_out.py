@@ -10,12 +10,12 @@ import pandas as pd
 
 from mmgraph.edge_table import EdgeTable, EdgeWriter
 from mmgraph.errors import UserError
-from mmgraph.files import save_array
 from mmgraph.node_table import NodeTable
 from mmgraph.order import permuted
 from mmgraph.table_cache import FORMAT, Edges, made, open_edges
 from mmgraph.table_files import fingerprint
-from mmgraph.text_log import log
+from mmgraph.utils.files import save_array
+from mmgraph.utils.log import log
 
 SPLIT_EPOCH = 0  # of the permutation that pairs are drawn in; training's epochs begin at 1
 

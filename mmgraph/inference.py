@@ -21,9 +21,9 @@ from mmgraph.node_table import NodeTable
 from mmgraph.table_cache import open_nodes
 from mmgraph.table_files import fingerprint as file_fingerprint
 from mmgraph.tables import ImagePaths
-from mmgraph.text_log import log
 from mmgraph.tower_cache import existing_store
 from mmgraph.towers import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
+from mmgraph.utils.log import log
 from mmgraph.world import together
 
 # Of the run that a checkpoint lies in, where nothing else is given.

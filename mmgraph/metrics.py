@@ -22,9 +22,9 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
 
 from mmgraph.config import Config
-from mmgraph.files import sync
 from mmgraph.table_cache import remove_stand_ins
-from mmgraph.text_log import flush_log, log
+from mmgraph.utils.files import sync
+from mmgraph.utils.log import flush_log, log
 
 START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that trackers get; wandb's own limits are below
 

@@ -22,7 +22,7 @@ from mmgraph.held_out import HeldOut
 from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import node_vectors, unit
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 from mmgraph.world import on_main_process, together
 
 EDGES_AT_ONCE = 1 << 20

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from mmgraph.blocks import Blocks, fill, look
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import locked
 from mmgraph.inference import Inference
-from mmgraph.text_log import log
+from mmgraph.utils.files import locked
+from mmgraph.utils.log import log
 from mmgraph.world import from_main_process, together
 
 KEPT = 3  # of other checkpoints: a process may be reading one

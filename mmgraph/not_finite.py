@@ -15,7 +15,7 @@ from mmgraph.errors import RunError
 from mmgraph.graph import Graph
 from mmgraph.order import permuted
 from mmgraph.state import Progress
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 from mmgraph.world import write_on_main_process
 
 FILE = "not_finite.jsonl"

@@ -14,15 +14,15 @@ from tqdm import tqdm
 from mmgraph import checkpoints
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
-from mmgraph.environment import note_start
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
-from mmgraph.files import locked, sync, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.state import Progress, gone_on
-from mmgraph.text_log import flush_log, log, log_file
+from mmgraph.utils.environment import note_start
+from mmgraph.utils.files import locked, sync, write_durably
+from mmgraph.utils.log import flush_log, log, log_file
 from mmgraph.world import on_main_process
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save
 from mmgraph.checkpoints import TrainedState
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import sync
-from mmgraph.text_log import log
+from mmgraph.utils.files import sync
+from mmgraph.utils.log import log
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from mmgraph.text_log import flush_log
+from mmgraph.utils.log import flush_log
 
 EXIT_CODE = 143
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -1,6 +1,6 @@
 """Tables converted once, to files that are memory-mapped from then on.
 
-Beside a table (see :func:`mmgraph.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
+Beside a table (see :func:`mmgraph.utils.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
 ``tables/edges-<hash>.npy``, its edges as rows, with relations in ``.relations.npy`` where it has a ``rel_id``, and what
 is to be told of them in ``.json``. A hash is that of the files' bytes and of the conversion: a changed table is
 converted anew. What is found there is complete and was checked.
@@ -25,11 +25,11 @@ import pyarrow.compute as pc
 
 from mmgraph.edge_table import EdgeTable, EdgeWriter
 from mmgraph.errors import RunError, UserError
-from mmgraph.files import cache_folder, make_once, save_array, write_durably
 from mmgraph.node_table import NodeTable
 from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
-from mmgraph.text_log import log
+from mmgraph.utils.files import cache_folder, make_once, save_array, write_durably
+from mmgraph.utils.log import log
 
 Opened = TypeVar("Opened")
 

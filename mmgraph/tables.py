@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from mmgraph.errors import UserError
 from mmgraph.images import OUTSIDE
 from mmgraph.table_files import place, read_chunks
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")

@@ -21,13 +21,13 @@ from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.contents import HASH, image_hash, text_hash
 from mmgraph.errors import UserError
-from mmgraph.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
 from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.text_log import log
 from mmgraph.tower_plan import Cost, Recipe, Shard
 from mmgraph.towers import Towers, load_towers
+from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
+from mmgraph.utils.log import log
 from mmgraph.world import from_main_process, on_main_process, together, work_together
 
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds

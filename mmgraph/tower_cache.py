@@ -20,17 +20,17 @@ from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder, make_once
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
 from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.node_table import NodeTable
 from mmgraph.tables import ImagePaths
-from mmgraph.text_log import log
 from mmgraph.tower_build import build
 from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.utils.files import cache_folder, make_once
+from mmgraph.utils.log import log
 from mmgraph.world import together
 
 SHOWN_SECONDS = 120

@@ -13,11 +13,11 @@ import torch
 from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.contents import Contents
-from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
 from mmgraph.loader.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.tower_store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
 from mmgraph.towers import load_tower_configs
+from mmgraph.utils.files import cache_folder
 
 FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -32,7 +32,6 @@ from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.source import open_source
 from mmgraph.stopping import EXIT_CODE, StopRequest
-from mmgraph.text_log import log
 from mmgraph.tower_cache import contents_of
 from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import (
@@ -42,6 +41,7 @@ from mmgraph.towers import (
     load_tower_configs,
     read_tower_state,
 )
+from mmgraph.utils.log import log
 from mmgraph.world import from_main_process, peak_memory_gb, together, write_on_main_process
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import (
 
 from mmgraph import zero
 from mmgraph.errors import RunError, UserError
-from mmgraph.files import told_of_disk
+from mmgraph.utils.files import told_of_disk
 
 Result = TypeVar("Result")
 

@@ -35,7 +35,7 @@ OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank t
 TRACKER_SECONDS = [f"mmgraph.metrics.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
 
 # data, towers, losses, command line
-CLAIMED = "mmgraph.files.claimed"
+CLAIMED = "mmgraph.utils.files.claimed"
 CHECK_UNIQUE = "mmgraph.table_cache.check_unique"
 READ_CHUNKS = "mmgraph.table_cache.read_chunks"
 ROWS_AT_ONCE = "mmgraph.table_cache.ROWS_AT_ONCE"
@@ -69,7 +69,7 @@ REPORT_AT_THE_END = "mmgraph.report.make.end_of_run"
 WRITE_PAGE = "mmgraph.report.make.write_page"
 EMBED_SHARE_OF_REPORT = "mmgraph.report.make.embed_share"
 TOWERS_OF_BENCH_GRAPH = "mmgraph.bench.graph.build_towers"
-LOG_FILE = "mmgraph.text_log.log_file"
+LOG_FILE = "mmgraph.utils.log.log_file"
 CHECK_AGREEMENT = "mmgraph.checks._check_agreement"
 DESCRIBE_WORLD = "mmgraph.checks._world"
 HOST_MEMORY = "mmgraph.checks._host_memory"

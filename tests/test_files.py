@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraph.files import claimed, make_once, write_durably
+from mmgraph.utils.files import claimed, make_once, write_durably
 
 
 def make_slowly(path: Path, byte: bytes, locks: bool) -> None:

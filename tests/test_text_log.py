@@ -11,7 +11,7 @@ from targets import LOG_FILE
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph import flush_log, log
-from mmgraph.text_log import log_file
+from mmgraph.utils.log import log_file
 
 
 @pytest.fixture(autouse=True)

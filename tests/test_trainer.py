@@ -39,8 +39,8 @@ from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
-from mmgraph.text_log import log
 from mmgraph.trainer import Trainer
+from mmgraph.utils.log import log
 from mmgraph.world import build_accelerator
 
 LOSSES = ("loss", "loss_mm", "loss_graph")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mmgraph.demo_towers import build_towers
 from mmgraph.errors import UserError
 from mmgraph.tables import read_edges
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 WORDS, ROWS_AT_ONCE = 20_000, 100_000
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgraph.environment import machine
-from mmgraph.files import write_durably
+from mmgraph.utils.environment import machine
+from mmgraph.utils.files import write_durably
 
 Row = Mapping[str, Any]
 

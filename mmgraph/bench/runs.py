@@ -9,8 +9,8 @@ from typing import Any
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import write_durably
 from mmgraph.flags import as_arguments
+from mmgraph.utils.files import write_durably
 
 SCRIPT = """import sys
 from mmgraph.cli import leave, main, train_main

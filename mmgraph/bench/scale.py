@@ -14,7 +14,7 @@ from mmgraph.bench.report import report
 from mmgraph.bench.runs import finish, flags, launch
 from mmgraph.config import Config
 from mmgraph.graph import Graph, load_graph
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin
 NODES, EDGES = 640, 20_000  # of the part that is trained on: 64 edges of it have as many distinct nodes as of a graph

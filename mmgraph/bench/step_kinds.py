@@ -15,7 +15,6 @@ from mmgraph.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
 from mmgraph.errors import UserError
-from mmgraph.files import cache_folder
 from mmgraph.graph import Graph
 from mmgraph.loader.multimodal_collator import MultimodalCollator
 from mmgraph.loader.node_inputs import NodeInputs
@@ -35,6 +34,7 @@ from mmgraph.towers import (
     run_towers,
     tower_state,
 )
+from mmgraph.utils.files import cache_folder
 
 KINDS = ("plain", "live", "stored")
 PHASES = ("data", "towers", "forward", "backward", "optimizer")

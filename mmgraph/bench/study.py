@@ -20,7 +20,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.held_out import HeldOut
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 _baselines: Baselines  # in a process of the pool
 SETTINGS = ("keep", "mask_same", "mask_neighbors")

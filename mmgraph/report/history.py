@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from mmgraph.environment import read_starts
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table
+from mmgraph.utils.environment import read_starts
 
 RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 Columns = dict[str, np.ndarray]
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     steps: Columns  # (S,) float64 each, by the name in metrics.jsonl; NaN where a step has none
     evaluations: Columns  # (E,) float64 each: ``step``, and ``eval/...``
     table: Table | None  # the last evaluation whole
-    starts: list[dict[str, Any]]  # see mmgraph.environment.note_start
+    starts: list[dict[str, Any]]  # see mmgraph.utils.environment.note_start
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

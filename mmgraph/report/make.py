@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from mmgraph import checkpoints
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.files import told_of_disk
 from mmgraph.graph import Graph
 from mmgraph.inference import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.metrics import Figures
@@ -23,7 +22,8 @@ from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
 from mmgraph.shares import embed_share, gather_on_main
-from mmgraph.text_log import log
+from mmgraph.utils.files import told_of_disk
+from mmgraph.utils.log import log
 from mmgraph.world import from_main_process, on_main_process, together
 
 KIND = "z_graph"

@@ -14,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.evaluation import Table
-from mmgraph.files import write_durably
 from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, rank_lines, ranks
 from mmgraph.report.history import RANKS, Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
+from mmgraph.utils.files import write_durably
 
 MAP_PICTURE_BYTES = 3_000_000  # of all maps of a page: what does not fit is a dot
 SUMMARY_STEPS = 100  # the last ones, whose mean loss and median rate are told

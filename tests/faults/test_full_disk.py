@@ -132,7 +132,7 @@ def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: P
 
 @pytest.mark.fault("a log on a full disk: no line twice, none in part")
 def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
-    from mmgraph.text_log import flush_log, log, log_file
+    from mmgraph.utils.log import flush_log, log, log_file
 
     with log_file(tmp_path / "earlier.txt"):
         pass  # takes what waits from other tests

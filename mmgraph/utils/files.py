@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mmgraph.errors import RunError
-from mmgraph.text_log import log
+from mmgraph.utils.log import log
 
 POLL_SECONDS = 0.2
 

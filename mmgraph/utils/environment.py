@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmgraph.files import write_durably
+from mmgraph.utils.files import write_durably
 
 FILE = "environment.json"
 PACKAGES = ("mmgraph", "torch", "torchvision", "transformers", "accelerate", "deepspeed")

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of graphs or models: log, files, environment, units."""
