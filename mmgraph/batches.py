@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.config import Config
+from mmgraph.distributed.signals import STOP_SIGNALS
 from mmgraph.edge_table import EdgeTable
 from mmgraph.graph import Graph
 from mmgraph.images import Preprocessing
@@ -19,7 +20,6 @@ from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.loader.picture_file import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.node_table import NodeTable
 from mmgraph.order import GlobalBatchSampler
-from mmgraph.stopping import STOP_SIGNALS
 from mmgraph.tables import ImagePaths
 from mmgraph.utils.log import log
 

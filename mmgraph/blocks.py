@@ -20,6 +20,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from mmgraph.contents import file_signature
+from mmgraph.distributed.launch import on_main_process, together, work_together
 from mmgraph.errors import UserError
 from mmgraph.feature_files import write_features
 from mmgraph.images import CAUSES
@@ -28,7 +29,6 @@ from mmgraph.node_outputs import BATCH
 from mmgraph.tower_cache import SHOWN_SECONDS
 from mmgraph.utils.files import told_of_disk, write_durably
 from mmgraph.utils.log import log
-from mmgraph.world import on_main_process, together, work_together
 
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
 

@@ -17,12 +17,19 @@ from accelerate.utils import gather_object, is_tensorboard_available
 from mmgraph import estimate
 from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
+from mmgraph.distributed.launch import (
+    check_batch_size,
+    compute_dtype,
+    describe,
+    from_main_process,
+    on_main_process,
+    together,
+)
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import file_fingerprints
 from mmgraph.utils.log import log
-from mmgraph.world import check_batch_size, compute_dtype, describe, from_main_process, on_main_process, together
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "settings": "give every machine the same command",

@@ -46,8 +46,8 @@ def leave(code: int) -> NoReturn:
 
 
 def _train(arguments: list[str]) -> int:
+    from mmgraph.distributed.signals import follow_launcher
     from mmgraph.flags import parse_config
-    from mmgraph.stopping import follow_launcher
 
     follow_launcher()
     config = parse_config(arguments)
@@ -203,9 +203,9 @@ def _cache(given: argparse.Namespace) -> None:
 
 def _encode(given: argparse.Namespace) -> None:
     from mmgraph.checkpoints import run_settings
+    from mmgraph.distributed.launch import build_accelerator
     from mmgraph.encode import FEATURES, encode
     from mmgraph.inference import find_checkpoint, settings_of
-    from mmgraph.world import build_accelerator
 
     checkpoint = find_checkpoint(given.source)
     config = settings_of(checkpoint, _of_run(given))
@@ -216,9 +216,9 @@ def _encode(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
+    from mmgraph.distributed.launch import build_accelerator
     from mmgraph.evaluate import evaluate, find_features
     from mmgraph.inference import find_checkpoint, settings_of
-    from mmgraph.world import build_accelerator
 
     features = find_features(given.source)
     if not features and len(given.source) > 1:
@@ -232,10 +232,10 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _neighbors(given: argparse.Namespace) -> None:
+    from mmgraph.distributed.launch import build_accelerator, from_main_process
     from mmgraph.encode import FEATURES
     from mmgraph.inference import find_checkpoint, last_checkpoint, newest_run, settings_of
     from mmgraph.nearest import neighbors, query_of
-    from mmgraph.world import build_accelerator, from_main_process
 
     query = query_of(given.node, given.text, given.image)
     if given.embedding not in FEATURES:
@@ -250,10 +250,10 @@ def _neighbors(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference import newest_run
     from mmgraph.nearest import query_of
     from mmgraph.report.make import FILE, report
-    from mmgraph.world import build_accelerator
 
     runs = given.source or [newest_run()]
     names = ("node", "text", "image")

@@ -4,8 +4,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mmgraph import zero
 from mmgraph.checkpoints import TrainedState
+from mmgraph.distributed import deepspeed as zero
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

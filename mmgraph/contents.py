@@ -13,12 +13,12 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.distributed.launch import together
 from mmgraph.images import CAUSES, read_file
 from mmgraph.loader.node_inputs import node_text
 from mmgraph.node_table import NodeTable
 from mmgraph.tables import ImagePaths
 from mmgraph.utils.files import save_array
-from mmgraph.world import together
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.feature_files import FORMATS, read_features
@@ -21,7 +22,6 @@ from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.tables import find_ids
 from mmgraph.utils.files import write_durably
 from mmgraph.utils.log import log
-from mmgraph.world import on_main_process, together
 
 MOST_RELATIONS = 20  # in the printed table
 

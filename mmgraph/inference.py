@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
 from mmgraph.flags import config_of
 from mmgraph.graph import find_images
@@ -24,7 +25,6 @@ from mmgraph.tables import ImagePaths
 from mmgraph.tower_cache import existing_store
 from mmgraph.towers import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.utils.log import log
-from mmgraph.world import together
 
 # Of the run that a checkpoint lies in, where nothing else is given.
 OF_THE_RUN = ("nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",

@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from mmgraph.checkpoints import run_settings
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
+from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
 from mmgraph.graph import load_edges
@@ -23,7 +24,6 @@ from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import node_vectors, unit
 from mmgraph.utils.log import log
-from mmgraph.world import on_main_process, together
 
 EDGES_AT_ONCE = 1 << 20
 MOST_NAMES = 20_000  # that are compared for a misspelt one

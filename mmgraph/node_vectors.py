@@ -13,11 +13,11 @@ from accelerate import Accelerator
 
 from mmgraph.blocks import Blocks, fill, look
 from mmgraph.config import Config
+from mmgraph.distributed.launch import from_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.inference import Inference
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
-from mmgraph.world import from_main_process, together
 
 KEPT = 3  # of other checkpoints: a process may be reading one
 

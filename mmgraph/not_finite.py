@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mmgraph.config import Config
+from mmgraph.distributed.launch import write_on_main_process
 from mmgraph.errors import RunError
 from mmgraph.graph import Graph
 from mmgraph.order import permuted
 from mmgraph.state import Progress
 from mmgraph.utils.log import log
-from mmgraph.world import write_on_main_process
 
 FILE = "not_finite.jsonl"
 COUNT = "not_finite_steps"  # of the progress's components

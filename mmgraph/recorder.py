@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mmgraph import checkpoints
 from mmgraph.config import Config
 from mmgraph.demo_towers import is_stand_in
+from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
 from mmgraph.graph import Graph
@@ -23,7 +24,6 @@ from mmgraph.state import Progress, gone_on
 from mmgraph.utils.environment import note_start
 from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
-from mmgraph.world import on_main_process
 
 
 class Recorder:

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 
 from mmgraph.config import Config
 from mmgraph.demo import build_demo
+from mmgraph.distributed.launch import build_accelerator, on_main_process, together
 from mmgraph.graph import Graph, load_graph
-from mmgraph.world import build_accelerator, on_main_process, together
 
 
 def open_graph(config: Config) -> tuple[Accelerator, Graph]:

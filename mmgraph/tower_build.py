@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.contents import HASH, image_hash, text_hash
+from mmgraph.distributed.launch import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.images import read_file
@@ -28,7 +29,6 @@ from mmgraph.tower_plan import Cost, Recipe, Shard
 from mmgraph.towers import Towers, load_towers
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.utils.log import log
-from mmgraph.world import from_main_process, on_main_process, together, work_together
 
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
 PROGRESS_SECONDS = 60

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.contents import Contents, read_contents
+from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.images import describe_causes
@@ -31,7 +32,6 @@ from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
-from mmgraph.world import together
 
 SHOWN_SECONDS = 120
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to

@@ -10,11 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph import checkpoints, consolidation, state, zero
+from mmgraph import checkpoints, consolidation, state
 from mmgraph.batches import build_loader
 from mmgraph.best import Best
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
+from mmgraph.distributed import deepspeed as zero
+from mmgraph.distributed.launch import from_main_process, peak_memory_gb, together, write_on_main_process
+from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.false_negatives import false_negatives_of
@@ -31,7 +34,6 @@ from mmgraph.recorder import Recorder, describe_all_causes
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.source import open_source
-from mmgraph.stopping import EXIT_CODE, StopRequest
 from mmgraph.tower_cache import contents_of
 from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import (
@@ -42,7 +44,6 @@ from mmgraph.towers import (
     read_tower_state,
 )
 from mmgraph.utils.log import log
-from mmgraph.world import from_main_process, peak_memory_gb, together, write_on_main_process
 
 
 class _Pending(NamedTuple):
@@ -61,7 +62,7 @@ class Trainer:
 
     Args:
         config: the run's settings.
-        accelerator: from :func:`mmgraph.world.build_accelerator`.
+        accelerator: from :func:`mmgraph.distributed.launch.build_accelerator`.
         graph: the run's data.
 
     Raises:

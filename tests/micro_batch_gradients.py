@@ -5,11 +5,11 @@ import sys
 import torch
 
 from mmgraph.cli import leave
+from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.losses import contrastive_losses
 from mmgraph.trainer import Trainer
-from mmgraph.world import build_accelerator
 
 target, *arguments = sys.argv[1:]
 config = parse_config(arguments)

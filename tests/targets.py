@@ -26,9 +26,9 @@ OPEN_GRAPH = "mmgraph.start.open_graph"
 FIND_CONTENTS = "mmgraph.tower_cache.contents_of"
 OPEN_STORE = "mmgraph.tower_cache.open_store"
 BUILD_STORE = "mmgraph.tower_build.build"
-BUILD_ACCELERATOR = "mmgraph.world.build_accelerator"
-MEET_ANSWER = "mmgraph.world._answer"  # rank 0's part of how ranks meet
-MEET = "mmgraph.world._join"
+BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
+MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of how ranks meet
+MEET = "mmgraph.distributed.launch._join"
 MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
 FAIL = "mmgraph.cli._end_workers"  # first of all, where a run ends in an error
 OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
@@ -75,7 +75,7 @@ DESCRIBE_WORLD = "mmgraph.checks._world"
 HOST_MEMORY = "mmgraph.checks._host_memory"
 GATHER_OF_CHECKS = "mmgraph.checks.gather_object"
 TENSORBOARD_IS_INSTALLED = "mmgraph.checks.is_tensorboard_available"
-DEEPSPEED_IS_INSTALLED = "mmgraph.zero.is_deepspeed_available"
+DEEPSPEED_IS_INSTALLED = "mmgraph.distributed.deepspeed.is_deepspeed_available"
 
 
 def steps_done(run: Any) -> int:

@@ -24,10 +24,10 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from mmgraph.checks import SAME_EVERYWHERE, Rank, check_towers
 from mmgraph.cli import train_main
 from mmgraph.config import Config
+from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
 from mmgraph.estimate import memory_gb, shape
 from mmgraph.towers import file_fingerprints
-from mmgraph.world import check_gpus
 
 check_agreement = resolve_name(CHECK_AGREEMENT)
 
@@ -211,7 +211,7 @@ from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 from mmgraph.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
-from mmgraph.world import peak_memory_gb
+from mmgraph.distributed.launch import peak_memory_gb
 towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())
 module = TrainedModule(512, 768, 512, 256)
 optimizer = torch.optim.AdamW(module.parameters())

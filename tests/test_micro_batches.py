@@ -68,7 +68,7 @@ MEASURE = """
 import sys, torch
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import Tokens
-from mmgraph.world import peak_memory_gb
+from mmgraph.distributed.launch import peak_memory_gb
 cpu = torch.device("cpu")
 parts = int(sys.argv[1])
 module = TrainedModule(512, 768, 512, 256)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from mmgraph import trainer
 from mmgraph.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.cli import train_main
+from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES, Preprocessing
@@ -43,7 +44,6 @@ from mmgraph.order import GlobalBatchSampler
 from mmgraph.tables import ImagePaths
 from mmgraph.towers import load_tokenizer_and_processor
 from mmgraph.utils.files import cache_folder
-from mmgraph.world import build_accelerator
 
 SHAPE = (3, 32, 32)
 FORK = multiprocessing.get_context("fork")

@@ -27,7 +27,7 @@ from conftest import (
     stop_lines,
 )
 
-from mmgraph.stopping import StopRequest
+from mmgraph.distributed.signals import StopRequest
 
 LAUNCHED = str(Path(__file__).parent / "faults/launched.py")  # launch.py with FAULTS
 TESTS_PATH = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

@@ -71,7 +71,7 @@ import sys
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.trainer import Trainer
-from mmgraph.world import build_accelerator
+from mmgraph.distributed.launch import build_accelerator
 config = parse_config(sys.argv[1:])
 accelerator = build_accelerator()
 parameters = list(Trainer(config, accelerator, load_graph(config)).trained.module.parameters())

@@ -28,6 +28,7 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from mmgraph import tower_cache, tower_plan, trainer
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
+from mmgraph.distributed.launch import STRIDE_SECONDS, build_accelerator, work_together
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
@@ -35,7 +36,6 @@ from mmgraph.images import CAUSES
 from mmgraph.tower_cache import StoredTokens
 from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import fingerprint, load_towers, read_tower_state, tower_state
-from mmgraph.world import STRIDE_SECONDS, build_accelerator, work_together
 
 
 @pytest.fixture

@@ -35,13 +35,13 @@ from conftest import (
 )
 
 from mmgraph.cli import main, train_main
+from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.graph import load_graph
 from mmgraph.images import CAUSES
 from mmgraph.trainer import Trainer
 from mmgraph.utils.log import log
-from mmgraph.world import build_accelerator
 
 LOSSES = ("loss", "loss_mm", "loss_graph")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmgraph import losses
 from mmgraph.bench.report import report
 from mmgraph.config import Config
-from mmgraph.world import peak_memory_gb
+from mmgraph.distributed.launch import peak_memory_gb
 
 LARGEST_PLAIN = 8192  # edges; the plain loss of as many takes 5 GB
 

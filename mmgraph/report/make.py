@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.distributed.launch import from_main_process, on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.graph import Graph
 from mmgraph.inference import Inference, last_checkpoint, open_checkpoint, settings_of
@@ -24,7 +25,6 @@ from mmgraph.report.page import Shown, write_page
 from mmgraph.shares import embed_share, gather_on_main
 from mmgraph.utils.files import told_of_disk
 from mmgraph.utils.log import log
-from mmgraph.world import from_main_process, on_main_process, together
 
 KIND = "z_graph"
 FILE = "report.html"

@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 
 from mmgraph import load_pretrained_encoder
 from mmgraph.checkpoints import read_checkpoint
+from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.errors import UserError
 from mmgraph.evaluate import find_features
 from mmgraph.flags import config_of
 from mmgraph.resume import read_start
 from mmgraph.state import newest_state, read_record, state_folders
 from mmgraph.towers import read_tower_state
-from mmgraph.world import peak_memory_gb
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 Cases = Callable[[int], None]

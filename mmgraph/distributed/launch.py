@@ -21,7 +21,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from mmgraph import zero
+from mmgraph.distributed import deepspeed as zero
 from mmgraph.errors import RunError, UserError
 from mmgraph.utils.files import told_of_disk
 

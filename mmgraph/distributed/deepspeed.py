@@ -49,7 +49,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get(CONFIG_FILE, "none")
     if path != "none":
-        beside = Path(__file__).parent.parent / path  # the config's relative path, launched from another folder
+        beside = Path(__file__).parents[2] / path  # the config's relative path, launched from another folder
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not beside.exists() else str(beside)
     # Accelerate refuses a precision in its own config beside a JSON, though it takes it where the JSON says "auto".
     fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")

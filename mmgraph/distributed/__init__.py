@@ -1,0 +1,1 @@
+"""The processes of a launch: the Accelerator, collectives, DeepSpeed, signals."""
