@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mmgraph.contents import file_signature
+from mmgraph.data.content_hashes import file_signature
+from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import on_main_process, together, work_together
 from mmgraph.errors import UserError
 from mmgraph.feature_files import write_features
-from mmgraph.images import CAUSES
 from mmgraph.inference import Inference
 from mmgraph.node_outputs import BATCH
 from mmgraph.tower_cache import SHOWN_SECONDS
@@ -179,7 +179,7 @@ class Blocks:
             yield from write_features(path, shape, blocks, self._ids())
 
     def causes(self) -> np.ndarray:
-        """How many nodes there are of each of :data:`mmgraph.images.CAUSES`."""
+        """How many nodes there are of each of :data:`mmgraph.data.images.CAUSES`."""
         counts = np.zeros(len(CAUSES), np.int64)
         for number in range(len(self)):
             counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(CAUSES))

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object, is_tensorboard_available
 from mmgraph import estimate
 from mmgraph.checkpoints import tower_configs
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
 from mmgraph.distributed.launch import (
     check_batch_size,
     compute_dtype,
@@ -26,7 +27,6 @@ from mmgraph.distributed.launch import (
     together,
 )
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
 from mmgraph.tower_plan import nodes_seen
 from mmgraph.towers import file_fingerprints
 from mmgraph.utils.log import log

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 
 from mmgraph.blocks import Blocks, bar, fill, telling
 from mmgraph.config import Config
+from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import on_main_process, work_together
 from mmgraph.errors import UserError
 from mmgraph.feature_files import FORMATS
-from mmgraph.images import CAUSES
 from mmgraph.inference import Inference, open_checkpoint
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log

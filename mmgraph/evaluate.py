@@ -12,14 +12,14 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.tables import find_ids
 from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.feature_files import FORMATS, read_features
-from mmgraph.graph import Graph, load_graph
 from mmgraph.inference import open_checkpoint
-from mmgraph.neighbors import Neighbors, pair_keys
-from mmgraph.tables import find_ids
 from mmgraph.utils.files import write_durably
 from mmgraph.utils.log import log
 

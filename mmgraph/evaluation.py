@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.sampler import permuted
+from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
-from mmgraph.held_out import HeldOut
-from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.node_outputs import NodeOutputs
-from mmgraph.order import permuted
 from mmgraph.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
 from mmgraph.shares import Embeddings, embed_share, gather_shares, share
 from mmgraph.utils.log import log

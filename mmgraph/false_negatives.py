@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from mmgraph.config import Config
-from mmgraph.contents import Contents, without_file
-from mmgraph.neighbors import Neighbors
+from mmgraph.data.adjacency import Neighbors
+from mmgraph.data.content_hashes import Contents, without_file
 
 
 class Square:

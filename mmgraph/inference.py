@@ -10,18 +10,18 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.data.graph import find_images
+from mmgraph.data.images import CAUSES
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import fingerprint as file_fingerprint
+from mmgraph.data.table_cache import open_nodes
+from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
 from mmgraph.flags import config_of
-from mmgraph.graph import find_images
-from mmgraph.images import CAUSES
-from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.node_outputs import NodeOutputs
-from mmgraph.node_table import NodeTable
-from mmgraph.table_cache import open_nodes
-from mmgraph.table_files import fingerprint as file_fingerprint
-from mmgraph.tables import ImagePaths
 from mmgraph.tower_cache import existing_store
 from mmgraph.towers import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.utils.log import log

@@ -22,7 +22,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
 
 from mmgraph.config import Config
-from mmgraph.table_cache import remove_stand_ins
+from mmgraph.data.table_cache import remove_stand_ins
 from mmgraph.utils.files import sync
 from mmgraph.utils.log import flush_log, log
 

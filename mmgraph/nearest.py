@@ -14,14 +14,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from mmgraph.checkpoints import run_settings
 from mmgraph.config import Config
+from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.graph import load_edges
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.split import HeldOut
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process, together
-from mmgraph.edge_table import EdgeTable
 from mmgraph.errors import UserError
-from mmgraph.graph import load_edges
-from mmgraph.held_out import HeldOut
 from mmgraph.inference import Inference, open_checkpoint
-from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import node_vectors, unit
 from mmgraph.utils.log import log
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmgraph.batches import start_worker
-from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.node_table import NodeTable
-from mmgraph.tables import ImagePaths
+from mmgraph.data.batches import start_worker
+from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.tables import ImagePaths
 from mmgraph.tower_cache import StoredTokens
 from mmgraph.towers import LiveTowers, Tokens, Towers, run_towers
 
@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
     tokens: Tokens
     text_only: torch.Tensor  # (U, d_text) pooled outputs of the text tower
     image_only: torch.Tensor  # (U, d_vis) pooled outputs of the vision tower
-    causes: np.ndarray  # (U,) indices into mmgraph.images.CAUSES
+    causes: np.ndarray  # (U,) indices into mmgraph.data.images.CAUSES
 
 
 class NodeOutputs:

@@ -26,7 +26,7 @@ class NodeVectors(NamedTuple):
     """Of N nodes, in the order of the table."""
 
     vectors: np.ndarray  # (N, d) float32, of unit length
-    causes: np.ndarray  # (N,) uint8, indices into mmgraph.images.CAUSES
+    causes: np.ndarray  # (N,) uint8, indices into mmgraph.data.images.CAUSES
 
 
 NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
+from mmgraph.data.sampler import permuted
 from mmgraph.distributed.launch import write_on_main_process
 from mmgraph.errors import RunError
-from mmgraph.graph import Graph
-from mmgraph.order import permuted
 from mmgraph.state import Progress
 from mmgraph.utils.log import log
 

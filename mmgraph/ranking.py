@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mmgraph.data.adjacency import Neighbors
 from mmgraph.errors import UserError
-from mmgraph.neighbors import Neighbors
 
 GRID = 2.0**24
 QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 512, 8192  # a tile of scores has 32 MB

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
+from mmgraph.data.images import describe_causes
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
-from mmgraph.graph import Graph
-from mmgraph.images import describe_causes
 from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.state import Progress, gone_on
 from mmgraph.utils.environment import note_start
@@ -167,7 +167,7 @@ class Recorder:
         Called on every rank.
 
         Args:
-            causes: (N,) index into :data:`mmgraph.images.CAUSES` of each node that this rank has seen, else 0.
+            causes: (N,) index into :data:`mmgraph.data.images.CAUSES` of each node that this rank has seen, else 0.
             done: all steps; else the run was asked to stop.
             best: what is to be said of the best evaluation.
         """

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather
 
-from mmgraph.images import is_black
+from mmgraph.data.images import is_black
 from mmgraph.node_outputs import BATCH, NodeOutputs
 from mmgraph.towers import Tokens
 
@@ -45,7 +45,7 @@ def embed_share(
 
     Returns:
         (n, d) each; ``whole`` (n,) uint8, 1 for nodes with words and a picture; and ``causes`` (n,) uint8, indices into
-        :data:`mmgraph.images.CAUSES`.
+        :data:`mmgraph.data.images.CAUSES`.
     """
     rows, parts = share(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
     for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths

@@ -2,12 +2,12 @@
 
 from accelerate import Accelerator
 
-from mmgraph.batches import shared_pictures
 from mmgraph.config import Config
-from mmgraph.contents import Contents
+from mmgraph.data.batches import shared_pictures
+from mmgraph.data.content_hashes import Contents
+from mmgraph.data.graph import Graph
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.launch import compute_dtype, together
-from mmgraph.graph import Graph
-from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.tower_cache import StoredTokens, open_store
 from mmgraph.towers import LiveTowers, load_towers
 from mmgraph.utils.files import cache_folder

@@ -5,9 +5,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph, load_graph
 from mmgraph.demo import build_demo
 from mmgraph.distributed.launch import build_accelerator, on_main_process, together
-from mmgraph.graph import Graph, load_graph
 
 
 def open_graph(config: Config) -> tuple[Accelerator, Graph]:

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from mmgraph import estimate
 from mmgraph.config import Config
-from mmgraph.contents import HASH, image_hash, text_hash
+from mmgraph.data.content_hashes import HASH, image_hash, text_hash
+from mmgraph.data.graph import Graph
+from mmgraph.data.images import read_file
+from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.distributed.launch import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
-from mmgraph.images import read_file
-from mmgraph.loader.node_inputs import NodeInputs, node_text
 from mmgraph.tower_plan import Cost, Recipe, Shard
 from mmgraph.towers import Towers, load_towers
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably

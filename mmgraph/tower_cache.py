@@ -18,14 +18,14 @@ from accelerate.utils import gather_object
 
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
-from mmgraph.contents import Contents, read_contents
+from mmgraph.data.content_hashes import Contents, read_contents
+from mmgraph.data.graph import Graph
+from mmgraph.data.images import describe_causes
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
-from mmgraph.images import describe_causes
-from mmgraph.loader.node_inputs import NodeInputs
-from mmgraph.node_table import NodeTable
-from mmgraph.tables import ImagePaths
 from mmgraph.tower_build import build
 from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
 from mmgraph.tower_store import ResidentTokens, TowerStore
@@ -101,7 +101,7 @@ class StoredTokens:
 
 
 def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
-    """What a graph's texts and images hold (see :func:`mmgraph.contents.read_contents`). Called by all ranks."""
+    """What a graph's texts and images hold (see :func:`mmgraph.data.content_hashes.read_contents`). Called by all ranks."""
     folder = cache_folder(config.nodes)
     return read_contents(graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 

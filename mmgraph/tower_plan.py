@@ -12,9 +12,9 @@ import torch
 
 from mmgraph import estimate
 from mmgraph.config import Config
-from mmgraph.contents import Contents
-from mmgraph.graph import Graph
-from mmgraph.loader.node_inputs import TEXT_LENGTH, NodeInputs, node_text
+from mmgraph.data.content_hashes import Contents
+from mmgraph.data.graph import Graph
+from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.tower_store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
 from mmgraph.towers import load_tower_configs
 from mmgraph.utils.files import cache_folder

@@ -6,7 +6,7 @@ of nodes or rows, several graphs can share one, and an entry is never of another
 - ``text-<name>.safetensors``: ``hashes`` (K, 16) uint8; ``tokens`` (T, d_text), the valid ones of all K texts one after
   the other; ``offsets`` (K + 1,) int64, where each begins; ``pooled`` (K, d_text) float32;
 - ``image-<name>.safetensors``: ``hashes``; ``patches`` (K, P, d_vis), without the class token; ``pooled`` (K, d_vis)
-  float32; ``causes`` (K,) uint8, as :data:`mmgraph.images.CAUSES`.
+  float32; ``causes`` (K,) uint8, as :data:`mmgraph.data.images.CAUSES`.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mmgraph.contents import HASH
+from mmgraph.data.content_hashes import HASH
 from mmgraph.errors import UserError
 from mmgraph.towers import Tokens
 
@@ -158,7 +158,7 @@ def _widths(shard: ShardTensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 
 def _release(shard: ShardTensors) -> None:
-    """Let go of the shard's pages that were read, as :meth:`mmgraph.node_table.NodeTable.release` does.
+    """Let go of the shard's pages that were read, as :meth:`mmgraph.data.node_table.NodeTable.release` does.
 
     The mapping is of a file and nothing writes to it: what is read again comes from the page cache, the same bytes.
     """

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from mmgraph.data.images import Preprocessing
 from mmgraph.errors import UserError
-from mmgraph.images import Preprocessing
 
 MODEL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",

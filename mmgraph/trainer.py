@@ -11,25 +11,25 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mmgraph import checkpoints, consolidation, state
-from mmgraph.batches import build_loader
 from mmgraph.best import Best
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.batches import build_loader
+from mmgraph.data.graph import Graph
+from mmgraph.data.images import SeenImages, is_black
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed import deepspeed as zero
 from mmgraph.distributed.launch import from_main_process, peak_memory_gb, together, write_on_main_process
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
 from mmgraph.false_negatives import false_negatives_of
-from mmgraph.graph import Graph
-from mmgraph.images import SeenImages, is_black
-from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import BatchNodes, contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.not_finite import NotFinite, hold_back, spread
-from mmgraph.order import GlobalBatchSampler
 from mmgraph.recorder import Recorder, describe_all_causes
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at

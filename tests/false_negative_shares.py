@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from mmgraph import losses
 from mmgraph.cli import leave
+from mmgraph.data.adjacency import Neighbors
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.false_negatives import FalseNegatives
 from mmgraph.losses import BatchNodes, contrastive_losses
-from mmgraph.neighbors import Neighbors
 
 target, source = sys.argv[1:]
 accelerator = build_accelerator()

@@ -5,9 +5,9 @@ import sys
 import torch
 
 from mmgraph.cli import leave
+from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
-from mmgraph.graph import load_graph
 from mmgraph.losses import contrastive_losses
 from mmgraph.trainer import Trainer
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from mmgraph.batches import EdgeRows
 from mmgraph.config import Config
-from mmgraph.graph import Graph, load_graph
-from mmgraph.order import GlobalBatchSampler
+from mmgraph.data.batches import EdgeRows
+from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.sampler import GlobalBatchSampler
 
 
 def resident() -> float:

@@ -208,7 +208,7 @@ def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
 MEASURE = """
 import torch
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
-from mmgraph.images import Preprocessing
+from mmgraph.data.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
 from mmgraph.distributed.launch import peak_memory_gb

@@ -12,8 +12,8 @@ from PIL import Image
 from test_trainer import tree
 
 from mmgraph.cli import main, train_main
+from mmgraph.data.tables import read_edges, read_nodes
 from mmgraph.demo import read_nodes_of_packages
-from mmgraph.tables import read_edges, read_nodes
 from mmgraph.towers import load_tokenizer_and_processor, load_towers
 
 RELATIONS = {

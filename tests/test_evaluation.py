@@ -21,9 +21,9 @@ from targets import RANKS_OF_EMBEDDINGS
 from mmgraph.best import Best
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.split import HeldOut
 from mmgraph.evaluation import Evaluation, cycle
-from mmgraph.held_out import HeldOut
-from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.towers import Tokens
 
 EVALUATED = ("--eval_fraction=0.2", "--max_steps=12", "--eval_every=5", "--keep_best=z_graph/hits@10", "--save_every=6")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import LOSSES, launch, launch_command, loss_difference, read_metrics, run, settings
 
-from mmgraph.contents import HASH, Contents, image_hash
+from mmgraph.data.content_hashes import HASH, Contents, image_hash
+from mmgraph.data.images import CAUSES
 from mmgraph.false_negatives import picture_numbers
-from mmgraph.images import CAUSES
 
 EDGES, NODES = 12, 14  # a global batch with repeated nodes
 CASES = [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)]

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.split import split
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph, load_graph
-from mmgraph.held_out import split
 
 
 def drawn(seed: int, nodes: int = 60, edges: int = 400) -> np.ndarray:

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmgraph import GraphEdgeDataset, InferenceCollator, MultimodalCollator, NodesDataset
-from mmgraph.batches import start_worker
 from mmgraph.bench.data import private_mb
-from mmgraph.loader.image_cache import ShardedLRU
-from mmgraph.loader.node_inputs import node_text
-from mmgraph.tables import read_edges, read_nodes
+from mmgraph.data.batches import start_worker
+from mmgraph.data.lru import ShardedLRU
+from mmgraph.data.node_inputs import node_text
+from mmgraph.data.tables import read_edges, read_nodes
 from mmgraph.towers import load_tokenizer_and_processor
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
 from transformers import CLIPImageProcessor
 
-from mmgraph.images import Preprocessing
+from mmgraph.data.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers import LiveTowers, random_towers
 

@@ -17,7 +17,7 @@ from targets import MAKE_BLOCKS
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from mmgraph.cli import main
-from mmgraph.contents import SETTLED_NS
+from mmgraph.data.content_hashes import SETTLED_NS
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 from mmgraph.nearest import nearest

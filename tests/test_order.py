@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 
-from mmgraph.order import GlobalBatchSampler, permuted
+from mmgraph.data.sampler import GlobalBatchSampler, permuted
 
 ORDER_42_1 = [295, 435, 968, 485, 891, 367, 807, 535]
 

@@ -24,15 +24,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmgraph import trainer
-from mmgraph.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.cli import train_main
-from mmgraph.distributed.launch import build_accelerator
-from mmgraph.flags import parse_config
-from mmgraph.graph import load_graph
-from mmgraph.images import CAUSES, Preprocessing
-from mmgraph.loader.node_inputs import NodeInputs
-from mmgraph.loader.nodes_dataset import NodesDataset
-from mmgraph.loader.picture_file import (
+from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
+from mmgraph.data.graph import load_graph
+from mmgraph.data.image_cache import (
     TICK_NS,
     PictureFile,
     missing_room,
@@ -40,8 +35,13 @@ from mmgraph.loader.picture_file import (
     slots_by_frequency,
     source_signature,
 )
-from mmgraph.order import GlobalBatchSampler
-from mmgraph.tables import ImagePaths
+from mmgraph.data.images import CAUSES, Preprocessing
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.sampler import GlobalBatchSampler
+from mmgraph.data.tables import ImagePaths
+from mmgraph.distributed.launch import build_accelerator
+from mmgraph.flags import parse_config
+from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.towers import load_tokenizer_and_processor
 from mmgraph.utils.files import cache_folder
 

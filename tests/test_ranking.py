@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from targets import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, SAMPLED_NEGATIVES
 
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation
-from mmgraph.held_out import HeldOut
-from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.ranking import on_grid, sampled_ranks
 
 Edges = list[tuple[int, int]]

@@ -23,13 +23,13 @@ import pytest
 import targets
 from test_tables import BAD_TABLES, HEADER, bad_table, tells
 
-from mmgraph import table_cache
-from mmgraph.batches import EdgeRows
-from mmgraph.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data import table_cache
+from mmgraph.data.batches import EdgeRows
+from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.tables import ImagePaths, known_edges, read_edges, read_nodes
 from mmgraph.errors import UserError
-from mmgraph.node_table import NodeTable
-from mmgraph.table_files import fingerprint
-from mmgraph.tables import ImagePaths, known_edges, read_edges, read_nodes
 
 
 def open_nodes(path: Path) -> NodeTable:
@@ -281,8 +281,8 @@ OPEN = """
 import pkgutil, sys, time, os
 from pathlib import Path
 from pytest import MonkeyPatch
-from mmgraph import table_cache
-from mmgraph.table_files import fingerprint
+from mmgraph.data import table_cache
+from mmgraph.data.readers import fingerprint
 folder = Path(sys.argv[1])
 def slow(write):
     def call(*arguments):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mmgraph.data.tables import ImagePaths, known_edges, read_edges, read_nodes
 from mmgraph.errors import UserError
 from mmgraph.loader.graph_edge_dataset import GraphEdgeDataset
-from mmgraph.tables import ImagePaths, known_edges, read_edges, read_nodes
 
 HEADER = "node_id,short_name,summary,image_path\n"
 

@@ -69,7 +69,7 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
 PERSISTENT = """
 import sys
 from mmgraph.flags import parse_config
-from mmgraph.graph import load_graph
+from mmgraph.data.graph import load_graph
 from mmgraph.trainer import Trainer
 from mmgraph.distributed.launch import build_accelerator
 config = parse_config(sys.argv[1:])

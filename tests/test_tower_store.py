@@ -28,11 +28,11 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from mmgraph import tower_cache, tower_plan, trainer
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
+from mmgraph.data.graph import load_graph
+from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import STRIDE_SECONDS, build_accelerator, work_together
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.graph import load_graph
-from mmgraph.images import CAUSES
 from mmgraph.tower_cache import StoredTokens
 from mmgraph.tower_store import ResidentTokens, TowerStore
 from mmgraph.towers import fingerprint, load_towers, read_tower_state, tower_state
@@ -74,7 +74,7 @@ def age(graph: Path) -> None:
 def test_tokens_are_the_towers(own_graph: Path) -> None:
     """Each node's, against the towers of transformers on the plain inputs of that node alone."""
     from mmgraph import InferenceCollator, NodesDataset
-    from mmgraph.tables import read_nodes
+    from mmgraph.data.tables import read_nodes
     from mmgraph.towers import load_tokenizer_and_processor
 
     assert main(["cache", *flags(own_graph)]) == 0

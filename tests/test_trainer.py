@@ -35,11 +35,11 @@ from conftest import (
 )
 
 from mmgraph.cli import main, train_main
+from mmgraph.data.graph import load_graph
+from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.graph import load_graph
-from mmgraph.images import CAUSES
 from mmgraph.trainer import Trainer
 from mmgraph.utils.log import log
 
@@ -308,8 +308,8 @@ def test_the_loop_is_non_blocking_and_sets_gradients_to_none(
 def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: Path) -> None:
     """Gradients of a step against an encoder that is given all 2B rows by the public collator."""
     from mmgraph import GraphEdgeDataset, MultimodalCollator, MultimodalGraphEncoder, info_nce_loss
-    from mmgraph.order import permuted
-    from mmgraph.tables import read_edges, read_nodes
+    from mmgraph.data.sampler import permuted
+    from mmgraph.data.tables import read_edges, read_nodes
     from mmgraph.towers import load_tokenizer_and_processor
 
     config = parse_config(settings(graph, tmp_path / "run"))
@@ -352,7 +352,7 @@ def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.Capture
 
 def test_encode_writes_the_originals_feature_files(graph: Path, run40: Path, tmp_path: Path) -> None:
     from mmgraph import InferenceCollator, NodesDataset, load_pretrained_encoder
-    from mmgraph.tables import read_nodes
+    from mmgraph.data.tables import read_nodes
     from mmgraph.towers import load_tokenizer_and_processor
 
     assert main(["encode", str(run40), "--output_dir", str(tmp_path / "features")]) == 0

@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmgraph.config import Config
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.graph import Graph
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.sampler import GlobalBatchSampler
+from mmgraph.data.split import relation_names
+from mmgraph.data.table_cache import Edges, open_edges
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Ranks, Table
 from mmgraph.false_negatives import false_negatives_of
-from mmgraph.graph import Graph
-from mmgraph.held_out import relation_names
-from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import BatchNodes, contrastive_losses
-from mmgraph.neighbors import Neighbors, pair_keys
 from mmgraph.node_outputs import NodeOutputs
-from mmgraph.order import GlobalBatchSampler
 from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph
-from mmgraph.table_cache import Edges, open_edges
 from mmgraph.tower_cache import contents_of, open_store
 from mmgraph.towers import fingerprint, load_tokenizer_and_processor, read_tower_state
 

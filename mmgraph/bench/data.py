@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from mmgraph.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures, start_worker
 from mmgraph.bench.report import report
 from mmgraph.config import Config
+from mmgraph.data.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures, start_worker
+from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.images import read_file
+from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import build_accelerator, check_batch_size, from_main_process, together
-from mmgraph.graph import Graph, load_graph
-from mmgraph.images import read_file
-from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.node_table import NodeTable
-from mmgraph.order import GlobalBatchSampler
 from mmgraph.towers import load_tokenizer_and_processor
 
 SAMPLE, WARM = 256, 10

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+from mmgraph.data.tables import read_edges
 from mmgraph.demo_towers import build_towers
 from mmgraph.errors import UserError
-from mmgraph.tables import read_edges
 from mmgraph.utils.log import log
 
 WORDS, ROWS_AT_ONCE = 20_000, 100_000

@@ -13,7 +13,7 @@ import torch
 from mmgraph.bench.report import report
 from mmgraph.bench.runs import finish, flags, launch
 from mmgraph.config import Config
-from mmgraph.graph import Graph, load_graph
+from mmgraph.data.graph import Graph, load_graph
 from mmgraph.utils.log import log
 
 LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin

@@ -16,10 +16,10 @@ from mmgraph import estimate
 from mmgraph.bench.report import report
 from mmgraph.bench.step_kinds import KINDS, PHASES, Steps
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
+from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
-from mmgraph.order import GlobalBatchSampler
 from mmgraph.towers import load_tower_configs, load_towers
 
 Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from mmgraph.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.config import Config
-from mmgraph.contents import Contents, read_contents
+from mmgraph.data.batches import BatchCollator, EdgeCollator, EdgeRows
+from mmgraph.data.content_hashes import Contents, read_contents
+from mmgraph.data.graph import Graph
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
 from mmgraph.loader.multimodal_collator import MultimodalCollator
-from mmgraph.loader.node_inputs import NodeInputs
 from mmgraph.losses import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.tower_build import build

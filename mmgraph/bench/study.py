@@ -17,9 +17,9 @@ from mmgraph.bench.baselines import Baselines, check_baselines
 from mmgraph.bench.report import report
 from mmgraph.bench.runs import finish, flags, launch
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
+from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
-from mmgraph.held_out import HeldOut
 from mmgraph.utils.log import log
 
 _baselines: Baselines  # in a process of the pool

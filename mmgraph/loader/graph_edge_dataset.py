@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 from torch.utils.data import Dataset
 
+from mmgraph.data.tables import known_edges
 from mmgraph.loader.nodes_dataset import NodesDataset
-from mmgraph.tables import known_edges
 
 
 class GraphEdgeDataset(Dataset[tuple[dict[str, Any], dict[str, Any]]]):

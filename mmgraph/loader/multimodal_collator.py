@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mmgraph.loader.node_inputs import NodeInputs
+from mmgraph.data.node_inputs import NodeInputs
 
 
 class MultimodalCollator:

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from mmgraph import checkpoints
 from mmgraph.config import Config
+from mmgraph.data.graph import Graph
 from mmgraph.distributed.launch import from_main_process, on_main_process, together
 from mmgraph.errors import UserError
-from mmgraph.graph import Graph
 from mmgraph.inference import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.metrics import Figures
 from mmgraph.models.multimodal_graph_encoder import TrainedModule

@@ -9,13 +9,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from mmgraph.images import CAUSES
-from mmgraph.loader.node_inputs import node_text
+from mmgraph.data.images import CAUSES
+from mmgraph.data.node_inputs import node_text
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.tables import ImagePaths
 from mmgraph.nearest import Links, Match, name_in, nearest, plain
-from mmgraph.node_table import NodeTable
 from mmgraph.node_vectors import NodeVectors
 from mmgraph.report.pictures import thumbnails
-from mmgraph.tables import ImagePaths
 
 MAP_NODES = 2_000  # of all reports on one page
 GALLERY_NODES, NEAREST = 12, 8

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mmgraph.images import is_black, read_image
+from mmgraph.data.images import is_black, read_image
 
 WORKERS = 2  # decoders of JPEG and PNG let go of Python's lock; each may hold a picture of 179 million pixels
 SECONDS = 120  # after which the pictures that are left are not read

@@ -24,9 +24,9 @@ from conftest import error_of, graph_files, line_with, lines_with
 from PIL import Image, ImageFile
 from runs import brief, run
 
+from mmgraph.data.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
+from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import peak_memory_gb
-from mmgraph.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
-from mmgraph.tables import ImagePaths
 
 Cases = Callable[[int], None]
 NOISE = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from runs import brief, each, run
 
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.table_cache import open_edges, open_nodes
 from mmgraph.errors import UserError
-from mmgraph.table_cache import open_edges, open_nodes
-from mmgraph.table_files import fingerprint
 
 Cases = Callable[[int], None]
 TRICKY = [

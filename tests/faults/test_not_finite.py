@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, error_of, lines_with, read_metrics
 from runs import Fault, brief, check_same, each, run, steady
 
-from mmgraph.order import GlobalBatchSampler
+from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.state import read_record
 
 Cases = Callable[[int], None]

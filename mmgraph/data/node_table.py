@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from torch.utils.data import Dataset
 
-from mmgraph.table_files import arrow_batches
+from mmgraph.data.readers import arrow_batches
 
 SCANNED_AT_ONCE = 1024  # rows
 

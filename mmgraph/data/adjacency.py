@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mmgraph.edge_table import EdgeTable
+from mmgraph.data.edge_table import EdgeTable
 
 EDGES_AT_ONCE = 1 << 20
 PAIRS_AT_ONCE = 1 << 21  # looked up together, 16 MB

@@ -16,8 +16,8 @@ import PIL
 import torch
 import torchvision
 
-from mmgraph.edge_table import EdgeTable
-from mmgraph.images import CAUSES
+from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.images import CAUSES
 
 FORMAT = 2
 DIGEST_BYTES = 16

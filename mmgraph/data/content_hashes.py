@@ -13,11 +13,11 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.data.images import CAUSES, read_file
+from mmgraph.data.node_inputs import node_text
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import together
-from mmgraph.images import CAUSES, read_file
-from mmgraph.loader.node_inputs import node_text
-from mmgraph.node_table import NodeTable
-from mmgraph.tables import ImagePaths
 from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
@@ -38,7 +38,7 @@ def text_hash(text: str) -> bytes:
 
 
 def image_hash(data: bytes | None, cause: int) -> bytes:
-    """Of what :func:`mmgraph.images.read_file` gave."""
+    """Of what :func:`mmgraph.data.images.read_file` gave."""
     if data is None:
         return hashlib.blake2b(CAUSES[cause].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
     return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()

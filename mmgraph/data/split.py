@@ -8,12 +8,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mmgraph.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.sampler import permuted
+from mmgraph.data.table_cache import FORMAT, Edges, made, open_edges
 from mmgraph.errors import UserError
-from mmgraph.node_table import NodeTable
-from mmgraph.order import permuted
-from mmgraph.table_cache import FORMAT, Edges, made, open_edges
-from mmgraph.table_files import fingerprint
 from mmgraph.utils.files import save_array
 from mmgraph.utils.log import log
 
@@ -92,7 +92,7 @@ def read_held_out(path: str | Path, nodes: NodeTable, nodes_digest: str) -> Held
     """Edges to evaluate on from a table of their own; those with an end that is no node are counted in the log.
 
     Raises:
-        UserError: as :func:`mmgraph.table_cache.open_edges`.
+        UserError: as :func:`mmgraph.data.table_cache.open_edges`.
     """
     digest = fingerprint(path)
     edges = open_edges(path, digest, nodes, nodes_digest)

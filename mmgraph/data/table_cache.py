@@ -23,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmgraph.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import ARROW, fingerprint, is_text, read_chunks
+from mmgraph.data.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.errors import RunError, UserError
-from mmgraph.node_table import NodeTable
-from mmgraph.table_files import ARROW, fingerprint, is_text, read_chunks
-from mmgraph.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.utils.files import cache_folder, make_once, save_array, write_durably
 from mmgraph.utils.log import log
 
@@ -58,7 +58,7 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
         digest: the file's fingerprint.
 
     Raises:
-        UserError: as :func:`mmgraph.tables.read_nodes`.
+        UserError: as :func:`mmgraph.data.tables.read_nodes`.
     """
     name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
@@ -75,7 +75,7 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
         digest, nodes_digest: the fingerprints of the two files.
 
     Raises:
-        UserError: as :func:`mmgraph.tables.read_edges` and :func:`mmgraph.tables.known_edges`.
+        UserError: as :func:`mmgraph.data.tables.read_edges` and :func:`mmgraph.data.tables.known_edges`.
     """
     name = f"edges-{_hash(digest, nodes_digest)}.npy"
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmgraph.data.images import OUTSIDE
+from mmgraph.data.readers import place, read_chunks
 from mmgraph.errors import UserError
-from mmgraph.images import OUTSIDE
-from mmgraph.table_files import place, read_chunks
 from mmgraph.utils.log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")

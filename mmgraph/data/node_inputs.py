@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mmgraph.images import CAUSES, Preprocessing, black_image, decode_picture, read_file
-from mmgraph.loader.image_cache import ShardedLRU
-from mmgraph.loader.picture_file import PictureFile
+from mmgraph.data.image_cache import PictureFile
+from mmgraph.data.images import CAUSES, Preprocessing, black_image, decode_picture, read_file
+from mmgraph.data.lru import ShardedLRU
 
 TEXT_LENGTH = 77  # tokens, CLIP's
 
@@ -95,7 +95,7 @@ class NodeInputs:
         return self.picture_file.read(row, path, lambda: self.picture_of(*read_file(path)))
 
     def picture_of(self, data: bytes | None, cause: int) -> tuple[torch.Tensor, int]:
-        """What :func:`mmgraph.images.read_file` gave, decoded and resized: (3, S, S) uint8, and its cause."""
+        """What :func:`mmgraph.data.images.read_file` gave, decoded and resized: (3, S, S) uint8, and its cause."""
         picture, cause = decode_picture(data, cause, self.truncated_images)
         self.decoded += data is not None or CAUSES[cause] == "unreadable"
         if not self.preprocessing.fits(picture):

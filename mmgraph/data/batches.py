@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.config import Config
+from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.graph import Graph
+from mmgraph.data.image_cache import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
+from mmgraph.data.images import Preprocessing
+from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.sampler import GlobalBatchSampler
+from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.signals import STOP_SIGNALS
-from mmgraph.edge_table import EdgeTable
-from mmgraph.graph import Graph
-from mmgraph.images import Preprocessing
-from mmgraph.loader.node_inputs import NodeInputs, node_text
-from mmgraph.loader.picture_file import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
-from mmgraph.node_table import NodeTable
-from mmgraph.order import GlobalBatchSampler
-from mmgraph.tables import ImagePaths
 from mmgraph.utils.log import log
 
 

@@ -1,0 +1,1 @@
+"""Tables, images and edges: reading, checking, converting, splitting, sampling, batching."""
