@@ -26,7 +26,7 @@ from mmgraph.errors import UserError
 from mmgraph.feature_files import write_features
 from mmgraph.inference import Inference
 from mmgraph.node_outputs import BATCH
-from mmgraph.tower_cache import SHOWN_SECONDS
+from mmgraph.towers.cached import SHOWN_SECONDS
 from mmgraph.utils.files import told_of_disk, write_durably
 from mmgraph.utils.log import log
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, file_keys
-from mmgraph.towers import load_tower_configs, random_towers
+from mmgraph.towers.clip import load_tower_configs, random_towers
 from mmgraph.utils.files import write_durably
 from mmgraph.utils.log import log
 

@@ -27,8 +27,8 @@ from mmgraph.distributed.launch import (
     together,
 )
 from mmgraph.errors import UserError
-from mmgraph.tower_plan import nodes_seen
-from mmgraph.towers import file_fingerprints
+from mmgraph.towers.clip import file_fingerprints
+from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.utils.log import log
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy

@@ -194,7 +194,7 @@ def _cache(given: argparse.Namespace) -> None:
     config = parse_config(given.flags)
 
     from mmgraph.start import open_graph
-    from mmgraph.tower_cache import build_store
+    from mmgraph.towers.cached import build_store
 
     accelerator, graph = open_graph(config)
     build_store(config, accelerator, graph)

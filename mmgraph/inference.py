@@ -22,8 +22,8 @@ from mmgraph.errors import UserError
 from mmgraph.flags import config_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.node_outputs import NodeOutputs
-from mmgraph.tower_cache import existing_store
-from mmgraph.towers import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
+from mmgraph.towers.cached import existing_store
+from mmgraph.towers.clip import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.utils.log import log
 
 # Of the run that a checkpoint lies in, where nothing else is given.

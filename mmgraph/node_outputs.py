@@ -15,8 +15,8 @@ from mmgraph.data.batches import start_worker
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.tables import ImagePaths
-from mmgraph.tower_cache import StoredTokens
-from mmgraph.towers import LiveTowers, Tokens, Towers, run_towers
+from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.clip import LiveTowers, Tokens, Towers, run_towers
 
 BATCH = 64  # nodes that are embedded at once; fixed, so that no number of processes changes an embedding
 

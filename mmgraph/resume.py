@@ -11,7 +11,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.state import Progress, newest_state, read_record, read_state
-from mmgraph.towers import load_tower_configs
+from mmgraph.towers.clip import load_tower_configs
 from mmgraph.utils.log import log
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"

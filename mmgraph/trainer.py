@@ -33,16 +33,16 @@ from mmgraph.not_finite import NotFinite, hold_back, spread
 from mmgraph.recorder import Recorder, describe_all_causes
 from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
-from mmgraph.source import open_source
-from mmgraph.tower_cache import contents_of
-from mmgraph.tower_plan import nodes_seen
-from mmgraph.towers import (
+from mmgraph.towers.cached import contents_of
+from mmgraph.towers.clip import (
     LiveTowers,
     fingerprint,
     load_tokenizer_and_processor,
     load_tower_configs,
     read_tower_state,
 )
+from mmgraph.towers.store_plan import nodes_seen
+from mmgraph.towers.token_source import open_source
 from mmgraph.utils.log import log
 
 

@@ -25,7 +25,7 @@ from mmgraph.consolidation import consolidate
 from mmgraph.convert import convert
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
-from mmgraph.towers import Towers, random_towers, tower_state
+from mmgraph.towers.clip import Towers, random_towers, tower_state
 
 ATTENTION = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
 TRAINED = [
@@ -117,7 +117,7 @@ def test_a_file_at_the_real_shape_written_under_zero3(tmp_path: Path, graph: Pat
 @pytest.fixture(params=["built here", "written under ZeRO-3"])
 def tiny(tmp_path: Path, graph: Path, request: pytest.FixtureRequest) -> Path:
     """An epoch file of an encoder around the tiny graph's towers."""
-    from mmgraph.towers import load_towers
+    from mmgraph.towers.clip import load_towers
 
     if request.param == "written under ZeRO-3":
         run = request.getfixturevalue("zero3")

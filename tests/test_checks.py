@@ -27,7 +27,7 @@ from mmgraph.config import Config
 from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
 from mmgraph.estimate import memory_gb, shape
-from mmgraph.towers import file_fingerprints
+from mmgraph.towers.clip import file_fingerprints
 
 check_agreement = resolve_name(CHECK_AGREEMENT)
 
@@ -210,7 +210,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 from mmgraph.data.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers import LiveTowers, random_towers
+from mmgraph.towers.clip import LiveTowers, random_towers
 from mmgraph.distributed.launch import peak_memory_gb
 towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())
 module = TrainedModule(512, 768, 512, 256)

@@ -20,7 +20,7 @@ from mmgraph.data.batches import start_worker
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.tables import read_edges, read_nodes
-from mmgraph.towers import load_tokenizer_and_processor
+from mmgraph.towers.clip import load_tokenizer_and_processor
 
 
 @pytest.fixture

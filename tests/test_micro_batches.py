@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor
 
 from mmgraph.data.images import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers import LiveTowers, random_towers
+from mmgraph.towers.clip import LiveTowers, random_towers
 
 ZERO = "deepspeed_zero{}.yaml --num_processes 2 --mixed_precision no"
 
@@ -67,7 +67,7 @@ def test_any_number_of_nodes_splits(nodes: int) -> None:
 MEASURE = """
 import sys, torch
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers import Tokens
+from mmgraph.towers.clip import Tokens
 from mmgraph.distributed.launch import peak_memory_gb
 cpu = torch.device("cpu")
 parts = int(sys.argv[1])

@@ -42,7 +42,7 @@ from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset
-from mmgraph.towers import load_tokenizer_and_processor
+from mmgraph.towers.clip import load_tokenizer_and_processor
 from mmgraph.utils.files import cache_folder
 
 SHAPE = (3, 32, 32)

@@ -9,7 +9,7 @@ from conftest import tiny_configs
 from mmgraph.losses import contrastive_losses, info_nce_loss
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
-from mmgraph.towers import Tokens, random_towers
+from mmgraph.towers.clip import Tokens, random_towers
 
 State = dict[str, torch.Tensor]
 

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from mmgraph import tower_cache, tower_plan, trainer
+from mmgraph import trainer
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
@@ -33,9 +33,11 @@ from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import STRIDE_SECONDS, build_accelerator, work_together
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.tower_cache import StoredTokens
-from mmgraph.tower_store import ResidentTokens, TowerStore
-from mmgraph.towers import fingerprint, load_towers, read_tower_state, tower_state
+from mmgraph.towers import cached as tower_cache
+from mmgraph.towers import store_plan as tower_plan
+from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.clip import fingerprint, load_towers, read_tower_state, tower_state
+from mmgraph.towers.store import ResidentTokens, TowerStore
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_tokens_are_the_towers(own_graph: Path) -> None:
     """Each node's, against the towers of transformers on the plain inputs of that node alone."""
     from mmgraph import InferenceCollator, NodesDataset
     from mmgraph.data.tables import read_nodes
-    from mmgraph.towers import load_tokenizer_and_processor
+    from mmgraph.towers.clip import load_tokenizer_and_processor
 
     assert main(["cache", *flags(own_graph)]) == 0
     towers = str(own_graph / "towers")

@@ -226,7 +226,7 @@ def test_init_from_other_towers_or_sizes_is_refused(
 
 
 def test_towers_are_unchanged_after_training(graph: Path, run40: Path) -> None:
-    from mmgraph.towers import load_towers, tower_state
+    from mmgraph.towers.clip import load_towers, tower_state
 
     final = torch.load(run40 / "checkpoints/multimodal_encoder_final.pt")
     first = torch.load(run40 / "checkpoints/multimodal_encoder_epoch_1.pt")["model_state_dict"]
@@ -310,7 +310,7 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     from mmgraph import GraphEdgeDataset, MultimodalCollator, MultimodalGraphEncoder, info_nce_loss
     from mmgraph.data.sampler import permuted
     from mmgraph.data.tables import read_edges, read_nodes
-    from mmgraph.towers import load_tokenizer_and_processor
+    from mmgraph.towers.clip import load_tokenizer_and_processor
 
     config = parse_config(settings(graph, tmp_path / "run"))
     before, trained, batch, values = first_step(settings(graph, tmp_path / "run"))
@@ -353,7 +353,7 @@ def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.Capture
 def test_encode_writes_the_originals_feature_files(graph: Path, run40: Path, tmp_path: Path) -> None:
     from mmgraph import InferenceCollator, NodesDataset, load_pretrained_encoder
     from mmgraph.data.tables import read_nodes
-    from mmgraph.towers import load_tokenizer_and_processor
+    from mmgraph.towers.clip import load_tokenizer_and_processor
 
     assert main(["encode", str(run40), "--output_dir", str(tmp_path / "features")]) == 0
     encoder = load_pretrained_encoder(run40 / "checkpoints/multimodal_encoder_final.pt")  # config.yaml says which model

@@ -24,8 +24,8 @@ from mmgraph.node_outputs import NodeOutputs
 from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph
-from mmgraph.tower_cache import contents_of, open_store
-from mmgraph.towers import fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.cached import contents_of, open_store
+from mmgraph.towers.clip import fingerprint, load_tokenizer_and_processor, read_tower_state
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
 

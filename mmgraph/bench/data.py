@@ -22,7 +22,7 @@ from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import build_accelerator, check_batch_size, from_main_process, together
-from mmgraph.towers import load_tokenizer_and_processor
+from mmgraph.towers.clip import load_tokenizer_and_processor
 
 SAMPLE, WARM = 256, 10
 

@@ -20,7 +20,7 @@ from mmgraph.data.graph import Graph
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.errors import UserError
-from mmgraph.towers import load_tower_configs, load_towers
+from mmgraph.towers.clip import load_tower_configs, load_towers
 
 Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
 

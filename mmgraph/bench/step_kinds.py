@@ -20,11 +20,8 @@ from mmgraph.errors import UserError
 from mmgraph.loader.multimodal_collator import MultimodalCollator
 from mmgraph.losses import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.tower_build import build
-from mmgraph.tower_cache import StoredTokens
-from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
-from mmgraph.tower_store import TowerStore
-from mmgraph.towers import (
+from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.clip import (
     LiveTowers,
     Tokens,
     Towers,
@@ -34,6 +31,9 @@ from mmgraph.towers import (
     run_towers,
     tower_state,
 )
+from mmgraph.towers.store import TowerStore
+from mmgraph.towers.store_builder import build
+from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
 from mmgraph.utils.files import cache_folder
 
 KINDS = ("plain", "live", "stored")

@@ -33,7 +33,7 @@ from mmgraph.evaluate import find_features
 from mmgraph.flags import config_of
 from mmgraph.resume import read_start
 from mmgraph.state import newest_state, read_record, state_folders
-from mmgraph.towers import read_tower_state
+from mmgraph.towers.clip import read_tower_state
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
 Cases = Callable[[int], None]

@@ -26,10 +26,10 @@ from mmgraph.data.node_table import NodeTable
 from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
-from mmgraph.tower_build import build
-from mmgraph.tower_plan import cost, missing_shards, recipe, refusal
-from mmgraph.tower_store import ResidentTokens, TowerStore
-from mmgraph.towers import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.clip import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.store import ResidentTokens, TowerStore
+from mmgraph.towers.store_builder import build
+from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
 
@@ -89,7 +89,7 @@ class StoredTokens:
         return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
 
     def outputs(self, rows: np.ndarray, image_rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """What :func:`mmgraph.towers.run_towers` gives: tokens and both pooled outputs, on the device.
+        """What :func:`mmgraph.towers.clip.run_towers` gives: tokens and both pooled outputs, on the device.
 
         Args:
             rows, image_rows: (U,) the nodes whose texts, and those whose images are meant.

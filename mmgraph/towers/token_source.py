@@ -8,8 +8,8 @@ from mmgraph.data.content_hashes import Contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.launch import compute_dtype, together
-from mmgraph.tower_cache import StoredTokens, open_store
-from mmgraph.towers import LiveTowers, load_towers
+from mmgraph.towers.cached import StoredTokens, open_store
+from mmgraph.towers.clip import LiveTowers, load_towers
 from mmgraph.utils.files import cache_folder
 
 
@@ -26,7 +26,7 @@ def open_source(
 
     Args:
         contents: of the graph's nodes, without which there is no store.
-        inputs, towers, planned_nodes: as :func:`mmgraph.tower_cache.open_store`.
+        inputs, towers, planned_nodes: as :func:`mmgraph.towers.cached.open_store`.
 
     Raises:
         UserError: towers that cannot be loaded, or a store that cannot be built where it was asked for.

@@ -25,8 +25,8 @@ from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.distributed.launch import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
-from mmgraph.tower_plan import Cost, Recipe, Shard
-from mmgraph.towers import Towers, load_towers
+from mmgraph.towers.clip import Towers, load_towers
+from mmgraph.towers.store_plan import Cost, Recipe, Shard
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.utils.log import log
 

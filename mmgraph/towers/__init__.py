@@ -1,0 +1,1 @@
+"""The frozen towers: loading, running live, and their tokens on disk."""
