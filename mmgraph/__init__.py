@@ -11,7 +11,7 @@ _HOMES = {
     "MultimodalGraphEncoder": "mmgraph.models.multimodal_graph_encoder",
     "NodesDataset": "mmgraph.loader.nodes_dataset",
     "flush_log": "mmgraph.utils.log",
-    "info_nce_loss": "mmgraph.losses",
+    "info_nce_loss": "mmgraph.losses.contrastive",
     "load_pretrained_encoder": "mmgraph.checkpoints",
     "log": "mmgraph.utils.log",
 }

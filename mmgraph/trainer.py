@@ -25,8 +25,8 @@ from mmgraph.distributed.launch import from_main_process, peak_memory_gb, togeth
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
-from mmgraph.false_negatives import false_negatives_of
-from mmgraph.losses import BatchNodes, contrastive_losses
+from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
+from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.not_finite import NotFinite, hold_back, spread

@@ -5,12 +5,12 @@ import sys
 import torch
 import torch.distributed as dist
 
-from mmgraph import losses
 from mmgraph.cli import leave
 from mmgraph.data.adjacency import Neighbors
 from mmgraph.distributed.launch import build_accelerator
-from mmgraph.false_negatives import FalseNegatives
-from mmgraph.losses import BatchNodes, contrastive_losses
+from mmgraph.losses import contrastive as losses
+from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
+from mmgraph.losses.negative_mask import FalseNegatives
 
 target, source = sys.argv[1:]
 accelerator = build_accelerator()

@@ -8,7 +8,7 @@ from mmgraph.cli import leave
 from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
-from mmgraph.losses import contrastive_losses
+from mmgraph.losses.contrastive import contrastive_losses
 from mmgraph.trainer import Trainer
 
 target, *arguments = sys.argv[1:]

@@ -13,7 +13,7 @@ RANK_HELD_OUT = "mmgraph.evaluation.Evaluation.evaluate"
 RECORD_EVALUATION = "mmgraph.recorder.Recorder.evaluation"  # on the main process
 RECORD_ROW = "mmgraph.recorder.Recorder.row"  # and log line, of a step
 WRITE_ROW = "mmgraph.metrics.MetricsFile.write"  # on the main process
-LOSSES = "mmgraph.losses.contrastive_losses"
+LOSSES = "mmgraph.losses.contrastive.contrastive_losses"
 FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
 COLLATE = "mmgraph.data.batches.BatchCollator.__call__"  # where towers run
 COLLATE_EDGES = "mmgraph.data.batches.EdgeCollator.__call__"  # where tokens are stored
@@ -54,8 +54,8 @@ BUILD_TEXT_HASH = "mmgraph.towers.store_builder.text_hash"
 MAKE_SHARD = "mmgraph.towers.store_builder._Maker.make"
 SHARD_ENTRIES = "mmgraph.towers.store_plan.SHARD"
 LOAD_ENCODER = "mmgraph.checkpoints.load_pretrained_encoder"
-LOGITS_AT_ONCE = "mmgraph.losses.LOGITS_AT_ONCE"
-INFO_NCE = "mmgraph.losses._info_nce"
+LOGITS_AT_ONCE = "mmgraph.losses.contrastive.LOGITS_AT_ONCE"
+INFO_NCE = "mmgraph.losses.contrastive._info_nce"
 
 # evaluation, inference, report, bench
 QUERIES_AT_ONCE = "mmgraph.ranking.QUERIES_AT_ONCE"

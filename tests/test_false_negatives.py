@@ -13,7 +13,7 @@ from conftest import LOSSES, launch, launch_command, loss_difference, read_metri
 
 from mmgraph.data.content_hashes import HASH, Contents, image_hash
 from mmgraph.data.images import CAUSES
-from mmgraph.false_negatives import picture_numbers
+from mmgraph.losses.negative_mask import picture_numbers
 
 EDGES, NODES = 12, 14  # a global batch with repeated nodes
 CASES = [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)]

@@ -7,7 +7,7 @@ import targets
 import torch
 import torch.nn.functional as F
 
-from mmgraph import losses
+from mmgraph.losses import contrastive as losses
 
 
 def embeddings(rows: int, width: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmgraph import losses
 from mmgraph.bench.report import report
 from mmgraph.config import Config
 from mmgraph.distributed.launch import peak_memory_gb
+from mmgraph.losses import contrastive as losses
 
 LARGEST_PLAIN = 8192  # edges; the plain loss of as many takes 5 GB
 

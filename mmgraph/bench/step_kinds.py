@@ -18,7 +18,7 @@ from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.errors import UserError
 from mmgraph.loader.multimodal_collator import MultimodalCollator
-from mmgraph.losses import contrastive_losses, info_nce_loss
+from mmgraph.losses.contrastive import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cached import StoredTokens
 from mmgraph.towers.clip import (

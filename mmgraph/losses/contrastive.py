@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mmgraph.false_negatives import FalseNegatives, Square
+from mmgraph.losses.negative_mask import FalseNegatives, Square
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MB; a larger square is worked through in parts
 

@@ -1,0 +1,1 @@
+"""The contrastive losses over the global batch."""
