@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, is_tensorboard_available
 
 from mmgraph import estimate
-from mmgraph.checkpoints import tower_configs
+from mmgraph.checkpoints.files import tower_configs
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.distributed.launch import (

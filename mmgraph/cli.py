@@ -202,7 +202,7 @@ def _cache(given: argparse.Namespace) -> None:
 
 
 def _encode(given: argparse.Namespace) -> None:
-    from mmgraph.checkpoints import run_settings
+    from mmgraph.checkpoints.files import run_settings
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.encode import FEATURES, encode
     from mmgraph.inference import find_checkpoint, settings_of
@@ -271,7 +271,7 @@ def _of_run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert(given: argparse.Namespace) -> None:
-    from mmgraph.convert import convert
+    from mmgraph.checkpoints.convert import convert
 
     if is_main_process():
         convert(given.source, given.target)

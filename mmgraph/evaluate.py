@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 
-from mmgraph import checkpoints
+from mmgraph.checkpoints import files as checkpoints
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.graph import Graph, load_graph

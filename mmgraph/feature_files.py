@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from mmgraph.checkpoints import check_data, load_safely, save
+from mmgraph.checkpoints.files import check_data, load_safely, save
 from mmgraph.errors import UserError
 from mmgraph.utils.files import sync
 

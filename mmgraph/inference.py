@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from mmgraph import checkpoints
+from mmgraph.checkpoints import files as checkpoints
 from mmgraph.config import Config
 from mmgraph.data.graph import find_images
 from mmgraph.data.images import CAUSES

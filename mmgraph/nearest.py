@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from accelerate import Accelerator
 from sklearn.neighbors import NearestNeighbors
 
-from mmgraph.checkpoints import run_settings
+from mmgraph.checkpoints.files import run_settings
 from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import load_edges

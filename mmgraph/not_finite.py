@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.checkpoints.state import Progress
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.sampler import permuted
 from mmgraph.distributed.launch import write_on_main_process
 from mmgraph.errors import RunError
-from mmgraph.state import Progress
 from mmgraph.utils.log import log
 
 FILE = "not_finite.jsonl"

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from mmgraph import checkpoints
+from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints.state import Progress, gone_on
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import describe_causes
@@ -20,7 +21,6 @@ from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Table, metrics, one_line
 from mmgraph.metrics import MetricsFile, Trackers
-from mmgraph.state import Progress, gone_on
 from mmgraph.utils.environment import note_start
 from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file

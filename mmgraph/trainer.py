@@ -10,8 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph import checkpoints, consolidation, state
 from mmgraph.best import Best
+from mmgraph.checkpoints import consolidate as consolidation
+from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints import state
+from mmgraph.checkpoints.resume import find_state, read_start
 from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
@@ -31,7 +34,6 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.node_outputs import NodeOutputs
 from mmgraph.not_finite import NotFinite, hold_back, spread
 from mmgraph.recorder import Recorder, describe_all_causes
-from mmgraph.resume import find_state, read_start
 from mmgraph.schedule import lr_at
 from mmgraph.towers.cached import contents_of
 from mmgraph.towers.clip import (

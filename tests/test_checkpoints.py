@@ -12,7 +12,9 @@ from conftest import launch, settings, tiny_configs
 from safetensors.torch import save
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from mmgraph.checkpoints import (
+from mmgraph.checkpoints.consolidate import consolidate
+from mmgraph.checkpoints.convert import convert
+from mmgraph.checkpoints.files import (
     Checkpoint,
     TrainedState,
     load_pretrained_encoder,
@@ -21,8 +23,6 @@ from mmgraph.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from mmgraph.consolidation import consolidate
-from mmgraph.convert import convert
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
 from mmgraph.towers.clip import Towers, random_towers, tower_state

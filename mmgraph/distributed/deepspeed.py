@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_available
 from torch import nn
 
-from mmgraph.checkpoints import TrainedState
+from mmgraph.checkpoints.files import TrainedState
 from mmgraph.errors import UserError
 
 OURS = {  # what DeepSpeed would do beside, or instead of, the run's settings

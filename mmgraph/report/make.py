@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mmgraph import checkpoints
+from mmgraph.checkpoints import files as checkpoints
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.distributed.launch import from_main_process, on_main_process, together

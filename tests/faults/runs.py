@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from conftest import read_metrics
 
+from mmgraph.checkpoints.state import read_record, state_folders
 from mmgraph.errors import UserError
-from mmgraph.state import read_record, state_folders
 
 Case = TypeVar("Case")
 Fault = tuple[str, dict[str, Any]]  # a function of injection.py, and its settings

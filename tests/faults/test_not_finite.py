@@ -12,8 +12,8 @@ import pytest
 from conftest import REPOSITORY, error_of, lines_with, read_metrics
 from runs import Fault, brief, check_same, each, run, steady
 
+from mmgraph.checkpoints.state import read_record
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.state import read_record
 
 Cases = Callable[[int], None]
 STEP = 6  # the second of the second epoch

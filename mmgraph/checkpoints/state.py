@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mmgraph.checkpoints import TrainedState
+from mmgraph.checkpoints.files import TrainedState
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.utils.files import sync

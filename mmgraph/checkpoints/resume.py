@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from mmgraph.checkpoints import TrainedState, best_file, check_fit, read_checkpoint, trained_state
+from mmgraph.checkpoints.files import TrainedState, best_file, check_fit, read_checkpoint, trained_state
+from mmgraph.checkpoints.state import Progress, newest_state, read_record, read_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.state import Progress, newest_state, read_record, read_state
 from mmgraph.towers.clip import load_tower_configs
 from mmgraph.utils.log import log
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mmgraph.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from mmgraph.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import file_keys
 from mmgraph.utils.files import write_durably

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mmgraph.checkpoints import TrainedState
+from mmgraph.checkpoints.files import TrainedState
 from mmgraph.distributed import deepspeed as zero
 
 

@@ -1,0 +1,1 @@
+"""Checkpoint files in the original's format, and resume states."""
