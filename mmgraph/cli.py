@@ -204,8 +204,8 @@ def _cache(given: argparse.Namespace) -> None:
 def _encode(given: argparse.Namespace) -> None:
     from mmgraph.checkpoints.files import run_settings
     from mmgraph.distributed.launch import build_accelerator
-    from mmgraph.encode import FEATURES, encode
-    from mmgraph.inference import find_checkpoint, settings_of
+    from mmgraph.inference.encode import FEATURES, encode
+    from mmgraph.inference.pretrained import find_checkpoint, settings_of
 
     checkpoint = find_checkpoint(given.source)
     config = settings_of(checkpoint, _of_run(given))
@@ -218,7 +218,7 @@ def _encode(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.evaluate import evaluate, find_features
-    from mmgraph.inference import find_checkpoint, settings_of
+    from mmgraph.inference.pretrained import find_checkpoint, settings_of
 
     features = find_features(given.source)
     if not features and len(given.source) > 1:
@@ -233,9 +233,9 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 def _neighbors(given: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator, from_main_process
-    from mmgraph.encode import FEATURES
-    from mmgraph.inference import find_checkpoint, last_checkpoint, newest_run, settings_of
-    from mmgraph.nearest import neighbors, query_of
+    from mmgraph.inference.encode import FEATURES
+    from mmgraph.inference.neighbor_search import neighbors, query_of
+    from mmgraph.inference.pretrained import find_checkpoint, last_checkpoint, newest_run, settings_of
 
     query = query_of(given.node, given.text, given.image)
     if given.embedding not in FEATURES:
@@ -251,8 +251,8 @@ def _neighbors(given: argparse.Namespace) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
-    from mmgraph.inference import newest_run
-    from mmgraph.nearest import query_of
+    from mmgraph.inference.neighbor_search import query_of
+    from mmgraph.inference.pretrained import newest_run
     from mmgraph.report.make import FILE, report
 
     runs = given.source or [newest_run()]

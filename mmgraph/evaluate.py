@@ -18,8 +18,8 @@ from mmgraph.data.tables import find_ids
 from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
-from mmgraph.feature_files import FORMATS, read_features
-from mmgraph.inference import open_checkpoint
+from mmgraph.inference.feature_files import FORMATS, read_features
+from mmgraph.inference.pretrained import open_checkpoint
 from mmgraph.utils.files import write_durably
 from mmgraph.utils.log import log
 
@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         checkpoint: an epoch or final file, of mmgraph or the original; or
-        features: files of any of :data:`mmgraph.feature_files.FORMATS`.
+        features: files of any of :data:`mmgraph.inference.feature_files.FORMATS`.
         config: names the graph, and the edges to rank.
         path: JSON to write the table to.
 

@@ -28,10 +28,10 @@ from mmgraph.distributed.launch import from_main_process, peak_memory_gb, togeth
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Table
+from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.node_outputs import NodeOutputs
 from mmgraph.not_finite import NotFinite, hold_back, spread
 from mmgraph.recorder import Recorder, describe_all_causes
 from mmgraph.schedule import lr_at

@@ -21,7 +21,7 @@ from targets import MAKE_BLOCKS, NODES_OF_A_BLOCK
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from mmgraph.cli import main
-from mmgraph.feature_files import FORMATS
+from mmgraph.inference.feature_files import FORMATS
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from mmgraph.cli import main
 from mmgraph.data.content_hashes import SETTLED_NS
+from mmgraph.inference.neighbor_search import nearest
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
-from mmgraph.nearest import nearest
 
 
 @pytest.fixture(scope="module")

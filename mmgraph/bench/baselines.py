@@ -18,9 +18,9 @@ from mmgraph.data.split import relation_names
 from mmgraph.data.table_cache import Edges, open_edges
 from mmgraph.errors import UserError
 from mmgraph.evaluation import Evaluation, Ranks, Table
+from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
-from mmgraph.node_outputs import NodeOutputs
 from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph

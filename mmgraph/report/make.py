@@ -12,17 +12,17 @@ from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.distributed.launch import from_main_process, on_main_process, together
 from mmgraph.errors import UserError
-from mmgraph.inference import Inference, last_checkpoint, open_checkpoint, settings_of
+from mmgraph.inference.embeddings import NodeVectors, node_vectors, unit
+from mmgraph.inference.neighbor_search import Links, Query, asked_for, kept_in, links_of
+from mmgraph.inference.node_outputs import NodeOutputs
+from mmgraph.inference.node_sharding import embed_share, gather_on_main
+from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.metrics import Figures
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.nearest import Links, Query, asked_for, kept_in, links_of
-from mmgraph.node_outputs import NodeOutputs
-from mmgraph.node_vectors import NodeVectors, node_vectors, unit
 from mmgraph.report.figures import figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
-from mmgraph.shares import embed_share, gather_on_main
 from mmgraph.utils.files import told_of_disk
 from mmgraph.utils.log import log
 

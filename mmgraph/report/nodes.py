@@ -13,8 +13,8 @@ from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.tables import ImagePaths
-from mmgraph.nearest import Links, Match, name_in, nearest, plain
-from mmgraph.node_vectors import NodeVectors
+from mmgraph.inference.embeddings import NodeVectors
+from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest, plain
 from mmgraph.report.pictures import thumbnails
 
 MAP_NODES = 2_000  # of all reports on one page

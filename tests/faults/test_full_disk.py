@@ -16,7 +16,7 @@ from conftest import lines_with
 from runs import brief, check_same, count, each, run, valid_steps
 
 from mmgraph.cli import main
-from mmgraph.feature_files import FORMATS, read_features
+from mmgraph.inference.feature_files import FORMATS, read_features
 
 SAVING = [targets.SAVE]
 LOGGING = [targets.RECORD_ROW]

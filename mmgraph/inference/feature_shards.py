@@ -23,9 +23,9 @@ from mmgraph.data.content_hashes import file_signature
 from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import on_main_process, together, work_together
 from mmgraph.errors import UserError
-from mmgraph.feature_files import write_features
-from mmgraph.inference import Inference
-from mmgraph.node_outputs import BATCH
+from mmgraph.inference.feature_files import write_features
+from mmgraph.inference.node_outputs import BATCH
+from mmgraph.inference.pretrained import Inference
 from mmgraph.towers.cached import SHOWN_SECONDS
 from mmgraph.utils.files import told_of_disk, write_durably
 from mmgraph.utils.log import log

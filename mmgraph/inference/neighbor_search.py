@@ -21,8 +21,8 @@ from mmgraph.data.split import HeldOut
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
-from mmgraph.inference import Inference, open_checkpoint
-from mmgraph.node_vectors import node_vectors, unit
+from mmgraph.inference.embeddings import node_vectors, unit
+from mmgraph.inference.pretrained import Inference, open_checkpoint
 from mmgraph.utils.log import log
 
 EDGES_AT_ONCE = 1 << 20
@@ -220,7 +220,7 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
         count: how many.
 
     Raises:
-        UserError: no such node, no such image; as :func:`mmgraph.inference.open_checkpoint`.
+        UserError: no such node, no such image; as :func:`mmgraph.inference.pretrained.open_checkpoint`.
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
     wanted = together(accelerator, lambda: asked_for(query, inference, kind))  # before all are embedded

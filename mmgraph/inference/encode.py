@@ -7,13 +7,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mmgraph.blocks import Blocks, bar, fill, telling
 from mmgraph.config import Config
 from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import on_main_process, work_together
 from mmgraph.errors import UserError
-from mmgraph.feature_files import FORMATS
-from mmgraph.inference import Inference, open_checkpoint
+from mmgraph.inference.feature_files import FORMATS
+from mmgraph.inference.feature_shards import Blocks, bar, fill, telling
+from mmgraph.inference.pretrained import Inference, open_checkpoint
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
 
@@ -32,10 +32,10 @@ def encode(
         checkpoint: an epoch or final file, of mmgraph or the original.
         output: folder to write to, which all ranks see.
         features: names of :data:`FEATURES`.
-        kind: one of :data:`mmgraph.feature_files.FORMATS`.
+        kind: one of :data:`mmgraph.inference.feature_files.FORMATS`.
 
     Raises:
-        UserError: as :func:`mmgraph.inference.open_checkpoint`; or ``output`` cannot be written.
+        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or ``output`` cannot be written.
     """
     _check(features, kind)
     with ExitStack() as stack:

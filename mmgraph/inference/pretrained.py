@@ -20,8 +20,8 @@ from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import together
 from mmgraph.errors import UserError
 from mmgraph.flags import config_of
+from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.node_outputs import NodeOutputs
 from mmgraph.towers.cached import existing_store
 from mmgraph.towers.clip import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
 from mmgraph.utils.log import log

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 
 from mmgraph.data.images import is_black
-from mmgraph.node_outputs import BATCH, NodeOutputs
+from mmgraph.inference.node_outputs import BATCH, NodeOutputs
 from mmgraph.towers.clip import Tokens
 
 PART = 1 << 14  # nodes of each rank that are gathered at once

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from mmgraph.blocks import Blocks, fill, look
 from mmgraph.config import Config
 from mmgraph.distributed.launch import from_main_process, together
 from mmgraph.errors import UserError
-from mmgraph.inference import Inference
+from mmgraph.inference.feature_shards import Blocks, fill, look
+from mmgraph.inference.pretrained import Inference
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
 
