@@ -217,7 +217,7 @@ def _encode(given: argparse.Namespace) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
-    from mmgraph.evaluate import evaluate, find_features
+    from mmgraph.evaluation.command import evaluate, find_features
     from mmgraph.inference.pretrained import find_checkpoint, settings_of
 
     features = find_features(given.source)

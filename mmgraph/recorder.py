@@ -19,7 +19,7 @@ from mmgraph.data.images import describe_causes
 from mmgraph.demo_towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Table, metrics, one_line
+from mmgraph.evaluation.evaluator import Table, metrics, one_line
 from mmgraph.metrics import MetricsFile, Trackers
 from mmgraph.utils.environment import note_start
 from mmgraph.utils.files import locked, sync, write_durably

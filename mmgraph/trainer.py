@@ -27,7 +27,7 @@ from mmgraph.distributed import deepspeed as zero
 from mmgraph.distributed.launch import from_main_process, peak_memory_gb, together, write_on_main_process
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Evaluation, Table
+from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of

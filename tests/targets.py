@@ -9,7 +9,7 @@ RECORD_STEP = "mmgraph.trainer.Trainer.record"  # of a run and a step's values, 
 SAVE = "mmgraph.trainer.Trainer.save"  # all that a save writes, epoch and final file too
 EVALUATE = "mmgraph.trainer.Trainer.evaluate"  # all that an evaluation writes
 BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at a start, once the state was read
-RANK_HELD_OUT = "mmgraph.evaluation.Evaluation.evaluate"
+RANK_HELD_OUT = "mmgraph.evaluation.evaluator.Evaluation.evaluate"
 RECORD_EVALUATION = "mmgraph.recorder.Recorder.evaluation"  # on the main process
 RECORD_ROW = "mmgraph.recorder.Recorder.row"  # and log line, of a step
 WRITE_ROW = "mmgraph.metrics.MetricsFile.write"  # on the main process
@@ -58,10 +58,10 @@ LOGITS_AT_ONCE = "mmgraph.losses.contrastive.LOGITS_AT_ONCE"
 INFO_NCE = "mmgraph.losses.contrastive._info_nce"
 
 # evaluation, inference, report, bench
-QUERIES_AT_ONCE = "mmgraph.ranking.QUERIES_AT_ONCE"
-CANDIDATES_AT_ONCE = "mmgraph.ranking.CANDIDATES_AT_ONCE"
-SAMPLED_NEGATIVES = "mmgraph.ranking._negatives"
-RANKS_OF_EMBEDDINGS = "mmgraph.evaluation.Evaluation.ranks"
+QUERIES_AT_ONCE = "mmgraph.evaluation.ranking.QUERIES_AT_ONCE"
+CANDIDATES_AT_ONCE = "mmgraph.evaluation.ranking.CANDIDATES_AT_ONCE"
+SAMPLED_NEGATIVES = "mmgraph.evaluation.ranking._negatives"
+RANKS_OF_EMBEDDINGS = "mmgraph.evaluation.evaluator.Evaluation.ranks"
 NODES_OF_A_BLOCK = "mmgraph.inference.feature_shards.BLOCK"
 MAKE_BLOCKS = "mmgraph.inference.feature_shards.Blocks.make"
 SAVE_OF_A_RUN = "mmgraph.trainer.Trainer.save"

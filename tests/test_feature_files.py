@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmgraph.errors import UserError
-from mmgraph.evaluate import find_features
+from mmgraph.evaluation.command import find_features
 from mmgraph.inference.feature_files import FORMATS, read_features, write_features
 
 VECTORS = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from targets import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, SAMPLED_NEGATIVES
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Evaluation
-from mmgraph.ranking import on_grid, sampled_ranks
+from mmgraph.evaluation.evaluator import Evaluation
+from mmgraph.evaluation.ranking import on_grid, sampled_ranks
 
 Edges = list[tuple[int, int]]
 

@@ -17,11 +17,11 @@ from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.data.split import relation_names
 from mmgraph.data.table_cache import Edges, open_edges
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Evaluation, Ranks, Table
+from mmgraph.evaluation.evaluator import Evaluation, Ranks, Table
+from mmgraph.evaluation.ranking import filtered_ranks
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
-from mmgraph.ranking import filtered_ranks
 from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph
 from mmgraph.towers.cached import contents_of, open_store

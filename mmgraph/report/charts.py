@@ -18,7 +18,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from mmgraph.evaluation import FIXED, TRAINED
+from mmgraph.evaluation.evaluator import FIXED, TRAINED
 from mmgraph.report.history import RANKS, Run, thinned
 
 MOST_POINTS = 1_000  # of a curve

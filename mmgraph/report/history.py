@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Table
+from mmgraph.evaluation.evaluator import Table
 from mmgraph.utils.environment import read_starts
 
 RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
@@ -115,7 +115,7 @@ def _read_table(path: Path) -> Table | None:
 
 
 def _check_table(table: Table) -> None:
-    """Raise what a table that is not as :meth:`mmgraph.evaluation.Evaluation.table` makes it raises."""
+    """Raise what a table that is not as :meth:`mmgraph.evaluation.evaluator.Evaluation.table` makes it raises."""
     kinds = list(table["embeddings"])
     if not kinds:
         raise ValueError("of no embeddings")

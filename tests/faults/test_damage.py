@@ -31,7 +31,7 @@ from mmgraph.checkpoints.resume import read_start
 from mmgraph.checkpoints.state import newest_state, read_record, state_folders
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.errors import UserError
-from mmgraph.evaluate import find_features
+from mmgraph.evaluation.command import find_features
 from mmgraph.flags import config_of
 from mmgraph.towers.clip import read_tower_state
 

@@ -12,9 +12,9 @@ from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.sampler import permuted
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
+from mmgraph.evaluation.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.inference.node_sharding import Embeddings, embed_share, gather_shares, share
-from mmgraph.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
 from mmgraph.utils.log import log
 
 TRAINED = ("z_graph", "fused")

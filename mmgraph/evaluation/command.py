@@ -17,7 +17,7 @@ from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.tables import find_ids
 from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
-from mmgraph.evaluation import Evaluation, Table
+from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.feature_files import FORMATS, read_features
 from mmgraph.inference.pretrained import open_checkpoint
 from mmgraph.utils.files import write_durably
