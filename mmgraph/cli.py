@@ -52,9 +52,9 @@ def _train(arguments: list[str]) -> int:
     follow_launcher()
     config = parse_config(arguments)
 
-    from mmgraph.checks import check_run
     from mmgraph.start import open_graph
-    from mmgraph.trainer import Trainer
+    from mmgraph.training.preflight import check_run
+    from mmgraph.training.trainer import Trainer
     from mmgraph.utils.log import log
 
     accelerator, graph = open_graph(config)

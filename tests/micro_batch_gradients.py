@@ -9,7 +9,7 @@ from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.losses.contrastive import contrastive_losses
-from mmgraph.trainer import Trainer
+from mmgraph.training.trainer import Trainer
 
 target, *arguments = sys.argv[1:]
 config = parse_config(arguments)

@@ -4,15 +4,15 @@ from pkgutil import resolve_name
 from typing import Any
 
 # training, faults
-TAKE_STEP = "mmgraph.trainer.Trainer.step"  # of a run and a batch: forward, backward, update
-RECORD_STEP = "mmgraph.trainer.Trainer.record"  # of a run and a step's values, after each step
-SAVE = "mmgraph.trainer.Trainer.save"  # all that a save writes, epoch and final file too
-EVALUATE = "mmgraph.trainer.Trainer.evaluate"  # all that an evaluation writes
+TAKE_STEP = "mmgraph.training.trainer.Trainer.step"  # of a run and a batch: forward, backward, update
+RECORD_STEP = "mmgraph.training.trainer.Trainer.record"  # of a run and a step's values, after each step
+SAVE = "mmgraph.training.trainer.Trainer.save"  # all that a save writes, epoch and final file too
+EVALUATE = "mmgraph.training.trainer.Trainer.evaluate"  # all that an evaluation writes
 BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at a start, once the state was read
 RANK_HELD_OUT = "mmgraph.evaluation.evaluator.Evaluation.evaluate"
-RECORD_EVALUATION = "mmgraph.recorder.Recorder.evaluation"  # on the main process
-RECORD_ROW = "mmgraph.recorder.Recorder.row"  # and log line, of a step
-WRITE_ROW = "mmgraph.metrics.MetricsFile.write"  # on the main process
+RECORD_EVALUATION = "mmgraph.training.run_log.Recorder.evaluation"  # on the main process
+RECORD_ROW = "mmgraph.training.run_log.Recorder.row"  # and log line, of a step
+WRITE_ROW = "mmgraph.training.trackers.MetricsFile.write"  # on the main process
 LOSSES = "mmgraph.losses.contrastive.contrastive_losses"
 FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
 COLLATE = "mmgraph.data.batches.BatchCollator.__call__"  # where towers run
@@ -32,7 +32,7 @@ MEET = "mmgraph.distributed.launch._join"
 MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
 FAIL = "mmgraph.cli._end_workers"  # first of all, where a run ends in an error
 OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
-TRACKER_SECONDS = [f"mmgraph.metrics.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
+TRACKER_SECONDS = [f"mmgraph.training.trackers.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
 
 # data, towers, losses, command line
 CLAIMED = "mmgraph.utils.files.claimed"
@@ -64,17 +64,17 @@ SAMPLED_NEGATIVES = "mmgraph.evaluation.ranking._negatives"
 RANKS_OF_EMBEDDINGS = "mmgraph.evaluation.evaluator.Evaluation.ranks"
 NODES_OF_A_BLOCK = "mmgraph.inference.feature_shards.BLOCK"
 MAKE_BLOCKS = "mmgraph.inference.feature_shards.Blocks.make"
-SAVE_OF_A_RUN = "mmgraph.trainer.Trainer.save"
+SAVE_OF_A_RUN = "mmgraph.training.trainer.Trainer.save"
 REPORT_AT_THE_END = "mmgraph.report.make.end_of_run"
 WRITE_PAGE = "mmgraph.report.make.write_page"
 EMBED_SHARE_OF_REPORT = "mmgraph.report.make.embed_share"
 TOWERS_OF_BENCH_GRAPH = "mmgraph.bench.graph.build_towers"
 LOG_FILE = "mmgraph.utils.log.log_file"
-CHECK_AGREEMENT = "mmgraph.checks._check_agreement"
-DESCRIBE_WORLD = "mmgraph.checks._world"
-HOST_MEMORY = "mmgraph.checks._host_memory"
-GATHER_OF_CHECKS = "mmgraph.checks.gather_object"
-TENSORBOARD_IS_INSTALLED = "mmgraph.checks.is_tensorboard_available"
+CHECK_AGREEMENT = "mmgraph.training.preflight._check_agreement"
+DESCRIBE_WORLD = "mmgraph.training.preflight._world"
+HOST_MEMORY = "mmgraph.training.preflight._host_memory"
+GATHER_OF_CHECKS = "mmgraph.training.preflight.gather_object"
+TENSORBOARD_IS_INSTALLED = "mmgraph.training.preflight.is_tensorboard_available"
 DEEPSPEED_IS_INSTALLED = "mmgraph.distributed.deepspeed.is_deepspeed_available"
 
 

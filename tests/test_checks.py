@@ -21,13 +21,13 @@ from targets import (
 )
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from mmgraph.checks import SAME_EVERYWHERE, Rank, check_towers
 from mmgraph.cli import train_main
 from mmgraph.config import Config
 from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
-from mmgraph.estimate import memory_gb, shape
 from mmgraph.towers.clip import file_fingerprints
+from mmgraph.training.estimate import memory_gb, shape
+from mmgraph.training.preflight import SAME_EVERYWHERE, Rank, check_towers
 
 check_agreement = resolve_name(CHECK_AGREEMENT)
 

@@ -15,7 +15,7 @@ from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.schedule import lr_at
+from mmgraph.training.lr_schedule import lr_at
 
 
 def test_defaults_are_the_originals() -> None:

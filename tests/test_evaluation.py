@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from conftest import LOSSES, REPOSITORY, ZERO3, launch, launch_command, newest, read_metrics, run, same_state, settings
 from targets import RANKS_OF_EMBEDDINGS
 
-from mmgraph.best import Best
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.evaluation.evaluator import Evaluation, cycle
 from mmgraph.towers.clip import Tokens
+from mmgraph.training.early_stopping import Best
 
 EVALUATED = ("--eval_fraction=0.2", "--max_steps=12", "--eval_every=5", "--keep_best=z_graph/hits@10", "--save_every=6")
 

@@ -23,7 +23,6 @@ from conftest import read_metrics, settings
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmgraph import trainer
 from mmgraph.cli import train_main
 from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.data.graph import load_graph
@@ -43,6 +42,7 @@ from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.towers.clip import load_tokenizer_and_processor
+from mmgraph.training import trainer
 from mmgraph.utils.files import cache_folder
 
 SHAPE = (3, 32, 32)

@@ -70,7 +70,7 @@ PERSISTENT = """
 import sys
 from mmgraph.flags import parse_config
 from mmgraph.data.graph import load_graph
-from mmgraph.trainer import Trainer
+from mmgraph.training.trainer import Trainer
 from mmgraph.distributed.launch import build_accelerator
 config = parse_config(sys.argv[1:])
 accelerator = build_accelerator()

@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
 
-from mmgraph import trainer
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
@@ -38,6 +37,7 @@ from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import StoredTokens
 from mmgraph.towers.clip import fingerprint, load_towers, read_tower_state, tower_state
 from mmgraph.towers.store import ResidentTokens, TowerStore
+from mmgraph.training import trainer
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.trainer import Trainer
+from mmgraph.training.trainer import Trainer
 from mmgraph.utils.log import log
 
 LOSSES = ("loss", "loss_mm", "loss_graph")

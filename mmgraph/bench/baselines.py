@@ -22,10 +22,10 @@ from mmgraph.evaluation.ranking import filtered_ranks
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
-from mmgraph.schedule import lr_at
 from mmgraph.start import open_graph
 from mmgraph.towers.cached import contents_of, open_store
 from mmgraph.towers.clip import fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.training.lr_schedule import lr_at
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmgraph import estimate
 from mmgraph.bench.report import report
 from mmgraph.bench.step_kinds import KINDS, PHASES, Steps
 from mmgraph.config import Config
@@ -21,6 +20,7 @@ from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.errors import UserError
 from mmgraph.towers.clip import load_tower_configs, load_towers
+from mmgraph.training import estimate
 
 Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
 

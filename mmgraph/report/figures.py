@@ -1,8 +1,8 @@
 """What trackers get of a report: pictures of map and gallery, and the table by relation."""
 
-from mmgraph.metrics import Figures
 from mmgraph.report.page import Shown, relations_of
 from mmgraph.report.pictures import scattered, sheet
+from mmgraph.training.trackers import Figures
 
 MAP_PIXELS, GALLERY_PIXELS = 1200, 100  # sides: of the map, of a node's picture
 

@@ -17,12 +17,12 @@ from mmgraph.inference.neighbor_search import Links, Query, asked_for, kept_in, 
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.inference.node_sharding import embed_share, gather_on_main
 from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkpoint, settings_of
-from mmgraph.metrics import Figures
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.report.figures import figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
+from mmgraph.training.trackers import Figures
 from mmgraph.utils.files import told_of_disk
 from mmgraph.utils.log import log
 

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import Contents, read_contents
 from mmgraph.data.graph import Graph
@@ -30,6 +29,7 @@ from mmgraph.towers.clip import Tokens, fingerprint, load_tokenizer_and_processo
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
+from mmgraph.training.preflight import check_towers
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
 

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import HASH, image_hash, text_hash
 from mmgraph.data.graph import Graph
@@ -27,6 +26,7 @@ from mmgraph.distributed.launch import from_main_process, on_main_process, toget
 from mmgraph.errors import UserError
 from mmgraph.towers.clip import Towers, load_towers
 from mmgraph.towers.store_plan import Cost, Recipe, Shard
+from mmgraph.training import estimate
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.utils.log import log
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmgraph import estimate
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import Contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.towers.clip import load_tower_configs
 from mmgraph.towers.store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
+from mmgraph.training import estimate
 from mmgraph.utils.files import cache_folder
 
 FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise

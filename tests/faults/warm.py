@@ -24,7 +24,8 @@ import torch
 import transformers
 import wandb  # noqa: F401
 
-from mmgraph import cli, trainer  # noqa: F401
+from mmgraph import cli
+from mmgraph.training import trainer  # noqa: F401
 
 
 def main() -> None:

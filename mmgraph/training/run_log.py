@@ -20,7 +20,7 @@ from mmgraph.demo_towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
-from mmgraph.metrics import MetricsFile, Trackers
+from mmgraph.training.trackers import MetricsFile, Trackers
 from mmgraph.utils.environment import note_start
 from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file

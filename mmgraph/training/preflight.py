@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, is_tensorboard_available
 
-from mmgraph import estimate
 from mmgraph.checkpoints.files import tower_configs
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
@@ -29,6 +28,7 @@ from mmgraph.distributed.launch import (
 from mmgraph.errors import UserError
 from mmgraph.towers.clip import file_fingerprints
 from mmgraph.towers.store_plan import nodes_seen
+from mmgraph.training import estimate
 from mmgraph.utils.log import log
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy

@@ -10,12 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.best import Best
 from mmgraph.checkpoints import consolidate as consolidation
 from mmgraph.checkpoints import files as checkpoints
 from mmgraph.checkpoints import state
 from mmgraph.checkpoints.resume import find_state, read_start
-from mmgraph.checks import check_towers
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.batches import build_loader
@@ -32,9 +30,6 @@ from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.not_finite import NotFinite, hold_back, spread
-from mmgraph.recorder import Recorder, describe_all_causes
-from mmgraph.schedule import lr_at
 from mmgraph.towers.cached import contents_of
 from mmgraph.towers.clip import (
     LiveTowers,
@@ -45,6 +40,11 @@ from mmgraph.towers.clip import (
 )
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.towers.token_source import open_source
+from mmgraph.training.early_stopping import Best
+from mmgraph.training.lr_schedule import lr_at
+from mmgraph.training.nonfinite import NotFinite, hold_back, spread
+from mmgraph.training.preflight import check_towers
+from mmgraph.training.run_log import Recorder, describe_all_causes
 from mmgraph.utils.log import log
 
 
