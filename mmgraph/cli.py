@@ -182,7 +182,7 @@ def _flag(name: str) -> list[str]:
 
 
 def _demo(given: argparse.Namespace) -> None:
-    from mmgraph.demo import build_demo
+    from mmgraph.demo.graph import build_demo
 
     if is_main_process():
         build_demo(given.folder)

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph, load_graph
-from mmgraph.demo import build_demo
+from mmgraph.demo.graph import build_demo
 from mmgraph.distributed.launch import build_accelerator, on_main_process, together
 
 

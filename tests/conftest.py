@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 
 REPOSITORY = Path(__file__).parent.parent
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]

@@ -13,7 +13,7 @@ from test_trainer import tree
 
 from mmgraph.cli import main, train_main
 from mmgraph.data.tables import read_edges, read_nodes
-from mmgraph.demo import read_nodes_of_packages
+from mmgraph.demo.graph import read_nodes_of_packages
 from mmgraph.towers.clip import load_tokenizer_and_processor, load_towers
 
 RELATIONS = {

@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from targets import EMBED_SHARE_OF_REPORT, REPORT_AT_THE_END, SAVE_OF_A_RUN, WRITE_PAGE
 
 from mmgraph.cli import main, train_main
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 from mmgraph.report.history import read_run, thinned
 from mmgraph.report.nodes import arrange
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmgraph.data.tables import read_edges
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 

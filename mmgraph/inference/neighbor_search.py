@@ -18,7 +18,7 @@ from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import load_edges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.split import HeldOut
-from mmgraph.demo_towers import is_stand_in
+from mmgraph.demo.towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.inference.embeddings import node_vectors, unit

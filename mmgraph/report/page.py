@@ -12,7 +12,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmgraph.config import Config
-from mmgraph.demo_towers import is_stand_in
+from mmgraph.demo.towers import is_stand_in
 from mmgraph.evaluation.evaluator import Table
 from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, rank_lines, ranks
 from mmgraph.report.history import RANKS, Run

@@ -16,7 +16,7 @@ from mmgraph.checkpoints.state import Progress, gone_on
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import describe_causes
-from mmgraph.demo_towers import is_stand_in
+from mmgraph.demo.towers import is_stand_in
 from mmgraph.distributed.launch import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line

@@ -24,7 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import WORDS, launch_command
 
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 
 
 class Sample(NamedTuple):

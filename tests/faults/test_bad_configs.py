@@ -15,7 +15,7 @@ import targets
 from conftest import WORDS, error_of, graph_files, lines_with
 from runs import brief, each, run
 
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 
 Cases = Callable[[int], None]
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import WORDS, graph_files, read_metrics
 from runs import brief, run
 
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 100

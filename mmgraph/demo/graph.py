@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mmgraph.demo_towers import build_towers
+from mmgraph.demo.towers import build_towers
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 

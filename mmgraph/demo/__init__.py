@@ -1,0 +1,1 @@
+"""The demo graph and its stand-in towers."""
