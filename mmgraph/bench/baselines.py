@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmgraph.cli.start import open_graph
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.graph import Graph
@@ -22,7 +23,6 @@ from mmgraph.evaluation.ranking import filtered_ranks
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
-from mmgraph.start import open_graph
 from mmgraph.towers.cached import contents_of, open_store
 from mmgraph.towers.clip import fingerprint, load_tokenizer_and_processor, read_tower_state
 from mmgraph.training.lr_schedule import lr_at

@@ -84,7 +84,7 @@ def _bench(given: argparse.Namespace) -> None:
     else:
         from mmgraph.bench.step import bench_step
         from mmgraph.bench.study import bench_study
-        from mmgraph.start import open_graph
+        from mmgraph.cli.start import open_graph
 
         accelerator, graph = open_graph(config)
         if given.what == "study":

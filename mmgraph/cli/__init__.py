@@ -52,7 +52,7 @@ def _train(arguments: list[str]) -> int:
     follow_launcher()
     config = parse_config(arguments)
 
-    from mmgraph.start import open_graph
+    from mmgraph.cli.start import open_graph
     from mmgraph.training.preflight import check_run
     from mmgraph.training.trainer import Trainer
     from mmgraph.utils.log import log
@@ -193,7 +193,7 @@ def _cache(given: argparse.Namespace) -> None:
 
     config = parse_config(given.flags)
 
-    from mmgraph.start import open_graph
+    from mmgraph.cli.start import open_graph
     from mmgraph.towers.cached import build_store
 
     accelerator, graph = open_graph(config)
