@@ -12,7 +12,7 @@ BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at a start, once the state
 RANK_HELD_OUT = "mmgraph.evaluation.evaluator.Evaluation.evaluate"
 RECORD_EVALUATION = "mmgraph.training.run_log.Recorder.evaluation"  # on the main process
 RECORD_ROW = "mmgraph.training.run_log.Recorder.row"  # and log line, of a step
-WRITE_ROW = "mmgraph.training.trackers.MetricsFile.write"  # on the main process
+WRITE_ROW = "mmgraph.training.metrics_file.MetricsFile.write"  # on the main process
 LOSSES = "mmgraph.losses.contrastive.contrastive_losses"
 FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
 COLLATE = "mmgraph.data.batches.BatchCollator.__call__"  # where towers run
@@ -30,8 +30,8 @@ BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
 MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of how ranks meet
 MEET = "mmgraph.distributed.launch._join"
 MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
-FAIL = "mmgraph.cli._end_workers"  # first of all, where a run ends in an error
-OTHERS_WAIT_SECONDS = "mmgraph.cli.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
+FAIL = "mmgraph.cli.failures._end_workers"  # first of all, where a run ends in an error
+OTHERS_WAIT_SECONDS = "mmgraph.cli.failures.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
 TRACKER_SECONDS = [f"mmgraph.training.trackers.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
 
 # data, towers, losses, command line
@@ -42,7 +42,7 @@ ROWS_AT_ONCE = "mmgraph.data.table_cache.ROWS_AT_ONCE"
 EDGES_AT_ONCE = "mmgraph.data.table_cache.EDGES_AT_ONCE"
 IDS_AT_ONCE = "mmgraph.data.tables.IDS_AT_ONCE"
 OPENED_NODE_TABLE = "mmgraph.data.table_cache.NodeTable"
-RESOLVE_IMAGE_PATH = "mmgraph.data.tables.ImagePaths.resolve"
+RESOLVE_IMAGE_PATH = "mmgraph.data.image_paths.ImagePaths.resolve"
 READ_FILE_FOR_INPUTS = "mmgraph.data.node_inputs.read_file"
 READ_FILE_FOR_HASHES = "mmgraph.data.content_hashes.read_file"
 PICTURE_TICK_NS = "mmgraph.data.image_cache.TICK_NS"
@@ -53,7 +53,7 @@ LOAD_TOWERS_FOR_BUILD = "mmgraph.towers.store_builder.load_towers"
 BUILD_TEXT_HASH = "mmgraph.towers.store_builder.text_hash"
 MAKE_SHARD = "mmgraph.towers.store_builder._Maker.make"
 SHARD_ENTRIES = "mmgraph.towers.store_plan.SHARD"
-LOAD_ENCODER = "mmgraph.checkpoints.files.load_pretrained_encoder"
+LOAD_ENCODER = "mmgraph.inference.pretrained.load_pretrained_encoder"
 LOGITS_AT_ONCE = "mmgraph.losses.contrastive.LOGITS_AT_ONCE"
 INFO_NCE = "mmgraph.losses.contrastive._info_nce"
 

@@ -15,7 +15,7 @@ from mmgraph.bench.report import shown
 from mmgraph.bench.step_kinds import PlainModule
 from mmgraph.cli import main
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.clip import Tokens
+from mmgraph.towers.tokens import Tokens
 
 
 def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[str, float]]:

@@ -17,15 +17,16 @@ from mmgraph.checkpoints.convert import convert
 from mmgraph.checkpoints.files import (
     Checkpoint,
     TrainedState,
-    load_pretrained_encoder,
     model_state,
     optimizer_state,
     read_checkpoint,
     write_checkpoint,
 )
 from mmgraph.errors import UserError
+from mmgraph.inference.pretrained import load_pretrained_encoder
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
-from mmgraph.towers.clip import Towers, random_towers, tower_state
+from mmgraph.towers.clip import random_towers, tower_state
+from mmgraph.towers.tokens import Towers
 
 ATTENTION = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
 TRAINED = [

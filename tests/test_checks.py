@@ -25,9 +25,9 @@ from mmgraph.cli import train_main
 from mmgraph.config import Config
 from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import file_fingerprints
+from mmgraph.towers.fingerprint import check_towers, file_fingerprints
 from mmgraph.training.estimate import memory_gb, shape
-from mmgraph.training.preflight import SAME_EVERYWHERE, Rank, check_towers
+from mmgraph.training.preflight import SAME_EVERYWHERE, Rank
 
 check_agreement = resolve_name(CHECK_AGREEMENT)
 

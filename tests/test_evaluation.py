@@ -23,7 +23,7 @@ from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.evaluation.evaluator import Evaluation, cycle
-from mmgraph.towers.clip import Tokens
+from mmgraph.towers.tokens import Tokens
 from mmgraph.training.early_stopping import Best
 
 EVALUATED = ("--eval_fraction=0.2", "--max_steps=12", "--eval_every=5", "--keep_best=z_graph/hits@10", "--save_every=6")

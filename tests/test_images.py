@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgraph.data.images import CAUSES, Preprocessing, read_image
+from mmgraph.data.images import CAUSES, read_image
 from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 83, 4), dtype=np.uint8)

@@ -10,7 +10,7 @@ import pytest
 from conftest import launch, read_metrics, settings
 
 from mmgraph.cli import train_main
-from mmgraph.training.trackers import MetricsFile
+from mmgraph.training.metrics_file import MetricsFile
 
 
 def test_rows_behind_the_kept_bytes_are_cut_off(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
 from transformers import CLIPImageProcessor
 
-from mmgraph.data.images import Preprocessing
+from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.clip import LiveTowers, random_towers
+from mmgraph.towers.clip import random_towers
+from mmgraph.towers.live import LiveTowers
 
 ZERO = "deepspeed_zero{}.yaml --num_processes 2 --mixed_precision no"
 

@@ -34,10 +34,11 @@ from mmgraph.data.image_cache import (
     slots_by_frequency,
     source_signature,
 )
-from mmgraph.data.images import CAUSES, Preprocessing
+from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset

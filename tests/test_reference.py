@@ -9,7 +9,8 @@ from conftest import tiny_configs
 from mmgraph.losses.contrastive import contrastive_losses, info_nce_loss
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
-from mmgraph.towers.clip import Tokens, random_towers
+from mmgraph.towers.clip import random_towers
+from mmgraph.towers.tokens import Tokens
 
 State = dict[str, torch.Tensor]
 

@@ -26,9 +26,10 @@ from test_tables import BAD_TABLES, HEADER, bad_table, tells
 from mmgraph.data import table_cache
 from mmgraph.data.batches import EdgeRows
 from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
-from mmgraph.data.tables import ImagePaths, known_edges, read_edges, read_nodes
+from mmgraph.data.tables import known_edges, read_edges, read_nodes
 from mmgraph.errors import UserError
 
 

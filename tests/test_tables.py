@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mmgraph.data.tables import ImagePaths, known_edges, read_edges, read_nodes
+from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.tables import known_edges, read_edges, read_nodes
 from mmgraph.errors import UserError
 from mmgraph.loader.graph_edge_dataset import GraphEdgeDataset
 

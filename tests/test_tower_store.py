@@ -29,13 +29,15 @@ from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import CAUSES
-from mmgraph.distributed.launch import STRIDE_SECONDS, build_accelerator, work_together
+from mmgraph.data.readers import fingerprint
+from mmgraph.distributed.collectives import STRIDE_SECONDS, work_together
+from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.towers import cached as tower_cache
 from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import StoredTokens
-from mmgraph.towers.clip import fingerprint, load_towers, read_tower_state, tower_state
+from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.training import trainer
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmgraph.cli.start import open_graph
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
-from mmgraph.data.graph import Graph
+from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.data.split import relation_names
 from mmgraph.data.table_cache import Edges, open_edges
+from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Ranks, Table
 from mmgraph.evaluation.ranking import filtered_ranks
@@ -24,7 +24,8 @@ from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.towers.cached import contents_of, open_store
-from mmgraph.towers.clip import fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.clip import load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.training.lr_schedule import lr_at
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
@@ -94,11 +95,11 @@ class Baselines:
 
     def __init__(self, config: Config):
         self.config = config
-        self.accelerator, self.graph = open_graph(config)
+        self.accelerator, self.graph = build_accelerator(config.collective_timeout), load_graph(config)
         graph, held_out = self.graph, self.graph.held_out
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
         self.contents = contents_of(config, self.accelerator, graph)
-        towers = fingerprint(read_tower_state(config.model_name))
+        towers = towers_fingerprint(read_tower_state(config.model_name))
         source = open_store(config, self.accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
         if source is None or held_out is None:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")

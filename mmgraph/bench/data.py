@@ -21,7 +21,8 @@ from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.distributed.launch import build_accelerator, check_batch_size, from_main_process, together
+from mmgraph.distributed.collectives import from_main_process, together
+from mmgraph.distributed.launch import build_accelerator, check_batch_size
 from mmgraph.towers.clip import load_tokenizer_and_processor
 
 SAMPLE, WARM = 256, 10

@@ -21,19 +21,13 @@ from mmgraph.loader.multimodal_collator import MultimodalCollator
 from mmgraph.losses.contrastive import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cached import StoredTokens
-from mmgraph.towers.clip import (
-    LiveTowers,
-    Tokens,
-    Towers,
-    fingerprint,
-    load_tokenizer_and_processor,
-    load_tower_configs,
-    run_towers,
-    tower_state,
-)
+from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, tower_state
+from mmgraph.towers.fingerprint import towers_fingerprint
+from mmgraph.towers.live import LiveTowers, run_towers
 from mmgraph.towers.store import TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
+from mmgraph.towers.tokens import Tokens, Towers
 from mmgraph.utils.files import cache_folder
 
 KINDS = ("plain", "live", "stored")
@@ -109,7 +103,7 @@ class Steps:
         contents = read_contents(
             graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
-        made_by = recipe(config, precision, self.inputs, fingerprint(tower_state(self.live.towers)))
+        made_by = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
         self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), contents))  # of all nodes
         store, self.build_seconds = TowerStore(made_by.folder), float("nan")
         shards = missing_shards(store, contents)

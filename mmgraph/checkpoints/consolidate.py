@@ -4,8 +4,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from mmgraph.checkpoints import zero_partitions
 from mmgraph.checkpoints.files import TrainedState
-from mmgraph.distributed import deepspeed as zero
+from mmgraph.distributed.deepspeed import is_engine
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -15,8 +16,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
     """Copy the trained module and Adam's moments to the CPU. Called by all ranks; every rank gets the whole."""
-    if zero.is_engine(module):
-        return zero.consolidate(module)
+    if is_engine(module):
+        return zero_partitions.consolidate(module)
     weights, first, second, adam_step = {}, {}, {}, 0
     for name, parameter in unwrapped(module).named_parameters():
         weights[name] = _copy(parameter)
@@ -36,8 +37,8 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: Traine
 
     Under ZeRO the float32 weights too: the module may hold them in 16 bits.
     """
-    if zero.is_engine(module):
-        zero.restore(module, trained)
+    if is_engine(module):
+        zero_partitions.restore(module, trained)
     elif trained.exp_avg:
         current = optimizer.state_dict()
         current["state"] = {
@@ -53,8 +54,8 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: Traine
 
 def loss_scale(accelerator: Accelerator, module: nn.Module) -> dict[str, float] | None:
     """What fp16 scales the loss with; None in other precisions."""
-    if zero.is_engine(module):
-        return zero.loss_scale(module)
+    if is_engine(module):
+        return zero_partitions.loss_scale(module)
     if accelerator.scaler is None or not accelerator.scaler.is_enabled():
         return None
     return {name: accelerator.scaler.state_dict()[name] for name in ("scale", "_growth_tracker")}
@@ -64,7 +65,7 @@ def set_loss_scale(accelerator: Accelerator, module: nn.Module, saved: dict[str,
     """Go on with what :func:`loss_scale` gave, where this launch scales at all."""
     if loss_scale(accelerator, module) is None:
         return
-    if zero.is_engine(module):
-        zero.set_loss_scale(module, saved)
+    if is_engine(module):
+        zero_partitions.set_loss_scale(module, saved)
     else:
         accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), **saved})

@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
-from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, file_keys
-from mmgraph.towers.clip import load_tower_configs, random_towers
+from mmgraph.models.multimodal_graph_encoder import file_keys
 from mmgraph.utils.files import write_durably
-from mmgraph.utils.log import log
 
-DEFAULT_MODEL = Config.model_name
-HEADS = 8  # of the fusion's attention
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -243,65 +236,3 @@ def _described(tensor: object) -> str:
     if not isinstance(tensor, torch.Tensor):
         return "missing"
     return f"{tuple(tensor.shape)}{'' if tensor.dtype in FLOATS else f' {tensor.dtype}'}"
-
-
-def load_pretrained_encoder(
-    checkpoint_path: str | Path, device: str | torch.device = "cuda", *, model_name: str | None = None
-) -> MultimodalGraphEncoder:
-    """An encoder from an epoch or final file, in eval mode. All weights come from the file, the widths too.
-
-    Args:
-        checkpoint_path: a file of mmgraph or of the original.
-        device: where to put it; without CUDA the CPU is used, and the log says so.
-        model_name: whose configuration the towers have. Default: the run's ``config.yaml`` beside the checkpoint's
-            folder, else ViT-B/32.
-
-    Raises:
-        UserError: the file cannot be read, or does not fit the towers' configuration.
-    """
-    state = read_checkpoint(checkpoint_path).model_state_dict
-    name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
-    widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
-    if len(widths) < 2 or widths[0] % HEADS or not min(widths):
-        raise UserError(f"{checkpoint_path}: widths of {tuple(widths)}; the fusion's must be a multiple of {HEADS}")
-    configs = tower_configs(name)
-    with torch.device("meta"):  # what a file claims is compared before it is given memory
-        expected = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths).state_dict()
-    for key in [*expected, *state]:
-        if key not in state or key not in expected:
-            where = "is missing in" if key not in state else "is not expected in"
-            raise UserError(f"{checkpoint_path}: {key} {where} it; is {name} the model it was trained with?")
-        if state[key].shape != expected[key].shape:
-            raise UserError(
-                f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
-                f"towers of {name}; give the model it was trained with"
-            )
-    encoder = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths)
-    encoder.load_state_dict(state)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        log("no CUDA device: the encoder is loaded on the CPU")
-        device = "cpu"
-    return encoder.to(device).eval()
-
-
-def model_name_of_run(checkpoint_path: str | Path) -> str | None:
-    """The model that the run around a checkpoint was made with, if there is such a run."""
-    settings = run_settings(checkpoint_path)
-    return settings.get("model_name") if settings else None
-
-
-def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
-    """The ``config.yaml`` of the run that a checkpoint lies in, or None."""
-    path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
-def tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """The shapes of both towers. Raises :class:`UserError` where there is no such model."""
-    if model_name == DEFAULT_MODEL:
-        return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are this model's: no hub is needed
-    return load_tower_configs(model_name)

@@ -1,4 +1,4 @@
-"""How whatever works on a graph begins: the Accelerator of the launch, and the graph."""
+"""The start of whatever works on a graph: the Accelerator of the launch, and the graph."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from accelerate import Accelerator
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.demo.graph import build_demo
-from mmgraph.distributed.launch import build_accelerator, on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, together
+from mmgraph.distributed.launch import build_accelerator
 
 
 def open_graph(config: Config) -> tuple[Accelerator, Graph]:
-    """Called by all ranks; with ``--demo`` the graph is built if it is not there.
+    """Open both. Called by all ranks; with ``--demo`` the graph is built if it is not there.
 
     Raises:
         UserError: a launch or a graph that will not do.

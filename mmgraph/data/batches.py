@@ -15,11 +15,11 @@ from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_cache import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
-from mmgraph.data.images import Preprocessing
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
+from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.signals import STOP_SIGNALS
 from mmgraph.utils.log import log
 

@@ -13,11 +13,11 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES, read_file
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
-from mmgraph.data.tables import ImagePaths
-from mmgraph.distributed.launch import together
+from mmgraph.distributed.collectives import together
 from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits

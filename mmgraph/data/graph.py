@@ -7,11 +7,11 @@ import pyarrow as pa
 
 from mmgraph.config import DEFAULT_TABLES, Config
 from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.split import HeldOut, read_held_out, split_edges
 from mmgraph.data.table_cache import open_edges, open_nodes
-from mmgraph.data.tables import ImagePaths
 from mmgraph.errors import UserError
 
 
@@ -28,8 +28,8 @@ def load_graph(config: Config) -> Graph:
     """Open the tables of a run, which are converted and checked where that was not done yet; look for its images.
 
     Raises:
-        UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`open_edges`, :func:`mmgraph.data.split.split_edges`,
-            :meth:`ImagePaths.check`.
+        UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`mmgraph.data.table_cache.open_edges`,
+            :func:`mmgraph.data.split.split_edges`, :meth:`mmgraph.data.image_paths.ImagePaths.check`.
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(

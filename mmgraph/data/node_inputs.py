@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from mmgraph.data.image_cache import PictureFile
-from mmgraph.data.images import CAUSES, Preprocessing, black_image, decode_picture, read_file
+from mmgraph.data.images import CAUSES, black_image, decode_picture, read_file
 from mmgraph.data.lru import ShardedLRU
+from mmgraph.data.preprocessing import Preprocessing
 
 TEXT_LENGTH = 77  # tokens, CLIP's
 

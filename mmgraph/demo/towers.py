@@ -9,15 +9,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from mmgraph.towers.clip import STAND_IN
+
 SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 4096
-
-
-STAND_IN = "UNTRAINED.txt"
-
-
-def is_stand_in(model_name: str) -> bool:
-    """Whether these are a demo graph's towers."""
-    return (Path(model_name) / STAND_IN).is_file()
 
 
 def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> None:

@@ -8,12 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_available
-from torch import nn
 
-from mmgraph.checkpoints.files import TrainedState
 from mmgraph.errors import UserError
 
 OURS = {  # what DeepSpeed would do beside, or instead of, the run's settings
@@ -100,93 +97,3 @@ def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) ->
 def is_engine(module: Any) -> bool:
     """Whether a prepared module is DeepSpeed's with partitions. (Stage 0 has none: its parameters are plain ones.)"""
     return hasattr(module, "zero_optimization_stage") and module.zero_optimization_stage() > 0
-
-
-def consolidate(engine: Any) -> TrainedState:
-    """The whole of what the ranks hold in parts, on the CPU, float32. Called by all ranks; every rank gets it."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    states = [state for state in engine.basic_optimizer.state.values() if "exp_avg" in state]
-    weights, first, second = {}, {}, {}
-    for name, parameter in engine.module.named_parameters():
-        weights[name] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
-        if states:
-            first[name], second[name] = (
-                safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True) for key in ("exp_avg", "exp_avg_sq")
-            )
-    return TrainedState(weights, first, second, int(states[0]["step"]) if states else 0)
-
-
-def restore(engine: Any, trained: TrainedState) -> None:
-    """Put a whole state into this rank's partitions.
-
-    The module was prepared with these weights, so its low-precision copies hold them already.
-    """
-    for name, parameter in engine.module.named_parameters():
-        _set(parameter, trained.weights[name])
-    if not trained.exp_avg:
-        return
-    _create_moments(engine, trained.adam_step)
-    for name, parameter in engine.module.named_parameters():
-        _set(parameter, trained.exp_avg[name], "exp_avg")
-        _set(parameter, trained.exp_avg_sq[name], "exp_avg_sq")
-
-
-def _create_moments(engine: Any, adam_step: int) -> None:
-    """What AdamW would create in its first step. DeepSpeed has no public way to do so before that."""
-    zero, base = engine.optimizer, engine.basic_optimizer
-    stage3 = engine.zero_optimization_stage() == 3
-    for partition in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
-        fused = base.param_groups[0].get("fused")  # reads its step on the device
-        base.state[partition] = {
-            "step": torch.tensor(float(adam_step), device=partition.device if fused else "cpu"),
-            "exp_avg": torch.zeros_like(partition),
-            "exp_avg_sq": torch.zeros_like(partition),
-        }
-    if not stage3:
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
-    """This rank's part of a weight, or of its ``moment``."""
-    from deepspeed import comm
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    if hasattr(parameter, "ds_tensor"):  # stage 3: the setters of whole values fail where they do not divide evenly
-        size = parameter.ds_tensor.numel()
-        padded = nn.functional.pad(value.flatten(), (0, size * comm.get_world_size() - value.numel()))
-        value = padded.narrow(0, size * comm.get_rank(), size)
-        if moment is None:
-            safe_set_local_fp32_param(parameter, value)
-        else:
-            safe_set_local_optimizer_state(parameter, value, moment)
-    elif moment is None:
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        safe_set_full_optimizer_state(parameter, value, moment)
-
-
-def loss_scale(engine: Any) -> dict[str, float] | None:
-    """What fp16 scales the loss with, in GradScaler's terms, and DeepSpeed's patience. None: the scale is fixed."""
-    if not engine.fp16_enabled() or not engine.optimizer.loss_scaler.dynamic:
-        return None
-    scaler = engine.optimizer.loss_scaler
-    steps = scaler.cur_iter - scaler.last_overflow_iter - 1  # without an overflow; goes on where the scale grows
-    return {
-        "scale": scaler.cur_scale,
-        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,  # DeepSpeed grows a step later
-        "cur_hysteresis": scaler.cur_hysteresis,
-    }
-
-
-def set_loss_scale(engine: Any, saved: dict[str, float]) -> None:
-    """Go on with a saved loss scale, of DeepSpeed or of GradScaler."""
-    scaler = engine.optimizer.loss_scaler
-    scaler.cur_scale = saved["scale"]
-    scaler.last_overflow_iter = scaler.cur_iter - 2 - int(saved["_growth_tracker"])
-    scaler.cur_hysteresis = int(saved.get("cur_hysteresis", scaler.cur_hysteresis))

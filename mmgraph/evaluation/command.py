@@ -10,12 +10,12 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 
-from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints.files import final_file, load_safely
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.tables import find_ids
-from mmgraph.distributed.launch import on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.feature_files import FORMATS, read_features
@@ -35,7 +35,7 @@ def find_features(sources: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     others = 0
     for source in sources:
-        if source.is_dir() and not checkpoints.final_file(source).is_file():
+        if source.is_dir() and not final_file(source).is_file():
             in_folder = sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
             found += in_folder
             others += not in_folder
@@ -53,7 +53,7 @@ def _is_checkpoint(path: Path) -> bool:
     if path.suffix != ".pt" or not path.is_file():
         return False
     try:
-        return isinstance(checkpoints.load_safely(path, mmap=True), dict)
+        return isinstance(load_safely(path, mmap=True), dict)
     except Exception:  # as whichever reads it will say
         return not path.name.startswith("features_")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from mmgraph.config import Config
-from mmgraph.distributed.launch import from_main_process, together
+from mmgraph.distributed.collectives import from_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_shards import Blocks, fill, look
 from mmgraph.inference.pretrained import Inference

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from mmgraph.config import Config
 from mmgraph.data.images import CAUSES
-from mmgraph.distributed.launch import on_main_process, work_together
+from mmgraph.distributed.collectives import on_main_process, work_together
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import FORMATS
 from mmgraph.inference.feature_shards import Blocks, bar, fill, telling

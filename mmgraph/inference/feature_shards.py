@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mmgraph.data.content_hashes import file_signature
 from mmgraph.data.images import CAUSES
-from mmgraph.distributed.launch import on_main_process, together, work_together
+from mmgraph.distributed.collectives import on_main_process, together, work_together
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import write_features
 from mmgraph.inference.node_outputs import BATCH

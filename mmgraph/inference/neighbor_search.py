@@ -12,17 +12,16 @@ import pyarrow.compute as pc
 from accelerate import Accelerator
 from sklearn.neighbors import NearestNeighbors
 
-from mmgraph.checkpoints.files import run_settings
 from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import load_edges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.split import HeldOut
-from mmgraph.demo.towers import is_stand_in
-from mmgraph.distributed.launch import on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.inference.embeddings import node_vectors, unit
-from mmgraph.inference.pretrained import Inference, open_checkpoint
+from mmgraph.inference.pretrained import Inference, open_checkpoint, run_settings
+from mmgraph.towers.clip import is_stand_in
 from mmgraph.utils.log import log
 
 EDGES_AT_ONCE = 1 << 20

@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.data.batches import start_worker
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
-from mmgraph.data.tables import ImagePaths
 from mmgraph.towers.cached import StoredTokens
-from mmgraph.towers.clip import LiveTowers, Tokens, Towers, run_towers
+from mmgraph.towers.live import LiveTowers, run_towers
+from mmgraph.towers.tokens import Tokens, Towers
 
 BATCH = 64  # nodes that are embedded at once; fixed, so that no number of processes changes an embedding
 

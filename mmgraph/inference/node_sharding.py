@@ -9,7 +9,7 @@ from accelerate.utils import gather
 
 from mmgraph.data.images import is_black
 from mmgraph.inference.node_outputs import BATCH, NodeOutputs
-from mmgraph.towers.clip import Tokens
+from mmgraph.towers.tokens import Tokens
 
 PART = 1 << 14  # nodes of each rank that are gathered at once
 NO_WORDS = 2  # tokens of a text without any: its beginning and its end

@@ -6,24 +6,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from accelerate import Accelerator
 
-from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import Config
 from mmgraph.data.graph import find_images
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint as file_fingerprint
 from mmgraph.data.table_cache import open_nodes
-from mmgraph.data.tables import ImagePaths
-from mmgraph.distributed.launch import together
+from mmgraph.distributed.collectives import together
 from mmgraph.errors import UserError
 from mmgraph.flags import config_of
 from mmgraph.inference.node_outputs import NodeOutputs
-from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
 from mmgraph.towers.cached import existing_store
-from mmgraph.towers.clip import LiveTowers, Tokens, Towers, fingerprint, load_tokenizer_and_processor, run_towers
+from mmgraph.towers.clip import DEFAULT_MODEL, load_tokenizer_and_processor, random_towers, tower_configs
+from mmgraph.towers.fingerprint import towers_fingerprint
+from mmgraph.towers.live import LiveTowers, run_towers
+from mmgraph.towers.tokens import Tokens, Towers
 from mmgraph.utils.log import log
 
 # Of the run that a checkpoint lies in, where nothing else is given.
@@ -33,10 +37,10 @@ OF_THE_RUN = ("nodes", "edges", "image_root", "confine_images", "model_name", "t
 
 def newest_run() -> Path:
     """The folder below ``runs/`` whose run ended last. Raises :class:`UserError` where none has."""
-    ended = [folder for folder in Path("runs").glob("*") if checkpoints.final_file(folder).is_file()]
+    ended = [folder for folder in Path("runs").glob("*") if final_file(folder).is_file()]
     if not ended:
         raise UserError("which run? none below runs/ has ended; give a run's folder")
-    return max(ended, key=lambda folder: checkpoints.final_file(folder).stat().st_mtime)
+    return max(ended, key=lambda folder: final_file(folder).stat().st_mtime)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -45,7 +49,7 @@ def find_checkpoint(source: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    checkpoint = checkpoints.final_file(source) if source.is_dir() else source
+    checkpoint = final_file(source) if source.is_dir() else source
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder or an epoch or final file (.pt)")
     return checkpoint
@@ -53,8 +57,8 @@ def find_checkpoint(source: Path) -> Path:
 
 def last_checkpoint(folder: Path) -> Path:
     """The epoch or final file of a run that was written last. Raises :class:`UserError` where there is none."""
-    final = checkpoints.final_file(folder)
-    found = [path for path in (*checkpoints.epoch_files(folder), final) if path.is_file()]
+    final = final_file(folder)
+    found = [path for path in (*epoch_files(folder), final) if path.is_file()]
     if not found:
         raise UserError(f"{folder} has written no checkpoint yet")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
@@ -66,7 +70,7 @@ def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
     Raises:
         UserError: it lies in no run's folder, and no node table is given.
     """
-    run = checkpoints.run_settings(checkpoint) or {}
+    run = run_settings(checkpoint) or {}
     given = {name: value for name, value in given.items() if value is not None}
     if "nodes" not in {**run, **given}:
         raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
@@ -134,12 +138,10 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     paths = together(accelerator, lambda: find_images(nodes, config, seed=0))
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    encoder = together(
-        accelerator, lambda: checkpoints.load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name)
-    )
+    encoder = together(accelerator, lambda: load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name))
     weights = encoder.state_dict()
     module = TrainedModule.from_weights(weights).to(accelerator.device)
-    towers = fingerprint(weights)
+    towers = towers_fingerprint(weights)
     stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
     if stored is not None:
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
@@ -154,3 +156,61 @@ def _fingerprint(towers: str, module: TrainedModule) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+HEADS = 8  # of the fusion's attention
+
+
+def load_pretrained_encoder(
+    checkpoint_path: str | Path, device: str | torch.device = "cuda", *, model_name: str | None = None
+) -> MultimodalGraphEncoder:
+    """An encoder from an epoch or final file, in eval mode. All weights come from the file, the widths too.
+
+    Args:
+        checkpoint_path: a file of mmgraph or of the original.
+        device: where to put it; without CUDA the CPU is used, and the log says so.
+        model_name: whose configuration the towers have. Default: the run's ``config.yaml`` beside the checkpoint's
+            folder, else ViT-B/32.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the towers' configuration.
+    """
+    state = read_checkpoint(checkpoint_path).model_state_dict
+    name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
+    widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
+    if len(widths) < 2 or widths[0] % HEADS or not min(widths):
+        raise UserError(f"{checkpoint_path}: widths of {tuple(widths)}; the fusion's must be a multiple of {HEADS}")
+    configs = tower_configs(name)
+    with torch.device("meta"):  # what a file claims is compared before it is given memory
+        expected = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths).state_dict()
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "is missing in" if key not in state else "is not expected in"
+            raise UserError(f"{checkpoint_path}: {key} {where} it; is {name} the model it was trained with?")
+        if state[key].shape != expected[key].shape:
+            raise UserError(
+                f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
+                f"towers of {name}; give the model it was trained with"
+            )
+    encoder = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths)
+    encoder.load_state_dict(state)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        log("no CUDA device: the encoder is loaded on the CPU")
+        device = "cpu"
+    return encoder.to(device).eval()
+
+
+def model_name_of_run(checkpoint_path: str | Path) -> str | None:
+    """The model that the run around a checkpoint was made with, if there is such a run."""
+    settings = run_settings(checkpoint_path)
+    return settings.get("model_name") if settings else None
+
+
+def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
+    """The ``config.yaml`` of the run that a checkpoint lies in, or None."""
+    path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None

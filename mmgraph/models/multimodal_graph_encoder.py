@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
-from mmgraph.towers.clip import TOWER_NAMES, Tokens, Towers, file_key, load_towers, run_towers, widths
+from mmgraph.towers.clip import TOWER_NAMES, file_key, load_towers, widths
+from mmgraph.towers.live import run_towers
+from mmgraph.towers.tokens import Tokens, Towers
 
 
 class TrainedModule(nn.Module):
@@ -84,7 +86,7 @@ class TrainedModule(nn.Module):
         """All that U nodes can be embedded as, by name.
 
         Args:
-            tokens, text_only, image_only: of the nodes, as :func:`mmgraph.towers.clip.run_towers` gives them.
+            tokens, text_only, image_only: of the nodes, as :func:`mmgraph.towers.live.run_towers` gives them.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, as :meth:`forward`; ``fused`` (U, fused_dim); and the towers'

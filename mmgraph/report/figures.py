@@ -1,10 +1,20 @@
 """What trackers get of a report: pictures of map and gallery, and the table by relation."""
 
+from typing import Any, NamedTuple
+
+from PIL.Image import Image
+
 from mmgraph.report.page import Shown, relations_of
 from mmgraph.report.pictures import scattered, sheet
-from mmgraph.training.trackers import Figures
 
 MAP_PIXELS, GALLERY_PIXELS = 1200, 100  # sides: of the map, of a node's picture
+
+
+class Figures(NamedTuple):
+    """What a report has beyond the metrics."""
+
+    pictures: dict[str, Image]
+    tables: dict[str, tuple[list[str], list[list[Any]]]]  # columns, rows
 
 
 def figures(shown: Shown) -> Figures:

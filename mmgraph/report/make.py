@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints.files import final_file
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.distributed.launch import from_main_process, on_main_process, together
+from mmgraph.distributed.collectives import from_main_process, on_main_process, together
 from mmgraph.errors import UserError
 from mmgraph.inference.embeddings import NodeVectors, node_vectors, unit
 from mmgraph.inference.neighbor_search import Links, Query, asked_for, kept_in, links_of
@@ -18,11 +18,10 @@ from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.inference.node_sharding import embed_share, gather_on_main
 from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.report.figures import figures
+from mmgraph.report.figures import Figures, figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
-from mmgraph.training.trackers import Figures
 from mmgraph.utils.files import told_of_disk
 from mmgraph.utils.log import log
 
@@ -113,7 +112,7 @@ def end_of_run(
     vectors, causes = (gather_on_main(accelerator, own[name], len(graph.nodes)) for name in (KIND, "causes"))
     if not accelerator.is_main_process:
         return None
-    run, name = read_run(output), checkpoints.final_file(output).name
+    run, name = read_run(output), final_file(output).name
     try:
         found = NodeVectors(unit(vectors), causes.numpy())
         of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)

@@ -9,10 +9,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
-from mmgraph.data.tables import ImagePaths
 from mmgraph.inference.embeddings import NodeVectors
 from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest, plain
 from mmgraph.report.pictures import thumbnails

@@ -12,12 +12,12 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmgraph.config import Config
-from mmgraph.demo.towers import is_stand_in
 from mmgraph.evaluation.evaluator import Table
 from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, rank_lines, ranks
 from mmgraph.report.history import RANKS, Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
+from mmgraph.towers.clip import is_stand_in
 from mmgraph.utils.files import write_durably
 
 MAP_PICTURE_BYTES = 3_000_000  # of all maps of a page: what does not fit is a dot

@@ -19,17 +19,18 @@ from accelerate.utils import gather_object
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import Contents, read_contents
 from mmgraph.data.graph import Graph
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import describe_causes
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
-from mmgraph.data.tables import ImagePaths
-from mmgraph.distributed.launch import together
+from mmgraph.distributed.collectives import together
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import Tokens, fingerprint, load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.clip import load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.fingerprint import check_towers, towers_fingerprint
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
-from mmgraph.training.preflight import check_towers
+from mmgraph.towers.tokens import Tokens
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
 
@@ -89,7 +90,7 @@ class StoredTokens:
         return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
 
     def outputs(self, rows: np.ndarray, image_rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """What :func:`mmgraph.towers.clip.run_towers` gives: tokens and both pooled outputs, on the device.
+        """What :func:`mmgraph.towers.live.run_towers` gives: tokens and both pooled outputs, on the device.
 
         Args:
             rows, image_rows: (U,) the nodes whose texts, and those whose images are meant.
@@ -101,7 +102,7 @@ class StoredTokens:
 
 
 def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
-    """What a graph's texts and images hold (see :func:`mmgraph.data.content_hashes.read_contents`). Called by all ranks."""
+    """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_contents`."""
     folder = cache_folder(config.nodes)
     return read_contents(graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
@@ -198,7 +199,7 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     """
     if config.tower_cache in ("auto", "off"):  # whatever a run would decide
         config = dataclasses.replace(config, tower_cache=str(cache_folder(config.nodes)))
-    towers = together(accelerator, lambda: fingerprint(read_tower_state(config.model_name)))
+    towers = together(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
     check_towers(towers)
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmgraph.data.content_hashes import HASH
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import Tokens
+from mmgraph.towers.tokens import Tokens
 
 SHARD = 512  # entries: what a build that is killed computes again
 MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most

@@ -22,13 +22,15 @@ from mmgraph.data.content_hashes import HASH, image_hash, text_hash
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
-from mmgraph.distributed.launch import from_main_process, on_main_process, together, work_together
+from mmgraph.distributed.collectives import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import Towers, load_towers
+from mmgraph.towers.clip import load_towers
+from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
 from mmgraph.towers.store_plan import Cost, Recipe, Shard
-from mmgraph.training import estimate
+from mmgraph.towers.tokens import Towers
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
 from mmgraph.utils.log import log
+from mmgraph.utils.units import duration, size
 
 BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
 PROGRESS_SECONDS = 60
@@ -49,26 +51,26 @@ def build(
     the shard that it was at.
     """
     folder, entries = recipe.folder, sum(len(shard.rows) for shard in shards)
-    speed = min(gather_object([estimate.matmul_flops_per_s(accelerator.device, torch.float32)]))
-    seconds = expected.flops / (estimate.MATMUL_SHARE * speed * accelerator.num_processes)
+    speed = min(gather_object([matmul_flops_per_s(accelerator.device, torch.float32)]))
+    seconds = expected.flops / (MATMUL_SHARE * speed * accelerator.num_processes)
     log(
         f"tower store: {folder}; {entries:,} texts and images go through the towers once, about "
-        f"{estimate.size(expected.bytes)} and {estimate.duration(seconds)} (--tower_cache off runs the towers live)"
+        f"{size(expected.bytes)} and {duration(seconds)} (--tower_cache off runs the towers live)"
     )
-    index, size = _place(accelerator, folder)
+    index, builders = _place(accelerator, folder)
     description = json.dumps(recipe.description, indent=2) + "\n"
     together(accelerator, lambda: _describe(folder, description) if index == 0 else None)
     begun = time.perf_counter()
     towers = together(
         accelerator, lambda: Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
     )
-    own = shards[index::size]
-    queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % size != index])])
+    own = shards[index::builders]
+    queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % builders != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
         maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
         for others in work_together(accelerator, _saying_why(maker.work(queue, folder), folder)):
             progress.add(others)  # what is made here the maker tells
-    log(f"tower store: built in {estimate.duration(time.perf_counter() - begun)}")
+    log(f"tower store: built in {duration(time.perf_counter() - begun)}")
 
 
 def _describe(folder: Path, description: str) -> None:
@@ -101,7 +103,7 @@ class _Progress:
         self.bar.update(entries)
         if not self.terminal and self.done and now - self.told > PROGRESS_SECONDS:
             self.told, left = now, (now - self.begun) * (self.entries / self.done - 1)
-            log(f"tower store: {self.done:,} of {self.entries:,}, about {estimate.duration(left)} left")
+            log(f"tower store: {self.done:,} of {self.entries:,}, about {duration(left)} left")
 
 
 def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:

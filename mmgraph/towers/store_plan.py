@@ -15,9 +15,10 @@ from mmgraph.data.content_hashes import Contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.towers.clip import load_tower_configs
+from mmgraph.towers.cost import tower_flops
 from mmgraph.towers.store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
-from mmgraph.training import estimate
 from mmgraph.utils.files import cache_folder
+from mmgraph.utils.units import size
 
 FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -121,8 +122,8 @@ def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shard
     width = recipe.dtype.itemsize
     text_bytes = counts["text"] * (text.hidden_size * (length * width + 4) + 24)
     image_bytes = counts["image"] * (vision.hidden_size * (patches * width + 4) + 17)
-    flops = counts["text"] * estimate.tower_flops(text, mask.shape[1])
-    flops += counts["image"] * estimate.tower_flops(vision, patches + 1)
+    flops = counts["text"] * tower_flops(text, mask.shape[1])
+    flops += counts["image"] * tower_flops(vision, patches + 1)
     return Cost(int(text_bytes + image_bytes), flops)
 
 
@@ -135,5 +136,5 @@ def refusal(folder: Path, needed: int) -> str | None:
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror})"
     if needed > 0.95 * free:
-        return f"{folder} has room for {estimate.size(free)}, and the tower store takes {estimate.size(needed)}"
+        return f"{folder} has room for {size(free)}, and the tower store takes {size(needed)}"
     return None

@@ -7,9 +7,11 @@ from mmgraph.data.batches import shared_pictures
 from mmgraph.data.content_hashes import Contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
-from mmgraph.distributed.launch import compute_dtype, together
+from mmgraph.distributed.collectives import together
+from mmgraph.distributed.launch import compute_dtype
 from mmgraph.towers.cached import StoredTokens, open_store
-from mmgraph.towers.clip import LiveTowers, load_towers
+from mmgraph.towers.clip import load_towers
+from mmgraph.towers.live import LiveTowers
 from mmgraph.utils.files import cache_folder
 
 

@@ -1,7 +1,5 @@
 """What a run will take, from its shapes alone: disk, memory, time of a step. Estimates, and said to be."""
 
-import math
-import time
 from typing import NamedTuple
 
 import torch
@@ -9,9 +7,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from mmgraph.config import Config
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.towers.cost import MATMUL_SHARE, tower_flops
 
 PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # Python with the libraries' code; a CUDA context
-MATMUL_SHARE = 0.6  # of a matrix product's speed; towers and fusion of ViT-B/32 reached 0.65 to 0.7 on a CPU
 
 
 class Shape(NamedTuple):
@@ -46,13 +44,6 @@ def shape(text: CLIPTextConfig, vision: CLIPVisionConfig, config: Config) -> Sha
         frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, both_towers,
         2.0 * (projections + attention_and_ffn),
     )  # fmt: skip
-
-
-def tower_flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
-    """Of a forward pass over one text or image of ``length`` tokens."""
-    width = config.hidden_size
-    layer = length * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * length**2 * width
-    return 2.0 * config.num_hidden_layers * layer
 
 
 def epoch_file_bytes(sizes: Shape) -> int:
@@ -102,31 +93,3 @@ def step_seconds(
     passes = 4 if micro_batch_size and micro_batch_size < edges else 3  # backward costs two; recomputing one more
     tower_flops = 0.0 if stored else sizes.tower_flops
     return 2 * edges * (tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)
-
-
-def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second of a large matrix product, measured for about 0.2 s."""
-    size = 4096 if device.type == "cuda" else 768
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.2:
-        start = time.perf_counter()
-        product = left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    del product
-    return 2 * size**3 / best
-
-
-def duration(seconds: float) -> str:
-    """Such as ``45 s``, ``3.5 min`` or ``2.1 h``."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(number: float) -> str:
-    """Of so many bytes, such as ``45 MB`` or ``3.51 GB`` (10^9)."""
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"

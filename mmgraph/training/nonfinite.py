@@ -14,7 +14,7 @@ from mmgraph.checkpoints.state import Progress
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.sampler import permuted
-from mmgraph.distributed.launch import write_on_main_process
+from mmgraph.distributed.collectives import write_on_main_process
 from mmgraph.errors import RunError
 from mmgraph.utils.log import log
 

@@ -14,22 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, is_tensorboard_available
 
-from mmgraph.checkpoints.files import tower_configs
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.distributed.launch import (
-    check_batch_size,
-    compute_dtype,
-    describe,
-    from_main_process,
-    on_main_process,
-    together,
-)
+from mmgraph.distributed.collectives import from_main_process, on_main_process, together
+from mmgraph.distributed.launch import check_batch_size, compute_dtype, describe
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import file_fingerprints
+from mmgraph.towers.clip import tower_configs
+from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
+from mmgraph.towers.fingerprint import file_fingerprints
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.training import estimate
 from mmgraph.utils.log import log
+from mmgraph.utils.units import size
 
 SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
     "settings": "give every machine the same command",
@@ -105,7 +101,7 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         "towers": file_fingerprints(config.model_name),
         "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
     }
-    speed = estimate.matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
+    speed = matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Rank(platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, agreed)
 
@@ -134,16 +130,6 @@ def _check_agreement(ranks: list[Rank]) -> None:
                 f"rank {number} ({rank.host}) has another {what} than rank 0 ({ranks[0].host}): "
                 f"{str(own)[:60]} instead of {str(first)[:60]}; {remedy}"
             )
-
-
-def check_towers(fingerprint: str) -> None:
-    """Raise :class:`UserError` where a rank has loaded other towers than rank 0, such as another revision's."""
-    ranks = gather_object([(platform.node(), fingerprint)])
-    main_host, of_main = ranks[0]
-    for number, (host, own) in enumerate(ranks):
-        if own != of_main:
-            remedy = SAME_EVERYWHERE["towers"]
-            raise UserError(f"rank {number} ({host}) has loaded other towers than rank 0 ({main_host}); {remedy}")
 
 
 def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
@@ -206,8 +192,8 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     whole = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
     if free < one:
         raise UserError(
-            f"--output_dir {config.output_folder}: {estimate.size(free)} free, and an epoch file with its state takes "
-            f"{estimate.size(one)}; make room, or choose another place"
+            f"--output_dir {config.output_folder}: {size(free)} free, and an epoch file with its state takes "
+            f"{size(one)}; make room, or choose another place"
         )
     line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; a whole run takes up to {whole / 1e9:.1f} GB"
     return [line if whole <= free else f"warning: {line}"]
@@ -224,7 +210,7 @@ def _resources(
     )
     lines = [f"about {needed:.1f} GB of memory a process, by estimate"]
     if stored:
-        kept = estimate.size(estimate.store_bytes(sizes, len(graph.nodes), half))
+        kept = size(estimate.store_bytes(sizes, len(graph.nodes), half))
         lines.append(f"each node goes through the towers once, before the first step; the tokens take up to {kept}")
     for number, rank in enumerate(ranks):
         room = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
@@ -236,7 +222,7 @@ def _resources(
     if config.check:
         slowest = min(rank.flops_per_s for rank in ranks)
         seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest, stored)
-        share = f"{estimate.MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
+        share = f"{MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
         lines.append(
             f"about {seconds:.2g} s a step at full text length, by estimate ({share})"
             + ("" if stored else "; reading images comes on top")

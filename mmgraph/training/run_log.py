@@ -11,16 +11,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from mmgraph.checkpoints import files as checkpoints
+from mmgraph.checkpoints.files import final_file
 from mmgraph.checkpoints.state import Progress, gone_on
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import describe_causes
-from mmgraph.demo.towers import is_stand_in
-from mmgraph.distributed.launch import on_main_process
+from mmgraph.distributed.collectives import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
-from mmgraph.training.trackers import MetricsFile, Trackers
+from mmgraph.towers.clip import DEFAULT_MODEL, is_stand_in
+from mmgraph.training.metrics_file import MetricsFile
+from mmgraph.training.trackers import Trackers
 from mmgraph.utils.environment import note_start
 from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
@@ -152,7 +153,7 @@ class Recorder:
         if is_stand_in(config.model_name):
             log(
                 "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
-                f"{checkpoints.DEFAULT_MODEL} uses the real ones"
+                f"{DEFAULT_MODEL} uses the real ones"
             )
         size = (config.epochs - progress.epoch + 1) * 4 * (frozen + 3 * trained) / 1e9
         log(
@@ -180,7 +181,7 @@ class Recorder:
             log(best)
         if done:
             log(
-                f"done: {checkpoints.final_file(self.output)}, with metrics.jsonl and training_log.txt in "
+                f"done: {final_file(self.output)}, with metrics.jsonl and training_log.txt in "
                 f"{self.output}. Next: mmgraph encode {self.output} writes the embeddings"
             )
         else:

@@ -2,7 +2,6 @@
 
 import atexit
 import dataclasses
-import json
 import netrc
 import os
 import queue
@@ -10,10 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,51 +21,12 @@ from PIL.Image import Image
 
 from mmgraph.config import Config
 from mmgraph.data.table_cache import remove_stand_ins
-from mmgraph.utils.files import sync
 from mmgraph.utils.log import flush_log, log
 
+Pictures = Mapping[str, Image]
+Tables = Mapping[str, tuple[list[str], list[list[Any]]]]  # columns, rows
+
 START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that trackers get; wandb's own limits are below
-
-
-class Figures(NamedTuple):
-    """What a report has beyond the metrics."""
-
-    pictures: dict[str, Image]
-    tables: dict[str, tuple[list[str], list[list[Any]]]]  # columns, rows
-
-
-class MetricsFile:
-    """Appends rows; on disk at the latest after 10 rows or the row after 1 s, and at :meth:`sync`.
-
-    Args:
-        path: the file.
-        keep: bytes of an existing file to go on from; what stands behind them is cut off.
-    """
-
-    def __init__(self, path: Path, keep: int = 0):
-        self._file = path.open("ab")
-        self._file.truncate(min(keep, path.stat().st_size))  # a file that lost rows must not be filled up with zeros
-        self._path, self._waiting, self._written = path, 0, time.monotonic()
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(dict(row)) + "\n").encode())
-        self._waiting += 1
-        if self._waiting >= 10 or time.monotonic() - self._written > 1:
-            self._flush()
-
-    def sync(self) -> int:
-        """Put all rows on the disk. Returns the bytes of the file."""
-        self._flush()
-        sync(self._path)
-        return self._path.stat().st_size
-
-    def close(self) -> None:
-        with suppress(OSError):  # of rows that no state counts on
-            self._file.close()
-
-    def _flush(self) -> None:
-        self._file.flush()
-        self._waiting, self._written = 0, time.monotonic()
 
 
 class Trackers:
@@ -95,15 +54,16 @@ class Trackers:
         for follower in self._followers:
             follower.write(row)
 
-    def show(self, step: int, figures: Figures, page: Path) -> None:
+    def show(self, step: int, pictures: Pictures, tables: Tables, page: Path) -> None:
         """Show what a report has beyond the metrics.
 
         Args:
             step: the run's last.
+            pictures, tables: by the names that they get.
             page: the HTML file.
         """
         for follower in self._followers:
-            follower.do(lambda tracker: _SHOWS[tracker.name](tracker, step, figures, page))
+            follower.do(lambda tracker: _SHOWS[tracker.name](tracker, step, pictures, tables, page))
 
     def close(self) -> None:
         for follower in self._followers:
@@ -220,19 +180,19 @@ def _log_row(row: Mapping[str, Any], tracker: Any) -> None:
     tracker.log(values, step=row["step"])
 
 
-def _show_wandb(tracker: Any, step: int, figures: Figures, page: Path) -> None:
+def _show_wandb(tracker: Any, step: int, pictures: Pictures, tables: Tables, page: Path) -> None:
     import wandb
 
-    tracker.log_images({name: [picture] for name, picture in figures.pictures.items()}, step=step)
-    for name, (columns, rows) in figures.tables.items():
+    tracker.log_images({name: [picture] for name, picture in pictures.items()}, step=step)
+    for name, (columns, rows) in tables.items():
         tracker.log_table(name, columns=columns, data=rows, step=step)
     tracker.log({"report/page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)}, step=step)
 
 
-def _show_tensorboard(tracker: Any, step: int, figures: Figures, page: Path) -> None:
-    for name, picture in figures.pictures.items():
+def _show_tensorboard(tracker: Any, step: int, pictures: Pictures, tables: Tables, page: Path) -> None:
+    for name, picture in pictures.items():
         tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-    for name, (columns, rows) in figures.tables.items():
+    for name, (columns, rows) in tables.items():
         lines = [columns, ["---"] * len(columns), *rows]
         tracker.writer.add_text(name, "\n".join("|".join(map(_cell, line)) for line in lines), step)
 

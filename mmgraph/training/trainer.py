@@ -21,8 +21,9 @@ from mmgraph.data.graph import Graph
 from mmgraph.data.images import SeenImages, is_black
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.distributed import deepspeed as zero
-from mmgraph.distributed.launch import from_main_process, peak_memory_gb, together, write_on_main_process
+from mmgraph.distributed.collectives import from_main_process, together, write_on_main_process
+from mmgraph.distributed.deepspeed import set_run
+from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
@@ -31,19 +32,14 @@ from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cached import contents_of
-from mmgraph.towers.clip import (
-    LiveTowers,
-    fingerprint,
-    load_tokenizer_and_processor,
-    load_tower_configs,
-    read_tower_state,
-)
+from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, read_tower_state
+from mmgraph.towers.fingerprint import check_towers, towers_fingerprint
+from mmgraph.towers.live import LiveTowers
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.towers.token_source import open_source
 from mmgraph.training.early_stopping import Best
 from mmgraph.training.lr_schedule import lr_at
 from mmgraph.training.nonfinite import NotFinite, hold_back, spread
-from mmgraph.training.preflight import check_towers
 from mmgraph.training.run_log import Recorder, describe_all_causes
 from mmgraph.utils.log import log
 
@@ -77,7 +73,7 @@ class Trainer:
         self.identity = state.identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
         self.start_state = from_main_process(accelerator, lambda: find_state(config, self.identity))
         self.frozen = together(accelerator, lambda: read_tower_state(config.model_name))
-        self.identity["towers"] = fingerprint(self.frozen)
+        self.identity["towers"] = towers_fingerprint(self.frozen)
         check_towers(self.identity["towers"])
         self.progress, trained = from_main_process(
             accelerator, lambda: read_start(config, self.start_state, self.identity, self.frozen)
@@ -138,7 +134,7 @@ class Trainer:
         loader = build_loader(self.graph, live, self.sampler, config.num_workers, config.collective_timeout)
         edges = config.global_batch_size // accelerator.num_processes  # of a step, on this rank
         self.micro_batches = math.ceil(edges / (config.micro_batch_size or edges))
-        zero.set_run(accelerator, edges, config.max_grad_norm)
+        set_run(accelerator, edges, config.max_grad_norm)
         self.trained, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
         if accelerator.num_processes > 1 and self.trained is module:
             raise UserError("the trained module is not wrapped for data parallel training: ranks would train alone")
@@ -419,7 +415,7 @@ class Trainer:
                 make = together(accelerator, lambda: import_module("mmgraph.report.make"))
                 figures = make.end_of_run(config, accelerator, self.graph, self._whole_module(), self.outputs)
                 if figures is not None:
-                    self.recorder.trackers.show(self.progress.step, figures, self.output / make.FILE)
+                    self.recorder.trackers.show(self.progress.step, *figures, self.output / make.FILE)
         except Exception as error:
             log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {later}")
         except KeyboardInterrupt:

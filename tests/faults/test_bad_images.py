@@ -24,8 +24,8 @@ from conftest import error_of, graph_files, line_with, lines_with
 from PIL import Image, ImageFile
 from runs import brief, run
 
+from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
-from mmgraph.data.tables import ImagePaths
 from mmgraph.distributed.launch import peak_memory_gb
 
 Cases = Callable[[int], None]
