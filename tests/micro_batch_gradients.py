@@ -21,7 +21,7 @@ for group in trainer.optimizer.param_groups:
 gradients = []
 for parts in (1, 2, 4, 8):
     z = trainer.trained(trainer.source.tokens(batch, parts), parts)
-    own = (part.index_select(0, batch["inverse"]) for part in z)
+    own = (part.index_select(0, batch.inverse) for part in z)
     loss = contrastive_losses(*own, config.temperature, config.graph_loss_weight).total
     if hasattr(trainer.trained, "zero_optimization_stage"):
         from deepspeed.utils import safe_get_full_grad

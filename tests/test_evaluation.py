@@ -337,11 +337,8 @@ class Outputs:
         mask[5] = torch.tensor([1, 1, 0, 0])  # a node without words
         causes = np.where(images == 7, 2, 0)  # and one without an image
         eye = torch.eye(12)
-        yield type(
-            "O",
-            (),
-            {"tokens": Tokens(eye, mask, eye), "text_only": eye[rows], "image_only": eye[images], "causes": causes},
-        )
+        tokens = Tokens(eye, mask, eye, text_pooled=eye[rows], image_pooled=eye[images])
+        yield type("O", (), {"tokens": tokens, "causes": causes})
 
 
 def test_shuffled_images_show_a_shortcut() -> None:
@@ -350,12 +347,13 @@ def test_shuffled_images_show_a_shortcut() -> None:
     known = Neighbors(torch.from_numpy(pair_keys(np.array([[4, 5]]), 12)), 12)
     evaluation = Evaluation(Accelerator(cpu=True), known, held_out, seed=1)
 
-    def shortcut(_: Tokens, text: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    def shortcut(tokens: Tokens) -> dict[str, torch.Tensor]:
+        text, image = tokens.text_pooled, tokens.image_pooled
         names = ("z_graph", "fused", "text_only", "image_only", "concat")
         return {"z_text": image, "z_vis": image, **dict.fromkeys(names, text)}
 
-    def honest(_: Tokens, text: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {**shortcut(_, text, image), "z_text": text}
+    def honest(tokens: Tokens) -> dict[str, torch.Tensor]:
+        return {**shortcut(tokens), "z_text": tokens.text_pooled}
 
     first = evaluation.evaluate(shortcut, Outputs())  # type: ignore[arg-type]
     assert first["retrieval"] == {"texts": 10, "images": 10, "r@1": 1.0, "r@10": 1.0}

@@ -320,7 +320,7 @@ def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: py
 
 
 def decoded_in_an_epoch(config: Any) -> list[int]:
-    return [batch["decoded"] for batch in trainer.Trainer(config, build_accelerator(), load_graph(config)).batches()]
+    return [batch.decoded for batch in trainer.Trainer(config, build_accelerator(), load_graph(config)).batches()]
 
 
 def test_the_trainer_decodes_each_image_once(case: Case, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
     file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
     for worker, decoded in ((True, 40), (False, 0)):
         found = batches(file, worker)
-        assert sum(batch["decoded"] for batch in found) == decoded
+        assert sum(batch.decoded for batch in found) == decoded
         assert all(torch.equal(a["pictures"], b["pictures"]) for a, b in zip(found, expected, strict=True))
 
 
@@ -434,7 +434,7 @@ def read_as_a_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile 
         sampler.begin(epoch)
         for batch in loader:
             barrier.wait(60)
-            out.put((epoch, len(batch["rows"]), len(batch["distinct"]), batch["decoded"]))
+            out.put((epoch, len(batch.rows), len(batch.unique), batch.decoded))
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
 from mmgraph.towers import cached as tower_cache
 from mmgraph.towers import store_plan as tower_plan
-from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.training import trainer
@@ -89,26 +89,26 @@ def test_tokens_are_the_towers(own_graph: Path) -> None:
     nodes, collate = NodesDataset(frame), InferenceCollator(*load_tokenizer_and_processor(towers))
     stored = open_stored(own_graph)
     rows = np.array([3, 0, 39, 17, 3])
-    tokens, text_only, image_only = stored.outputs(rows, rows)
+    tokens = stored.pooled_tokens(rows, rows)
     for i, row in enumerate(rows.tolist()):
         inputs = collate([nodes[row]])
         with torch.no_grad():
             text = text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             vision = vision_model(pixel_values=inputs["pixel_values"])
         length = int(inputs["attention_mask"].sum())
-        assert tokens.mask[i].tolist() == [1] * length + [0] * (tokens.mask.shape[1] - length)
+        assert tokens.text_mask[i].tolist() == [1] * length + [0] * (tokens.text_mask.shape[1] - length)
         assert torch.allclose(tokens.text[i, :length], text.last_hidden_state[0, :length], atol=2e-5)
         assert not tokens.text[i, length:].any()
         assert torch.allclose(tokens.patches[i], vision.last_hidden_state[0, 1:], atol=2e-5)
-        assert torch.allclose(text_only[i], text.pooler_output[0], atol=2e-5)
-        assert torch.allclose(image_only[i], vision.pooler_output[0], atol=2e-5)
-    assert tokens.mask.shape[1] == int(tokens.mask.sum(dim=1).max())  # no wider than the longest of the batch
+        assert torch.allclose(tokens.text_pooled[i], text.pooler_output[0], atol=2e-5)
+        assert torch.allclose(tokens.image_pooled[i], vision.pooler_output[0], atol=2e-5)
+    assert tokens.text_mask.shape[1] == int(tokens.text_mask.sum(dim=1).max())  # no wider than the longest of the batch
 
 
-def open_stored(graph: Path, *more: str) -> StoredTokens:
+def open_stored(graph: Path, *more: str) -> CachedTowers:
     config = parse_config(settings(graph, graph / "run", *more))
     run = trainer.Trainer(config, build_accelerator(), load_graph(config))
-    assert isinstance(run.source, StoredTokens)
+    assert isinstance(run.source, CachedTowers)
     return run.source
 
 
@@ -167,7 +167,7 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     assert main(["cache", *flags(own_graph)]) == 0
     age(own_graph)
     assert main(["cache", *flags(own_graph)]) == 0  # now all images are known by their times
-    before = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
+    before = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
     seen = computed(monkeypatch)
     assert main(["cache", *flags(own_graph)]) == 0 and seen == []
     nodes = pd.read_csv(own_graph / "nodes.csv", dtype=str, keep_default_na=False)
@@ -180,16 +180,16 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a time of change that says nothing
     assert main(["cache", *flags(own_graph)]) == 0
     assert sorted(seen) == [("image", 11), ("text", 7)]
-    after = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
-    changed_texts = [i for i in range(40) if not torch.equal(before[1][i], after[1][i])]
-    changed_images = [i for i in range(40) if not torch.equal(before[0].patches[i], after[0].patches[i])]
+    after = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
+    changed_texts = [i for i in range(40) if not torch.equal(before.text_pooled[i], after.text_pooled[i])]
+    changed_images = [i for i in range(40) if not torch.equal(before.patches[i], after.patches[i])]
     assert changed_texts == [7] and changed_images == [11]
     rows = nodes.sample(frac=1, random_state=0)  # another order is nothing new
     rows.to_csv(own_graph / "nodes.csv", index=False)
     seen.clear()
     assert main(["cache", *flags(own_graph)]) == 0 and seen == []
-    moved = open_stored(own_graph).outputs(np.arange(40), np.arange(40))
-    assert torch.equal(moved[0].patches, after[0].patches[rows.index.tolist()])
+    moved = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
+    assert torch.equal(moved.patches, after.patches[rows.index.tolist()])
 
 
 @pytest.mark.parametrize("what", ["towers", "truncated", "dtype"])
@@ -367,7 +367,7 @@ def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path)
     assert main(["cache", *flags(own_graph)]) == 0
     for resident in (False, True):
         with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(str(tmp_path))}\b[^\n]*$"):
-            StoredTokens(TowerStore(tmp_path), contents_of(own_graph), torch.device("cpu"), resident)
+            CachedTowers(TowerStore(tmp_path), contents_of(own_graph), torch.device("cpu"), resident)
 
 
 def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
@@ -485,10 +485,10 @@ def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(targets.SHARD_ENTRIES, 7)
     assert main(["cache", *flags(own_graph)]) == 0
     stored = open_stored(own_graph)
-    resident = StoredTokens(stored.store, contents_of(own_graph), torch.device("cpu"), resident=True)
+    resident = CachedTowers(stored.store, contents_of(own_graph), torch.device("cpu"), resident=True)
     assert isinstance(resident.resident, ResidentTokens)
     for rows in (np.array([5]), np.array([39, 0, 7, 8, 6, 20]), np.arange(40)):
-        found = zip(resident.outputs(rows, rows)[0], stored.outputs(rows, rows)[0], strict=True)
+        found = zip(resident.pooled_tokens(rows, rows)[:3], stored.pooled_tokens(rows, rows)[:3], strict=True)
         for ours, theirs in found:
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 

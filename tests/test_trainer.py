@@ -316,14 +316,14 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     before, trained, batch, values = first_step(settings(graph, tmp_path / "run"))
     encoder = MultimodalGraphEncoder(config.model_name, 32, 16)
     encoder.load_state_dict(before, strict=False)
-    assert len(batch["distinct"]) < len(batch["rows"]) == 24
+    assert len(batch.unique) < len(batch.rows) == 24
     tensors, norm = values.split([3, 1])
 
     nodes = read_nodes(config.nodes)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
     dataset = GraphEdgeDataset(nodes, read_edges(config.edges))
     order = permuted(torch.arange(12).numpy(), 200, config.seed, 1)
-    assert order.tolist() == batch["edges"].tolist()
+    assert order.tolist() == batch.edges.tolist()
     plain = MultimodalCollator(*load_tokenizer_and_processor(config.model_name))([dataset[int(i)] for i in order])
     z_graph, z_text, z_vis = encoder(**plain)
     mm = info_nce_loss(z_text @ z_vis.T / 0.07)

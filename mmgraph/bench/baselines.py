@@ -106,7 +106,7 @@ class Baselines:
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
         outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0).of([range(len(graph.nodes))])
-        pooled = [(part.text_only, part.image_only) for part in outputs]
+        pooled = [(part.tokens.text_pooled, part.tokens.image_pooled) for part in outputs]
         self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 
     def mlp(self, given: str, batch_size: int, false_negatives: Any, seed: int) -> Table:

@@ -85,7 +85,7 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
             sampler.begin(epoch)
             begun, lookups, decoded = time.perf_counter(), 0, 0
             for batch in loader:
-                lookups, decoded = lookups + len(batch["rows"]), decoded + batch["decoded"]
+                lookups, decoded = lookups + len(batch.rows), decoded + batch.decoded
             seconds = time.perf_counter() - begun
             lookups, decoded = (sum(gather_object([count])) for count in (lookups, decoded))
             figures[f"epoch {epoch}: lookups that decode nothing"] = 1 - decoded / lookups
@@ -101,7 +101,7 @@ class _NodeReader(EdgeCollator):
         self.nodes = nodes
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> Any:
-        for row in super().__call__(items)["distinct"].tolist():
+        for row in super().__call__(items).unique.tolist():
             self.nodes[row]
         return os.getpid(), resident_mb(), private_mb()
 

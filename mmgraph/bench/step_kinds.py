@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 
 from mmgraph.config import Config
@@ -20,7 +21,7 @@ from mmgraph.errors import UserError
 from mmgraph.loader.multimodal_collator import MultimodalCollator
 from mmgraph.losses.contrastive import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, tower_state
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.live import LiveTowers, run_towers
@@ -120,7 +121,7 @@ class Steps:
             store = TowerStore(folder)
             measured = np.isin(np.arange(len(graph.nodes)), rows)  # nobody reads the others
             contents = Contents(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in contents))
-        self.stored = StoredTokens(store, contents, accelerator.device, resident=accelerator.device.type == "cuda")
+        self.stored = CachedTowers(store, contents, accelerator.device, resident=accelerator.device.type == "cuda")
         edges = EdgeCollator()
         self.stored_batches = self.stored.batches(self._to_device(edges(items)) for items in self._endless())
 
@@ -128,9 +129,8 @@ class Steps:
         while True:
             yield from self.edges
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.accelerator.device
-        return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    def _to_device(self, batch: Any) -> Any:
+        return send_to_device(batch, self.accelerator.device)
 
     def step(self, kind: str, number: int) -> dict[str, float]:
         """One step of a kind; seconds by phase. ``data`` is the time that the step waits for its batch."""
@@ -160,12 +160,12 @@ class Steps:
         inputs = self._to_device(self.plain_collator(pairs))
         clock.done("data")
         with torch.no_grad(), self._autocast():
-            tokens, _, _ = run_towers(self.live.towers, **inputs)
+            tokens = run_towers(self.live.towers, **inputs)
         clock.done("towers")
-        return lambda: PlainModule(self.modules["plain"])(*tokens)
+        return lambda: PlainModule(self.modules["plain"])(*tokens[:3])
 
     def _distinct(self, kind: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        source: StoredTokens | LiveTowers = self.stored if kind == "stored" else self.live
+        source: CachedTowers | LiveTowers = self.stored if kind == "stored" else self.live
         if kind == "stored":
             batch = next(self.stored_batches)
         else:
@@ -174,7 +174,7 @@ class Steps:
         tokens: Tokens = source.tokens(batch)
         clock.done("towers")
         module = self.modules[kind]
-        return lambda: tuple(z.index_select(0, batch["inverse"]) for z in module(tokens))
+        return lambda: tuple(z.index_select(0, batch.inverse) for z in module(tokens))
 
     def _node(self, row: int) -> dict[str, Any]:
         node = self.graph.nodes[row]

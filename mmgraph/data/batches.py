@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,54 +46,51 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
         return list(zip(edges, ends[:, 0].tolist(), ends[:, 1].tolist(), strict=True))
 
 
+class EdgeBatch(NamedTuple):
+    """A rank's part of a global batch: b edges, and the U unique nodes at their ends."""
+
+    edges: torch.Tensor  # (b,) int64, numbers of the edges
+    rows: torch.Tensor  # (2b,) int64, rows of the node table: the b sources, then the b destinations
+    inverse: torch.Tensor  # (2b,) int64, the place of each row among the unique ones
+    unique: np.ndarray  # (U,) int64, the unique rows; stays on the host
+    # For live towers, of the unique nodes: input_ids and attention_mask (U, L) int64, L of the longest text; pictures
+    # (U, 3, S, S) uint8, a quarter of what float32 would be to send.
+    inputs: dict[str, torch.Tensor] | None = None
+    image_status: np.ndarray | None = None  # (U,) indices into CAUSES; stays on the host
+    decoded: int = 0  # pictures that were decoded, not found in a cache
+    cache_failure: str = ""  # why the shared image cache keeps no more pictures
+    prefetched: Any = None  # what a token source has read ahead
+
+
 class EdgeCollator:
-    """Collates b edges into a batch that knows its nodes.
+    """Collates b edges into an :class:`EdgeBatch` without tower inputs."""
 
-    The batch is a dict of ``edges`` (b,) int64; ``rows`` (2b,) int64, the b sources, then the b destinations;
-    ``inverse`` (2b,) int64, the place of each row among the U distinct ones; and, as a NumPy array that stays on the
-    host, ``distinct`` (U,) int64.
-    """
-
-    def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         edges, sources, destinations = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
         rows = np.concatenate([sources, destinations])  # (2b,)
-        distinct, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
-        return {
-            "edges": torch.from_numpy(edges),
-            "rows": torch.from_numpy(rows),
-            "inverse": torch.from_numpy(inverse),
-            "distinct": distinct,
-        }
+        unique, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
+        return EdgeBatch(torch.from_numpy(edges), torch.from_numpy(rows), torch.from_numpy(inverse), unique)
 
 
 class BatchCollator(EdgeCollator):
-    """An :class:`EdgeCollator` whose batches also have what live towers take.
-
-    Of the U distinct nodes: ``input_ids`` and ``attention_mask`` (U, L) int64 with L of the longest text, ``pictures``
-    (U, 3, S, S) uint8, and, as a NumPy array that stays on the host, ``image_causes`` (U,). Besides, ``decoded``, an
-    int: how many of the U pictures were decoded, not found in a cache; and ``cache_failure``, text: why the shared
-    image cache keeps no more of them, empty where it does.
-    """
+    """An :class:`EdgeCollator` whose batches also have what live towers take."""
 
     def __init__(self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs):
         self.nodes, self.paths, self.inputs = nodes, paths, inputs
 
-    def __call__(self, items: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         batch = super().__call__(items)
-        nodes = [self.nodes[int(row)] for row in batch["distinct"]]
+        nodes = [self.nodes[int(row)] for row in batch.unique]
         input_ids, attention_mask = self.inputs.texts([node_text(node) for node in nodes])
         before = self.inputs.decoded
         paths = [self.paths.resolve(node["image_path"]) for node in nodes]
-        pictures, causes = self.inputs.pictures(paths, batch["distinct"])
-        return {
-            **batch,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pictures": pictures,  # as bytes: a quarter of what workers and devices are sent
-            "image_causes": np.array(causes),
-            "decoded": self.inputs.decoded - before,
-            "cache_failure": self.inputs.picture_file.failure if self.inputs.picture_file is not None else "",
-        }
+        pictures, status = self.inputs.pictures(paths, batch.unique)
+        return batch._replace(
+            inputs={"input_ids": input_ids, "attention_mask": attention_mask, "pictures": pictures},
+            image_status=np.array(status),
+            decoded=self.inputs.decoded - before,
+            cache_failure=self.inputs.picture_file.failure if self.inputs.picture_file is not None else "",
+        )
 
 
 def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> PictureFile | None:

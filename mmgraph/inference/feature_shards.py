@@ -159,8 +159,8 @@ class Blocks:
             found: dict[str, list[torch.Tensor]] = {}
             left = len(self.rows(number))
             while left:
-                tokens, text_only, image_only, causes = next(outputs)
-                embedded = self.inference.module.embeddings(tokens, text_only, image_only)
+                tokens, causes = next(outputs)
+                embedded = self.inference.module.embeddings(tokens)
                 for name in self.features:
                     found.setdefault(name, []).append(embedded[name].float().cpu())
                 found.setdefault("causes", []).append(torch.from_numpy(causes.astype(np.uint8)))

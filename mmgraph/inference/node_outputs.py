@@ -15,7 +15,7 @@ from mmgraph.data.batches import start_worker
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
-from mmgraph.towers.cached import StoredTokens
+from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.live import LiveTowers, run_towers
 from mmgraph.towers.tokens import Tokens, Towers
 
@@ -25,9 +25,7 @@ BATCH = 64  # nodes that are embedded at once; fixed, so that no number of proce
 class Outputs(NamedTuple):
     """Of U nodes, on the device but for ``causes``."""
 
-    tokens: Tokens
-    text_only: torch.Tensor  # (U, d_text) pooled outputs of the text tower
-    image_only: torch.Tensor  # (U, d_vis) pooled outputs of the vision tower
+    tokens: Tokens  # with the pooled outputs
     causes: np.ndarray  # (U,) indices into mmgraph.data.images.CAUSES
 
 
@@ -42,7 +40,7 @@ class NodeOutputs:
     """
 
     def __init__(
-        self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, source: StoredTokens | LiveTowers, workers: int
+        self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, source: CachedTowers | LiveTowers, workers: int
     ):
         self.nodes, self.paths, self.inputs, self.source, self.workers = nodes, paths, inputs, source, workers
 
@@ -54,13 +52,13 @@ class NodeOutputs:
             partners: (N,) nodes whose images are taken instead of the nodes' own.
         """
         batches = _Batches(parts, partners)
-        if isinstance(self.source, StoredTokens):
+        if isinstance(self.source, CachedTowers):
             return self._from_store(self.source, batches)
         return self._from_towers(self.source.towers, batches)
 
-    def _from_store(self, stored: StoredTokens, batches: "_Batches") -> Iterator[Outputs]:
+    def _from_store(self, stored: CachedTowers, batches: "_Batches") -> Iterator[Outputs]:
         for rows, image_rows in map(batches.__getitem__, range(len(batches))):
-            yield Outputs(*stored.outputs(rows, image_rows), stored.image_causes[image_rows])
+            yield Outputs(stored.pooled_tokens(rows, image_rows), stored.image_causes[image_rows])
 
     @torch.no_grad()
     def _from_towers(self, towers: Towers, batches: "_Batches") -> Iterator[Outputs]:
@@ -75,7 +73,7 @@ class NodeOutputs:
         )
         for batch in loader:
             causes = batch.pop("image_causes")
-            yield Outputs(*run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), causes)
+            yield Outputs(run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), causes)
 
 
 class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):

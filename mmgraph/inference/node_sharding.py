@@ -14,7 +14,7 @@ from mmgraph.towers.tokens import Tokens
 PART = 1 << 14  # nodes of each rank that are gathered at once
 NO_WORDS = 2  # tokens of a text without any: its beginning and its end
 
-Embeddings = Callable[[Tokens, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+Embeddings = Callable[[Tokens], dict[str, torch.Tensor]]
 
 
 def share(accelerator: Accelerator, count: int, multiple: int = 1) -> range:
@@ -49,8 +49,8 @@ def embed_share(
     """
     rows, parts = share(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
     for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths
-        embedded = embeddings(found.tokens, found.text_only, found.image_only)
-        has_words = (found.tokens.mask.sum(1) > NO_WORDS).cpu()
+        embedded = embeddings(found.tokens)
+        has_words = (found.tokens.text_mask.sum(1) > NO_WORDS).cpu()
         has_picture = torch.from_numpy(~is_black(found.causes, outputs.inputs.truncated_images))
         parts.setdefault("whole", []).append((has_words & has_picture).to(torch.uint8))
         parts.setdefault("causes", []).append(torch.from_numpy(found.causes.astype(np.uint8)))

@@ -27,7 +27,7 @@ from mmgraph.towers.cached import existing_store
 from mmgraph.towers.clip import DEFAULT_MODEL, load_tokenizer_and_processor, random_towers, tower_configs
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.live import LiveTowers, run_towers
-from mmgraph.towers.tokens import Tokens, Towers
+from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
 
 # Of the run that a checkpoint lies in, where nothing else is given.
@@ -117,12 +117,10 @@ class Inference(NamedTuple):
             raise UserError(f"{image_path}: {CAUSES[cause]}")
         device = next(self.towers.text_model.parameters()).device
         pixel_values = inputs.preprocessing.normalize(pictures)
-        found = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
-        return {name: vectors[0].float().cpu() for name, vectors in self._embeddings(*found).items()}
-
-    def _embeddings(self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
-        device = self.module.graph_proj.weight.device
-        return self.module.embeddings(Tokens(*(tensor.to(device) for tensor in tokens)), text_only, image_only)
+        tokens = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
+        own = self.module.graph_proj.weight.device
+        embeddings = self.module.embeddings(tokens.map(lambda tensor: tensor.to(own)))
+        return {name: vectors[0].float().cpu() for name, vectors in embeddings.items()}
 
 
 def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) -> Inference:

@@ -57,7 +57,7 @@ class TrainedModule(nn.Module):
         dtype = self.graph_proj.weight.dtype  # bf16 or fp16 under DeepSpeed
         if torch.is_autocast_enabled(tokens.text.device.type):
             dtype = torch.get_autocast_dtype(tokens.text.device.type)  # at once, not by way of float32
-        inputs = (tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
+        inputs = (tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         if micro_batches == 1:
             return self._embed(*inputs)
         nodes = len(tokens.text)
@@ -82,24 +82,25 @@ class TrainedModule(nn.Module):
             F.normalize(self.vis_proj(vis_pool).float(), dim=-1),
         )
 
-    def embeddings(self, tokens: Tokens, text_only: torch.Tensor, image_only: torch.Tensor) -> dict[str, torch.Tensor]:
+    def embeddings(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """All that U nodes can be embedded as, by name.
 
         Args:
-            tokens, text_only, image_only: of the nodes, as :func:`mmgraph.towers.live.run_towers` gives them.
+            tokens: of the nodes, with the pooled outputs.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, as :meth:`forward`; ``fused`` (U, fused_dim); and the towers'
             ``text_only``, ``image_only`` and ``concat``, the two side by side.
         """
+        assert tokens.text_pooled is not None and tokens.image_pooled is not None
         dtype = self.graph_proj.weight.dtype  # a store may hold tokens in 16 bits
-        pooled = self.fusion(tokens.text.to(dtype), tokens.mask, tokens.patches.to(dtype))
+        pooled = self.fusion(tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         return {
             **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
             "fused": pooled[0],
-            "text_only": text_only,
-            "image_only": image_only,
-            "concat": torch.cat([text_only, image_only], dim=-1),
+            "text_only": tokens.text_pooled,
+            "image_only": tokens.image_pooled,
+            "concat": torch.cat([tokens.text_pooled, tokens.image_pooled], dim=-1),
         }
 
 
@@ -148,7 +149,7 @@ class MultimodalGraphEncoder(TrainedModule):
             ``z_graph``, ``z_text``, ``z_vis``, each (B, proj_dim), rows of unit length.
         """
         with torch.no_grad():
-            tokens, _, _ = run_towers(self.towers, input_ids, attention_mask, pixel_values)
+            tokens = run_towers(self.towers, input_ids, attention_mask, pixel_values)
         return super().forward(tokens)
 
     @torch.no_grad()
@@ -161,7 +162,7 @@ class MultimodalGraphEncoder(TrainedModule):
             ``fused`` (B, fused_dim); ``text_only`` (B, d_text) and ``image_only`` (B, d_vis), the towers' pooled
             outputs; ``concat``, the two side by side.
         """
-        found = self.embeddings(*run_towers(self.towers, input_ids, attention_mask, pixel_values))
+        found = self.embeddings(run_towers(self.towers, input_ids, attention_mask, pixel_values))
         return {name: found[name] for name in ("fused", "text_only", "image_only", "concat")}
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mmgraph.config import Config
+from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.content_hashes import Contents, read_contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_paths import ImagePaths
@@ -38,7 +38,7 @@ SHOWN_SECONDS = 120
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
 
 
-class StoredTokens:
+class CachedTowers:
     """The token source that reads a store which holds every node.
 
     Args:
@@ -64,12 +64,12 @@ class StoredTokens:
             self.resident = ResidentTokens.load(store, texts, images, device)
             self.lengths = self.resident.offsets.diff().cpu().numpy()  # of each text
 
-    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The loader's batches with ``tokens`` and ``image_causes``; the next tokens are read while a step runs."""
+    def batches(self, loader: Iterable[EdgeBatch]) -> Iterator[EdgeBatch]:
+        """The loader's batches with their tokens prefetched; the next ones are read while a step runs."""
         with ThreadPoolExecutor(1) as reader:
-            waiting = deque[tuple[dict[str, Any], Future[Tokens]]]()
+            waiting = deque[tuple[EdgeBatch, Future[Tokens]]]()
             for batch in loader:
-                waiting.append((batch, reader.submit(self._read, batch["distinct"])))
+                waiting.append((batch, reader.submit(self._read, batch.unique)))
                 if len(waiting) > 1:
                     yield self._finish(*waiting.popleft())
             while waiting:
@@ -82,23 +82,26 @@ class StoredTokens:
         text, image = (torch.from_numpy(places).to(self.device) for places in (texts, images))
         return self.resident.tokens(text, image, length=int(self.lengths[texts].max()))
 
-    def _finish(self, batch: dict[str, Any], tokens: "Future[Tokens]") -> dict[str, Any]:
-        return {**batch, "tokens": tokens.result(), "image_causes": self.image_causes[batch["distinct"]]}
+    def _finish(self, batch: EdgeBatch, tokens: "Future[Tokens]") -> EdgeBatch:
+        return batch._replace(prefetched=tokens.result(), image_status=self.image_causes[batch.unique])
 
-    def tokens(self, batch: dict[str, Any], micro_batches: int = 1) -> Tokens:
-        """Tokens of the batch's U distinct nodes, on the device."""
-        return Tokens(*(tensor.to(self.device, non_blocking=True) for tensor in batch["tokens"]))
+    def tokens(self, batch: EdgeBatch, micro_batches: int = 1) -> Tokens:
+        """Tokens of the batch's U unique nodes, on the device."""
+        tokens: Tokens = batch.prefetched
+        return tokens.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def outputs(self, rows: np.ndarray, image_rows: np.ndarray) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """What :func:`mmgraph.towers.live.run_towers` gives: tokens and both pooled outputs, on the device.
+    def pooled_tokens(self, rows: np.ndarray, image_rows: np.ndarray) -> Tokens:
+        """What :func:`mmgraph.towers.live.run_towers` gives: tokens with the pooled outputs, on the device.
 
         Args:
             rows, image_rows: (U,) the nodes whose texts, and those whose images are meant.
         """
-        tokens = Tokens(*(tensor.to(self.device) for tensor in self._read(rows, image_rows)))
         texts, images = self.places
-        text_only = self.store.texts.gather("pooled", texts[rows]).to(self.device)
-        return tokens, text_only, self.store.images.gather("pooled", images[image_rows]).to(self.device)
+        tokens = self._read(rows, image_rows)._replace(
+            text_pooled=self.store.texts.gather("pooled", texts[rows]),
+            image_pooled=self.store.images.gather("pooled", images[image_rows]),
+        )
+        return tokens.map(lambda tensor: tensor.to(self.device))
 
 
 def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
@@ -115,7 +118,7 @@ def open_store(
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
-) -> StoredTokens | None:
+) -> CachedTowers | None:
     """Open the store of a run's tokens, after building what it lacks. Called by all ranks.
 
     Args:
@@ -152,7 +155,7 @@ def open_store(
     resident = together(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"in the memory of {accelerator.device}" if resident else "read as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
-    return together(accelerator, lambda: StoredTokens(store, contents, accelerator.device, resident))
+    return together(accelerator, lambda: CachedTowers(store, contents, accelerator.device, resident))
 
 
 def _built(folder: Path, contents: Contents) -> TowerStore:
@@ -173,7 +176,7 @@ def existing_store(
     digest: str,
     inputs: NodeInputs,
     towers: str,
-) -> StoredTokens | None:
+) -> CachedTowers | None:
     """The store of some nodes' exact tokens, if there is one and it has all of them. Called by all ranks.
 
     Args:
@@ -188,7 +191,7 @@ def existing_store(
     store = together(accelerator, lambda: TowerStore(made_by.folder))
     if any(gather_object([bool(missing_shards(store, contents))])):
         return None
-    return StoredTokens(store, contents, accelerator.device)
+    return CachedTowers(store, contents, accelerator.device)
 
 
 def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:

@@ -1,10 +1,10 @@
 """The token source that runs the towers on every batch."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
+from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.towers.tokens import Tokens, Towers
 
@@ -29,32 +29,40 @@ class LiveTowers:
         self.towers = Towers(*(tower.to(device) for tower in towers))
         self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
 
-    def batches(self, loader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    def batches(self, loader: Iterable[EdgeBatch]) -> Iterable[EdgeBatch]:
         """The loader's batches, which have all that :meth:`tokens` needs."""
         return loader
 
     @torch.no_grad()
-    def tokens(self, batch: Mapping[str, torch.Tensor], micro_batches: int = 1) -> Tokens:
-        """Tokens of the batch's U distinct nodes: reads ``input_ids``, ``attention_mask`` and ``pictures``.
+    def tokens(self, batch: EdgeBatch, micro_batches: int = 1) -> Tokens:
+        """Tokens of the batch's U unique nodes, from its tower inputs.
 
         Args:
             micro_batches: parts that the towers see one after the other.
         """
-        inputs = [batch[name].tensor_split(micro_batches) for name in ("input_ids", "attention_mask", "pictures")]
-        parts = [part for part in zip(*inputs, strict=True) if len(part[0])]
+        assert batch.inputs is not None
+        names = ("input_ids", "attention_mask", "pictures")
+        parts = zip(*(batch.inputs[name].tensor_split(micro_batches) for name in names), strict=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens = [
-                run_towers(self.towers, input_ids, mask, self.preprocessing.normalize(pictures))[0]
+                run_towers(self.towers, input_ids, mask, self.preprocessing.normalize(pictures))
                 for input_ids, mask, pictures in parts
+                if len(input_ids)
             ]
-        return tokens[0] if len(tokens) == 1 else Tokens(*map(torch.cat, zip(*tokens, strict=True)))
+        return Tokens.cat(tokens)
 
 
 def run_towers(
     towers: Towers, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
-) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-    """Run both towers on N nodes: their tokens, and the pooled outputs (N, d_text) and (N, d_vis)."""
+) -> Tokens:
+    """Run both towers on N nodes: their tokens, with the pooled outputs."""
     text = towers.text_model(input_ids=input_ids, attention_mask=attention_mask)
     vision = towers.vision_model(pixel_values=pixel_values)
     patches = vision.last_hidden_state[:, 1:]  # (N, 1 + P, d_vis) -> (N, P, d_vis)
-    return Tokens(text.last_hidden_state, attention_mask, patches), text.pooler_output, vision.pooler_output
+    return Tokens(
+        text.last_hidden_state,
+        attention_mask,
+        patches,
+        text_pooled=text.pooler_output,
+        image_pooled=vision.pooler_output,
+    )

@@ -9,7 +9,7 @@ from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.collectives import together
 from mmgraph.distributed.launch import compute_dtype
-from mmgraph.towers.cached import StoredTokens, open_store
+from mmgraph.towers.cached import CachedTowers, open_store
 from mmgraph.towers.clip import load_towers
 from mmgraph.towers.live import LiveTowers
 from mmgraph.utils.files import cache_folder
@@ -23,7 +23,7 @@ def open_source(
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
-) -> StoredTokens | LiveTowers:
+) -> CachedTowers | LiveTowers:
     """What a run reads its tokens from. Called by all ranks.
 
     Args:

@@ -16,7 +16,7 @@ from mmgraph.checkpoints import state
 from mmgraph.checkpoints.resume import find_state, read_start
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
-from mmgraph.data.batches import build_loader
+from mmgraph.data.batches import EdgeBatch, build_loader
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import SeenImages, is_black
 from mmgraph.data.node_inputs import NodeInputs
@@ -182,13 +182,13 @@ class Trainer:
                 self.report()
         return EXIT_CODE if self.stopping and not self.done else 0
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[EdgeBatch]:
         """This rank's batches of the epoch in progress, from where it stands; ``data_wait`` is the last one's."""
         self.sampler.begin(self.progress.epoch, self.progress.samples_in_epoch)
         asked = time.perf_counter()
         for batch in self.source.batches(self.loader):
             self.data_wait = time.perf_counter() - asked
-            self._tell_of_cache(batch.get("cache_failure", ""))
+            self._tell_of_cache(batch.cache_failure)
             yield batch
             asked = time.perf_counter()
 
@@ -198,17 +198,17 @@ class Trainer:
             self.cache_failure = failure
             log(f"the image cache keeps no more pictures ({failure}); training goes on")
 
-    def step(self, batch: dict[str, Any]) -> torch.Tensor:
+    def step(self, batch: EdgeBatch) -> torch.Tensor:
         """One optimizer step. Returns (4,) on the device: this rank's total, mm and graph loss, and the gradient norm.
 
         The norm (L2, over all parameters and ranks, before clipping) is -1 where the backend does not tell it. Where
         false negatives are left out, (6,): how many for a query in mm and graph loss, on average.
         """
         config = self.config
-        self.images.note(batch["distinct"], batch["image_causes"])
+        self.images.note(batch.unique, batch.image_status)
         tokens = self.source.tokens(batch, self.micro_batches)
         distinct = self.trained(tokens, self.micro_batches)  # (U, proj_dim) three times
-        z_graph, z_text, z_vis = (z.index_select(0, batch["inverse"]) for z in distinct)  # (2b, proj_dim) each
+        z_graph, z_text, z_vis = (z.index_select(0, batch.inverse) for z in distinct)  # (2b, proj_dim) each
         losses = contrastive_losses(
             z_graph,
             z_text,
@@ -229,11 +229,11 @@ class Trainer:
         self.optimizer.step()
         return torch.stack([losses.total, losses.mm, losses.graph, norm, *losses.left_out]).detach()
 
-    def _nodes(self, batch: dict[str, Any]) -> BatchNodes | None:
+    def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:
         if self.false_negatives is None:
             return None
-        black = torch.from_numpy(is_black(batch["image_causes"], self.config.truncated_images))  # (U,)
-        return BatchNodes(batch["rows"], black.to(batch["rows"].device)[batch["inverse"]])
+        black = torch.from_numpy(is_black(batch.image_status, self.config.truncated_images))  # (U,)
+        return BatchNodes(batch.rows, black.to(batch.rows.device)[batch.inverse])
 
     def _clip_gradients(self) -> torch.Tensor:
         if hasattr(self.trained, "get_global_grad_norm"):  # DeepSpeed (Accelerate's own call would wait for the device)

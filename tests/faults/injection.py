@@ -138,7 +138,7 @@ def note_edges(folder: str) -> None:
     def noted(take_step: Callable[..., Any], run: Any, batch: Any) -> Any:
         values = take_step(run, batch)
         with (Path(folder) / os.environ.get("RANK", "0")).open("a") as file:
-            print(json.dumps([targets.steps_done(run), batch["edges"].tolist()]), file=file)
+            print(json.dumps([targets.steps_done(run), batch.edges.tolist()]), file=file)
         return values
 
     wrap(targets.TAKE_STEP, noted)
