@@ -4,14 +4,16 @@ from pkgutil import resolve_name
 from typing import Any
 
 # training, faults
-TAKE_STEP = "mmgraph.training.trainer.Trainer.step"  # of a run and a batch: forward, backward, update
-RECORD_STEP = "mmgraph.training.trainer.Trainer.record"  # of a run and a step's values, after each step
-SAVE = "mmgraph.training.trainer.Trainer.save"  # all that a save writes, epoch and final file too
-EVALUATE = "mmgraph.training.trainer.Trainer.evaluate"  # all that an evaluation writes
+TAKE_STEP = "mmgraph.training.train_step.TrainStep.__call__"  # of a train step and a batch: forward, backward, update
+RECORD_STEP = "mmgraph.training.step_log.StepLog.submit"  # of a step log and a step's result, after each step
+HOST_COPY_START = "mmgraph.training.host_copy.HostCopy.__init__"
+HOST_COPY_READ = "mmgraph.training.host_copy.HostCopy.tolist"
+SAVE = "mmgraph.training.checkpointer.Checkpointer.save"  # all that a save writes, epoch and final file too
+EVALUATE = "mmgraph.training.trainer.Run.evaluate"  # all that an evaluation writes
 BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at a start, once the state was read
 RANK_HELD_OUT = "mmgraph.evaluation.evaluator.Evaluation.evaluate"
-RECORD_EVALUATION = "mmgraph.training.run_log.Recorder.evaluation"  # on the main process
-RECORD_ROW = "mmgraph.training.run_log.Recorder.row"  # and log line, of a step
+RECORD_EVALUATION = "mmgraph.training.run_log.RunLog.evaluation"  # on the main process
+RECORD_ROW = "mmgraph.training.run_log.RunLog.row"  # and log line, of a step
 WRITE_ROW = "mmgraph.training.metrics_file.MetricsFile.write"  # on the main process
 LOSSES = "mmgraph.losses.contrastive.contrastive_losses"
 FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
@@ -64,7 +66,6 @@ SAMPLED_NEGATIVES = "mmgraph.evaluation.ranking._negatives"
 RANKS_OF_EMBEDDINGS = "mmgraph.evaluation.evaluator.Evaluation.ranks"
 NODES_OF_A_BLOCK = "mmgraph.inference.feature_shards.BLOCK"
 MAKE_BLOCKS = "mmgraph.inference.feature_shards.Blocks.make"
-SAVE_OF_A_RUN = "mmgraph.training.trainer.Trainer.save"
 REPORT_AT_THE_END = "mmgraph.report.make.end_of_run"
 WRITE_PAGE = "mmgraph.report.make.write_page"
 EMBED_SHARE_OF_REPORT = "mmgraph.report.make.embed_share"
@@ -78,14 +79,24 @@ TENSORBOARD_IS_INSTALLED = "mmgraph.training.preflight.is_tensorboard_available"
 DEEPSPEED_IS_INSTALLED = "mmgraph.distributed.deepspeed.is_deepspeed_available"
 
 
-def steps_done(run: Any) -> int:
+def steps_done(part: Any) -> int:
     """Of what ``TAKE_STEP`` and ``RECORD_STEP`` are called with first: how many optimizer steps are done."""
-    return run.progress.step
+    return part.progress.step
 
 
-def stop_requested(run: Any) -> bool:
-    """Of the same: whether this process was asked to stop."""
-    return run.stop.requested
+def stop_requested(part: Any) -> bool:
+    """Of what ``RECORD_STEP`` and ``SAVE`` are called with first: whether this process was asked to stop."""
+    return part.signals.requested
+
+
+def finished(part: Any) -> bool:
+    """Of the same: whether all steps are done."""
+    return part.schedule.finished
+
+
+def get(target: str) -> Any:
+    """What a dotted name stands for."""
+    return resolve_name(target)
 
 
 def put(target: str, value: object) -> None:

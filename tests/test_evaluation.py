@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from conftest import LOSSES, REPOSITORY, ZERO3, launch, launch_command, newest, read_metrics, run, same_state, settings
 from targets import RANKS_OF_EMBEDDINGS
 
+from mmgraph.checkpoints.progress import Progress
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.evaluation.evaluator import Evaluation, cycle
 from mmgraph.towers.tokens import Tokens
-from mmgraph.training.early_stopping import Best
+from mmgraph.training.early_stopping import EarlyStopping
 
 EVALUATED = ("--eval_fraction=0.2", "--max_steps=12", "--eval_every=5", "--keep_best=z_graph/hits@10", "--save_every=6")
 
@@ -308,16 +309,17 @@ def test_settings_that_cannot_be_read(evaluated: Path, tmp_path: Path, capsys: p
 
 
 def test_best_begins_anew_on_other_edges(capsys: pytest.CaptureFixture[str]) -> None:
-    config, components = Config(eval_fraction=0.1, keep_best="fused/mrr"), dict[str, Any]()
-    best = Best(config, components, "edges 1")
+    config, progress = Config(eval_fraction=0.1, keep_best="fused/mrr"), Progress()
+    best = EarlyStopping(config, progress, "edges 1")
     assert [best.improves(step, {"fused": {"mrr": mrr}}) for step, mrr in enumerate((0.2, 0.2, 0.3))] == [
         True,
         False,
         True,
     ]
-    again = Best(config, json.loads(json.dumps(components)), "edges 1")
+    kept = Progress.from_record(json.loads(json.dumps(progress.to_record())))
+    again = EarlyStopping(config, kept, "edges 1")
     assert not again.improves(3, {"fused": {"mrr": 0.3}}) and again.value["step"] == 2
-    assert Best(config, components, "edges 2").improves(4, {"fused": {"mrr": 0.1}})
+    assert EarlyStopping(config, progress, "edges 2").improves(4, {"fused": {"mrr": 0.1}})
     [line] = capsys.readouterr().out.splitlines()
     assert "--keep_best" in line and "fused/mrr" in line and "edges 1" in line
 

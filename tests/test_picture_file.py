@@ -43,7 +43,7 @@ from mmgraph.distributed.launch import build_accelerator
 from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.towers.clip import load_tokenizer_and_processor
-from mmgraph.training import trainer
+from mmgraph.training.build import build_run
 from mmgraph.utils.files import cache_folder
 
 SHAPE = (3, 32, 32)
@@ -320,7 +320,9 @@ def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: py
 
 
 def decoded_in_an_epoch(config: Any) -> list[int]:
-    return [batch.decoded for batch in trainer.Trainer(config, build_accelerator(), load_graph(config)).batches()]
+    run = build_run(config, build_accelerator(), load_graph(config))
+    steps = range(run.schedule.samples_per_epoch // config.global_batch_size)  # the stream goes on to the next epoch
+    return [batch.decoded for _, batch in zip(steps, run.stream, strict=False)]
 
 
 def test_the_trainer_decodes_each_image_once(case: Case, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import targets
 import torch
 from conftest import REPOSITORY, graph_files, launch, launch_command, read_metrics, run, settings
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-from targets import EMBED_SHARE_OF_REPORT, REPORT_AT_THE_END, SAVE_OF_A_RUN, WRITE_PAGE
+from targets import EMBED_SHARE_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
 
 from mmgraph.cli import main, train_main
 from mmgraph.demo.towers import build_towers
@@ -637,16 +638,16 @@ def test_a_run_that_is_asked_to_stop_makes_no_report(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Though the signal comes in the last save, when all steps are done."""
-    save = resolve_name(SAVE_OF_A_RUN)
+    save = resolve_name(targets.SAVE)
     made: list[object] = []
 
     def stopped(self: Any) -> None:
         save(self)
-        if self.done and not self.stop.requested:
+        if targets.finished(self) and not targets.stop_requested(self):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
 
-    monkeypatch.setattr(SAVE_OF_A_RUN, stopped)
+    monkeypatch.setattr(targets.SAVE, stopped)
     monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
     assert str(tmp_path / "run/checkpoints/multimodal_encoder_final.pt") in capsys.readouterr().out

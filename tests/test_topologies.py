@@ -70,11 +70,11 @@ PERSISTENT = """
 import sys
 from mmgraph.flags import parse_config
 from mmgraph.data.graph import load_graph
-from mmgraph.training.trainer import Trainer
+from mmgraph.training.build import build_run
 from mmgraph.distributed.launch import build_accelerator
 config = parse_config(sys.argv[1:])
 accelerator = build_accelerator()
-parameters = list(Trainer(config, accelerator, load_graph(config)).trained.module.parameters())
+parameters = list(build_run(config, accelerator, load_graph(config)).train_step.module.module.parameters())
 if accelerator.is_main_process:
     print(sum(p.ds_persist for p in parameters), "of", len(parameters), "whole")
 """

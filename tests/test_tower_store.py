@@ -39,7 +39,7 @@ from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
 from mmgraph.towers.store import ResidentTokens, TowerStore
-from mmgraph.training import trainer
+from mmgraph.training.build import build_run
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def test_tokens_are_the_towers(own_graph: Path) -> None:
 
 def open_stored(graph: Path, *more: str) -> CachedTowers:
     config = parse_config(settings(graph, graph / "run", *more))
-    run = trainer.Trainer(config, build_accelerator(), load_graph(config))
-    assert isinstance(run.source, CachedTowers)
-    return run.source
+    source = build_run(config, build_accelerator(), load_graph(config)).train_step.source
+    assert isinstance(source, CachedTowers)
+    return source
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float16", 2e-4)])

@@ -35,12 +35,14 @@ from conftest import (
 )
 
 from mmgraph.cli import main, train_main
+from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
-from mmgraph.training.trainer import Trainer
+from mmgraph.training.build import build_run
+from mmgraph.training.train_step import StepResult
 from mmgraph.utils.log import log
 
 LOSSES = ("loss", "loss_mm", "loss_graph")
@@ -64,16 +66,17 @@ class FirstStep(NamedTuple):
 
     before: dict[str, torch.Tensor]  # weights
     trained: torch.nn.Module  # after it, with its gradients
-    batch: dict[str, Any]
-    values: torch.Tensor  # total, text-image and graph loss, gradient norm
+    batch: EdgeBatch
+    result: StepResult
 
 
 def first_step(flags: list[str]) -> FirstStep:
     config = parse_config(flags)
-    run = Trainer(config, build_accelerator(), load_graph(config))
-    before = {name: tensor.clone() for name, tensor in run.trained.state_dict().items()}
-    batch = next(run.batches())
-    return FirstStep(before, run.trained, batch, run.step(batch))
+    run = build_run(config, build_accelerator(), load_graph(config))
+    module = run.train_step.module
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    batch = next(iter(run.stream))
+    return FirstStep(before, module, batch, run.train_step(batch))
 
 
 @pytest.fixture(scope="module")
@@ -241,17 +244,17 @@ def test_a_run_that_is_asked_to_stop_does_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output, flags = tmp_path / "run", settings(graph, tmp_path / "run", "--max_steps=40")
-    step = resolve_name(targets.TAKE_STEP)
+    record = resolve_name(targets.RECORD_STEP)
 
-    def interrupted(run: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if targets.steps_done(run) == 20:
+    def interrupted(log: Any, result: Any) -> None:
+        record(log, result)
+        if targets.steps_done(log) == 20:
             os.kill(os.getpid(), number)
-            while not targets.stop_requested(run):  # a thread hears of it; a step here takes less time than that may
+            while not targets.stop_requested(log):  # a thread hears of it; a step here takes less time than that may
                 time.sleep(0.001)
-        return step(run, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(targets.TAKE_STEP, interrupted)
+        patch.setattr(targets.RECORD_STEP, interrupted)
         assert train_main(flags) == 143
     assert len(stop_lines(capsys.readouterr().out, 22)) == 1 and newest(output).name == "step-00000022"
     assert not (output / "checkpoints/multimodal_encoder_final.pt").exists()
@@ -261,11 +264,14 @@ def test_a_run_that_is_asked_to_stop_does_and_goes_on(
 def test_a_loss_that_is_not_finite_ends_the_run(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = resolve_name(targets.TAKE_STEP)
-    monkeypatch.setattr(
-        targets.TAKE_STEP,
-        lambda run, batch: step(run, batch) * (float("nan") if targets.steps_done(run) > 8 else 1),
-    )
+    take_step = resolve_name(targets.TAKE_STEP)
+
+    def stepped(step: Any, batch: Any) -> Any:
+        result = take_step(step, batch)
+        factor = float("nan") if targets.steps_done(step) > 8 else 1
+        return result._replace(losses={name: loss * factor for name, loss in result.losses.items()})
+
+    monkeypatch.setattr(targets.TAKE_STEP, stepped)
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--save_every=5")) == 1
     assert error_of(capsys.readouterr().err, "step 9", "loss", "not_finite.jsonl")
     told = json.loads((tmp_path / "run/not_finite.jsonl").read_text())
@@ -313,11 +319,11 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     from mmgraph.towers.clip import load_tokenizer_and_processor
 
     config = parse_config(settings(graph, tmp_path / "run"))
-    before, trained, batch, values = first_step(settings(graph, tmp_path / "run"))
+    before, trained, batch, result = first_step(settings(graph, tmp_path / "run"))
     encoder = MultimodalGraphEncoder(config.model_name, 32, 16)
     encoder.load_state_dict(before, strict=False)
     assert len(batch.unique) < len(batch.rows) == 24
-    tensors, norm = values.split([3, 1])
+    losses_of_step = torch.stack([result.losses[name] for name in LOSSES])
 
     nodes = read_nodes(config.nodes)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
@@ -329,9 +335,9 @@ def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: 
     mm = info_nce_loss(z_text @ z_vis.T / 0.07)
     graph_loss = info_nce_loss(z_graph[:12] @ z_graph[12:].T / 0.07)
     (mm + graph_loss).backward()
-    assert torch.allclose(tensors, torch.stack([mm + graph_loss, mm, graph_loss]).detach(), atol=1e-5)
+    assert torch.allclose(losses_of_step, torch.stack([mm + graph_loss, mm, graph_loss]).detach(), atol=1e-5)
     exact = torch.cat([parameter.grad.flatten() for parameter in encoder.get_trainable_parameters()]).norm()
-    assert float(norm) == pytest.approx(float(exact), rel=1e-5)
+    assert float(result.grad_norm) == pytest.approx(float(exact), rel=1e-5)
     for (name, ours), theirs in zip(trained.named_parameters(), encoder.get_trainable_parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
 

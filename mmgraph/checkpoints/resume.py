@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mmgraph.checkpoints.files import TrainedState, best_file, check_fit, read_checkpoint, trained_state
-from mmgraph.checkpoints.state import Progress, newest_state, read_record, read_state
+from mmgraph.checkpoints.progress import Progress
+from mmgraph.checkpoints.state import newest_state, read_record, read_state
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
@@ -75,7 +76,7 @@ def read_start(
         progress, trained = read_state(state)
         check_fit(trained, _empty_module(config), state)
         if state.parent.resolve() != (config.output_folder / "state").resolve():
-            progress.metrics_bytes, progress.components = 0, {}  # a new folder, metrics and tracker
+            progress.leave_folder()
         return progress, trained
     if config.init_from is not None:
         trained, epoch = _read_original(config, frozen)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from mmgraph.checkpoints.files import TrainedState
+from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.utils.files import sync
@@ -31,20 +32,6 @@ WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "st
 
 class NotDamagedError(UserError):
     """A state that a newer mmgraph wrote, or that cannot be read now: never to be passed over, nor to be removed."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands. ``epoch`` is the one in progress, from 1; ``step`` counts finished optimizer steps."""
-
-    step: int = 0
-    epoch: int = 1
-    samples_in_epoch: int = 0
-    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
-    adam_step: int = 0
-    loss_scale: dict[str, float] | None = None  # fp16: as GradScaler names it
-    metrics_bytes: int = 0
-    components: dict[str, Any] = dataclasses.field(default_factory=dict)  # small JSON of other parts
 
 
 def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
@@ -105,7 +92,7 @@ def _fill(
         (folder / name).write_bytes(save(tensors))  # safetensors' own save_file lets nobody else read the file
     record: dict[str, Any] = {
         "format": FORMAT,
-        **dataclasses.asdict(progress),
+        **progress.to_record(),
         "identity": run_identity,
         "config": dataclasses.asdict(config),
         "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")}
@@ -200,7 +187,9 @@ def read_record(path: Path) -> dict[str, Any]:
             )
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
             raise ValueError(f"has SHA-256 of {', '.join(hashes)}")
-        _progress(record)
+        if not isinstance(record["identity"], dict):
+            raise ValueError(f"identity {record['identity']!r}")
+        Progress.from_record(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
     for name in (WEIGHTS, MOMENTS):
@@ -229,21 +218,6 @@ def _read(path: Path, how: Callable[[Path], Result]) -> Result:
         ) from None
 
 
-def _progress(record: Mapping[str, Any]) -> Progress:
-    """Where a record says that its run stood. Raises ValueError, TypeError or KeyError where that is nonsense."""
-    progress = Progress(**{field.name: record[field.name] for field in dataclasses.fields(Progress)})
-    counts = ("step", "epoch", "samples_in_epoch", "adam_step", "metrics_bytes")
-    for name in counts:
-        if type(record[name]) is not int or record[name] < (name == "epoch"):
-            raise ValueError(f"{name} {record[name]!r}")
-    for name in ("identity", "components", "epoch_sums", *["loss_scale"] * (record["loss_scale"] is not None)):
-        if not isinstance(record[name], dict):
-            raise ValueError(f"{name} {record[name]!r}")
-    if not all(isinstance(value, int | float) for value in progress.epoch_sums.values()):
-        raise ValueError(f"epoch_sums {record['epoch_sums']!r}")
-    return progress
-
-
 def _text(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1)
 
@@ -257,7 +231,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 def read_state(path: Path) -> tuple[Progress, TrainedState]:
     """A state's progress and tensors. Raises :class:`UserError` where it is not valid."""
     record = read_record(path)
-    progress = _progress(record)
+    progress = Progress.from_record(record)
     try:
         weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
     except (SafetensorError, OSError) as error:

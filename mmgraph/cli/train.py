@@ -1,5 +1,10 @@
 """``launch.py``: train."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmgraph.training.trainer import Run
+
 
 def run_training(arguments: list[str]) -> int:
     """Train. Returns the exit code."""
@@ -10,8 +15,8 @@ def run_training(arguments: list[str]) -> int:
     config = parse_config(arguments)
 
     from mmgraph.cli.start import open_graph
+    from mmgraph.training.build import build_run
     from mmgraph.training.preflight import check_run
-    from mmgraph.training.trainer import Trainer
     from mmgraph.utils.log import log
 
     accelerator, graph = open_graph(config)
@@ -19,6 +24,41 @@ def run_training(arguments: list[str]) -> int:
     if config.check:
         log(f"checked: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
         return 0
-    code = Trainer(config, accelerator, graph).run()
+    run = build_run(config, accelerator, graph)
+    code = run.train(at_end=write_report if config.report else None)
     accelerator.end_training()  # not after an error: leaving the group may wait for a rank that is gone
     return code
+
+
+def write_report(run: "Run") -> None:
+    """Write ``report.html`` at a run's end, and show the trackers what is on it. Called by all ranks.
+
+    All is saved by then: whatever fails here is a line.
+    """
+    from mmgraph.distributed.collectives import together
+    from mmgraph.utils.log import log
+
+    nodes, edges_seen = len(run.graph.nodes), run.progress.step * run.config.global_batch_size
+    later = f"mmgraph report {run.config.output_folder} makes one"
+    if run.evaluation is None and 2 * edges_seen < nodes:
+        log(f"no report of so few steps: {later}, and embeds all nodes")
+        return
+    log(f"report: embedding {nodes:,} nodes; Ctrl-C leaves it out")
+    try:
+        with run.signals.interruptible():
+            make = together(run.accelerator, _import_report)
+            module = run.checkpointer.whole_module()
+            figures = make.end_of_run(run.config, run.accelerator, run.graph, module, run.outputs)
+            if figures is not None:
+                page = run.config.output_folder / make.FILE
+                run.run_log.trackers.show(run.progress.step, figures.pictures, figures.tables, page)
+    except Exception as error:
+        log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {later}")
+    except KeyboardInterrupt:
+        log(f"no report: interrupted; {later}")
+
+
+def _import_report():  # type: ignore[no-untyped-def]  # a module
+    from mmgraph.report import make  # scikit-learn and Bokeh cost seconds
+
+    return make

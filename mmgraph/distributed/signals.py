@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGINT, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
+"""Requests to stop: SIGINT, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
 
 import ctypes
 import math
@@ -21,6 +21,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class StopRequest:
     """``requested`` turns true when this process is asked to stop; being asked again changes nothing.
 
+    ``stop_agreed`` turns true when all ranks know of a request, and stop after the same step.
+
     A rank whose others are gone never finishes its step. So where one that is asked to stop neither finishes a step in
     time nor begins to stop with the others (see :meth:`begin`), the process says why and ends.
 
@@ -30,7 +32,8 @@ class StopRequest:
     """
 
     def __init__(self, grace: float):
-        self.requested, self._grace, self._begun = False, grace, threading.Event()
+        self.requested, self.stop_agreed = False, False
+        self._grace, self._begun = grace, threading.Event()
         self._heard = -math.inf  # when a step was last finished with the others
         self._step_seconds = 0.0  # of the longest step of late
 
@@ -69,7 +72,7 @@ class StopRequest:
         self._heard = now
 
     @contextmanager
-    def unhurried(self) -> Iterator[None]:
+    def pause_watchdog(self) -> Iterator[None]:
         """Let the block take as long as it takes: the main process writes, the others wait for it.
 
         A rank that hangs here is found by the time limit of collectives.
@@ -79,14 +82,14 @@ class StopRequest:
         self._heard = time.monotonic()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def exclude_from_timing(self) -> Iterator[None]:
         """The block is no step: how long it takes says nothing of what a step does."""
         yield
         if math.isfinite(self._heard):
             self._heard = time.monotonic()
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """The signals raise ``KeyboardInterrupt`` in the block: nothing of the run is lost by leaving it."""
         before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
         try:
@@ -95,8 +98,13 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def agree(self) -> None:
+        """All ranks have learnt of the request, and stop together."""
+        self.stop_agreed = True
+        self.begin()
+
     def begin(self) -> None:
-        """All ranks have learnt of the request, and stop together: take as long as it takes."""
+        """The run ends: stopping may take as long as it takes."""
         self._begun.set()
 
     def _watch(self, read: int) -> None:

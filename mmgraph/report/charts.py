@@ -19,6 +19,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from mmgraph.evaluation.evaluator import FIXED, TRAINED
+from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.report.history import RANKS, Run, thinned
 
 MOST_POINTS = 1_000  # of a curve
@@ -26,9 +27,8 @@ FEW_POINTS = 50  # of a curve, each of which is marked
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
 CURVES = {
-    "loss": "loss",
-    "loss_mm": "text-image loss",
-    "loss_graph": "graph loss",
+    TOTAL: "loss",
+    **{name: f"{label} loss" for name, label in LABELS.items()},
     "lr": "learning rate",
     "edges_per_s": "throughput, edges/s",
     "data_wait_s": "wait for data, s",

@@ -1,27 +1,26 @@
 """The best evaluation of a run: whose weights are kept, and when it was too long ago."""
 
-from typing import Any
-
+from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
 from mmgraph.utils.log import log
 
 DEFAULT_METRIC = "z_graph/mrr"
 
 
-class Best:
-    """The best value of ``--keep_best`` so far, kept in the ``components`` of the run's state.
+class EarlyStopping:
+    """The best value of ``--keep_best`` so far, and how many evaluations there were since.
 
     Args:
         config: the run's settings.
-        components: of the run's progress.
+        progress: of the run; the value is kept in it.
         held_out: fingerprint of the held-out edges; values on others are not compared.
     """
 
-    def __init__(self, config: Config, components: dict[str, Any], held_out: str):
-        self.patience, self.components = config.early_stopping_patience, components
+    def __init__(self, config: Config, progress: Progress, held_out: str):
+        self.patience, self.progress = config.early_stopping_patience, progress
         self.metric = config.keep_best or (DEFAULT_METRIC if self.patience else None)
         kind = {"metric": self.metric, "held_out": held_out}
-        best = components.get("best")
+        best = progress.best
         if best is not None and {name: best[name] for name in kind} != kind:
             log(f"--keep_best begins anew: the best so far was {best['metric']}, on held-out edges {best['held_out']}")
             best = None
@@ -35,7 +34,7 @@ class Best:
         value, best = embeddings[kind][name], self.value["value"]
         better = best is None or value > best
         self.value |= {"value": value, "step": step, "misses": 0} if better else {"misses": self.value["misses"] + 1}
-        self.components["best"] = self.value
+        self.progress.best = self.value
         return better
 
     @property

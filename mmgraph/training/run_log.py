@@ -12,13 +12,15 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from mmgraph.checkpoints.files import final_file
-from mmgraph.checkpoints.state import Progress, gone_on
+from mmgraph.checkpoints.progress import Progress
+from mmgraph.checkpoints.state import gone_on
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import describe_causes
 from mmgraph.distributed.collectives import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
+from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.towers.clip import DEFAULT_MODEL, is_stand_in
 from mmgraph.training.metrics_file import MetricsFile
 from mmgraph.training.trackers import Trackers
@@ -27,13 +29,13 @@ from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
 
 
-class Recorder:
+class RunLog:
     """Opens a run's files in its output folder, and writes to them; on other ranks it does nothing.
 
     Args:
         config: the run's settings.
         accelerator: of this rank.
-        progress: where the run begins; the tracker's id is kept in its ``components``.
+        progress: where the run begins; the tracker's id is kept in it.
         start: the state that the run goes on from.
         total_steps: the step that the run ends with.
     """
@@ -70,9 +72,9 @@ class Recorder:
             raise UserError(f"--output_dir {self.output}: {error.strerror or error}") from None
         stack.callback(self.metrics.close)
         stack.enter_context(log_file(self.log_path, config.log_buffer_size))
-        self.trackers = Trackers(config, self.output, self.progress.step, self.progress.components.get("wandb"))
+        self.trackers = Trackers(config, self.output, self.progress.step, self.progress.wandb_id)
         stack.callback(self.trackers.close)
-        self.progress.components["wandb"] = self.trackers.wandb_id
+        self.progress.wandb_id = self.trackers.wandb_id
         self.bar = tqdm(
             total=self.total_steps, initial=self.progress.step, unit="step", disable=None, dynamic_ncols=True
         )
@@ -99,14 +101,12 @@ class Recorder:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         self.bar.update()
-        loss, loss_mm, loss_graph = (
-            "not finite" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "loss_mm", "loss_graph")
-        )
-        self.bar.set_postfix_str(f"loss {loss}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
+        shown = f"loss {_figure(row[TOTAL])}"
+        self.bar.set_postfix_str(f"{shown}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
         if row["step"] % self.config.log_every == 0:
             log(
-                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: loss {loss} (text-image {loss_mm}, "
-                f"graph {loss_graph}), lr {row['lr']:.3g}, {row['edges_per_s']:,.0f} edges/s"
+                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: {shown} ({_parts(row)}), lr "
+                f"{row['lr']:.3g}, {row['edges_per_s']:,.0f} edges/s"
             )
 
     def evaluation(self, step: int, row: Mapping[str, Any] | None, table: Table | None) -> None:
@@ -128,10 +128,14 @@ class Recorder:
             self.trackers.write(first)
 
     def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
-        """Sum an epoch up in the log, and flush it."""
+        """Sum an epoch up in the log, and flush it.
+
+        Args:
+            means: of the losses, over the steps.
+        """
         log(
-            f"epoch {epoch}/{self.config.epochs} done: mean loss {means['loss']:.4f} (text-image "
-            f"{means['loss_mm']:.4f}, graph {means['loss_graph']:.4f}) over {steps:,} steps"
+            f"epoch {epoch}/{self.config.epochs} done: mean loss {_figure(means[TOTAL])} ({_parts(means)}) over "
+            f"{steps:,} steps"
         )
         flush_log()
 
@@ -188,6 +192,15 @@ class Recorder:
             log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
         with suppress(OSError):
             flush_log()  # closing a tracker may take longer than the launcher leaves
+
+
+def _figure(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _parts(losses: Mapping[str, Any]) -> str:
+    """The losses of the weighted sum, such as ``text-image 4.1589, graph 4.1589``."""
+    return ", ".join(f"{label} {_figure(losses[name])}" for name, label in LABELS.items())
 
 
 def describe_all_causes(causes: np.ndarray) -> str:

@@ -248,7 +248,7 @@ def hostile_files(folder: Path, epoch_file: Path) -> dict[str, tuple[Path, str]]
         lambda content: content[model].update({wide: torch.empty(10**7, 10**7, device="meta")}),
     )
     made("wide", wide, lambda content: content[model].update({wide: torch.zeros(8_000_000, 1)}))
-    made("scalar", "()", lambda content: content[model].update({wide: torch.zeros(())}))
+    made("scalar", "8", lambda content: content[model].update({wide: torch.zeros(())}))
     made(
         "nested",
         wide,

@@ -25,7 +25,7 @@ import transformers
 import wandb  # noqa: F401
 
 from mmgraph import cli
-from mmgraph.training import trainer  # noqa: F401
+from mmgraph.training import build  # noqa: F401
 
 
 def main() -> None:

@@ -1,0 +1,90 @@
+"""Where a run stands: the part of a resume state that is no tensor."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands. ``epoch`` is the one in progress, from 1; ``step`` counts finished optimizer steps."""
+
+    step: int = 0
+    epoch: int = 1
+    samples_in_epoch: int = 0
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
+    adam_step: int = 0
+    loss_scale: dict[str, float] | None = None  # fp16: as GradScaler names it
+    metrics_bytes: int = 0
+    wandb_id: str | None = None
+    best: dict[str, Any] | None = None  # see mmgraph.training.early_stopping
+    unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation has not ended
+    nonfinite_steps: int = 0  # that were left out
+
+    def advance(self, edges: int) -> None:
+        """Count a finished step."""
+        self.step += 1
+        self.samples_in_epoch += edges
+
+    def add_losses(self, losses: Mapping[str, float]) -> None:
+        """Add a step's losses to the sums of its epoch."""
+        for name, value in {**losses, "steps": 1}.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0) + value
+
+    def begin_epoch(self) -> None:
+        """Go on to the next epoch."""
+        self.epoch, self.samples_in_epoch, self.epoch_sums = self.epoch + 1, 0, {}
+
+    def leave_folder(self) -> None:
+        """Forget what belongs to the output folder that the state was read from: a new folder has none of it."""
+        self.metrics_bytes, self.nonfinite_steps = 0, 0
+        self.wandb_id = self.best = self.unevaluated = None
+
+    def to_record(self) -> dict[str, Any]:
+        """The keys of ``state.json``."""
+        components: dict[str, Any] = {"wandb": self.wandb_id}
+        if self.best is not None:
+            components["best"] = self.best
+        if self.unevaluated is not None:
+            components["unevaluated"] = self.unevaluated
+        if self.nonfinite_steps:
+            components["not_finite_steps"] = self.nonfinite_steps
+        plain = ("step", "epoch", "samples_in_epoch", "epoch_sums", "adam_step", "loss_scale", "metrics_bytes")
+        return {**{name: getattr(self, name) for name in plain}, "components": components}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Progress":
+        """The progress in a ``state.json``.
+
+        Raises:
+            ValueError, TypeError, KeyError: the record is not one.
+        """
+        for name in ("step", "epoch", "samples_in_epoch", "adam_step", "metrics_bytes"):
+            _check(name, record[name], type(record[name]) is int and record[name] >= (name == "epoch"))
+        for name in ("components", "epoch_sums"):
+            _check(name, record[name], isinstance(record[name], dict))
+        sums, scale, components = record["epoch_sums"], record["loss_scale"], record["components"]
+        _check("epoch_sums", sums, all(isinstance(value, int | float) for value in sums.values()))
+        _check("loss_scale", scale, scale is None or isinstance(scale, dict))
+        wandb_id, best, unevaluated = (components.get(name) for name in ("wandb", "best", "unevaluated"))
+        _check("wandb", wandb_id, wandb_id is None or isinstance(wandb_id, str))
+        for name, value in (("best", best), ("unevaluated", unevaluated)):
+            _check(name, value, value is None or isinstance(value, dict))
+        return cls(
+            record["step"],
+            record["epoch"],
+            record["samples_in_epoch"],
+            sums,
+            record["adam_step"],
+            scale,
+            record["metrics_bytes"],
+            wandb_id,
+            best,
+            unevaluated,
+            int(components.get("not_finite_steps", 0)),
+        )
+
+
+def _check(name: str, value: object, is_valid: bool) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} {value!r}")

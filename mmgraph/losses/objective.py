@@ -1,0 +1,68 @@
+"""The objective of a run: its losses by name, and their weighted sum.
+
+A new loss is a function, a weight among the flags, and an entry in :data:`LABELS` and :class:`Objective`: rows, log
+lines, charts and trackers follow.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from mmgraph.data.batches import EdgeBatch
+from mmgraph.data.images import is_black
+from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
+from mmgraph.losses.negative_mask import FalseNegatives
+
+TOTAL = "loss"  # the name of the weighted sum
+LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # the losses by their names in metrics.jsonl, for people
+
+
+class Embeddings(NamedTuple):
+    """Of a rank's b edges: the b anchors, then the b positives; (2b, proj_dim) each, rows of unit length."""
+
+    graph: torch.Tensor
+    text: torch.Tensor
+    image: torch.Tensor
+
+
+class Losses(NamedTuple):
+    """This rank's share of the losses over the global batch; scalars, float32."""
+
+    losses: dict[str, torch.Tensor]  # :data:`TOTAL` first, then those of :data:`LABELS`
+    counters: dict[str, torch.Tensor]  # further figures of the step, by their names in metrics.jsonl
+
+
+class Objective:
+    """Computes the losses of a batch.
+
+    Args:
+        temperature: divides the cosine similarities.
+        graph_loss_weight: weight of the graph loss; the text-image loss has weight 1.
+        false_negatives: what leaves the denominators; None is the original's loss.
+        truncated_images: whether an image file that ends early counts as an image.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        graph_loss_weight: float,
+        false_negatives: FalseNegatives | None,
+        truncated_images: Literal["partial", "black"],
+    ):
+        self.temperature, self.graph_loss_weight = temperature, graph_loss_weight
+        self.false_negatives, self.truncated_images = false_negatives, truncated_images
+
+    def __call__(self, embeddings: Embeddings, batch: EdgeBatch) -> Losses:
+        """The losses of a rank's embeddings, compared with those of all ranks. Called by all ranks."""
+        total, text_image, graph, left_out = contrastive_losses(
+            *embeddings, self.temperature, self.graph_loss_weight, self.false_negatives, self._nodes(batch)
+        )
+        losses = {TOTAL: total, "loss_mm": text_image, "loss_graph": graph}
+        counters = dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
+        return Losses(losses, counters)
+
+    def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:
+        if self.false_negatives is None or batch.image_status is None:
+            return None
+        black = torch.from_numpy(is_black(batch.image_status, self.truncated_images))  # (U,)
+        return BatchNodes(batch.rows, black.to(batch.rows.device)[batch.inverse])

@@ -1,0 +1,198 @@
+"""Builds a run: reads where it begins, opens what its data needs, and sets up its parts."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from mmgraph.checkpoints.consolidate import restore, set_loss_scale
+from mmgraph.checkpoints.files import TrainedState
+from mmgraph.checkpoints.progress import Progress
+from mmgraph.checkpoints.resume import find_state, read_start
+from mmgraph.checkpoints.state import identity
+from mmgraph.config import Config
+from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.batches import build_loader
+from mmgraph.data.graph import Graph
+from mmgraph.data.images import SeenImages
+from mmgraph.data.node_inputs import NodeInputs
+from mmgraph.data.sampler import GlobalBatchSampler
+from mmgraph.distributed.collectives import from_main_process, together
+from mmgraph.distributed.deepspeed import set_run
+from mmgraph.distributed.signals import StopRequest
+from mmgraph.errors import UserError
+from mmgraph.evaluation.evaluator import Evaluation
+from mmgraph.inference.node_outputs import NodeOutputs
+from mmgraph.losses.negative_mask import false_negatives_of
+from mmgraph.losses.objective import Objective
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.towers.cached import CachedTowers, contents_of
+from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, read_tower_state
+from mmgraph.towers.fingerprint import check_towers, towers_fingerprint
+from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.store_plan import nodes_seen
+from mmgraph.towers.token_source import open_source
+from mmgraph.training.batch_stream import BatchStream
+from mmgraph.training.checkpointer import Checkpointer
+from mmgraph.training.early_stopping import EarlyStopping
+from mmgraph.training.lr_schedule import lr_at
+from mmgraph.training.nonfinite import NonfiniteSteps
+from mmgraph.training.run_log import RunLog
+from mmgraph.training.schedule import Schedule
+from mmgraph.training.step_log import StepLog
+from mmgraph.training.train_step import TrainStep
+from mmgraph.training.trainer import Run
+
+
+def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
+    """Build a run. Called by all ranks. Everything with a random part is set up from the seed alone.
+
+    Args:
+        config: the run's settings.
+        accelerator: from :func:`mmgraph.distributed.launch.build_accelerator`.
+        graph: the run's data.
+
+    Raises:
+        UserError: towers that cannot be loaded, or an output folder that holds another run.
+    """
+    start = _read_start(config, accelerator, graph)
+    progress = start.progress
+    sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
+    early_stopping = EarlyStopping(config, progress, graph.held_out.fingerprint if graph.held_out else "")
+    schedule = Schedule(config, progress, early_stopping, len(sampler), graph.held_out is not None)
+    _check_place(start, schedule)
+    opened = _open_data(config, accelerator, graph, schedule, start.identity["towers"])
+    prepared = _prepare(config, accelerator, graph, sampler, opened, start)
+
+    images, signals = SeenImages(len(graph.nodes)), StopRequest(config.stop_grace)
+    run_log = RunLog(config, accelerator, progress, start.state, schedule.total_steps)
+    stream = BatchStream(prepared.loader, sampler, opened.source, progress, schedule, images)
+    train_step = TrainStep(
+        prepared.module,
+        prepared.optimizer,
+        opened.objective,
+        opened.source,
+        accelerator,
+        progress,
+        config.global_batch_size,
+        lambda step: lr_at(step, config, schedule.total_steps),
+        _micro_batches(config, accelerator),
+        config.max_grad_norm,
+    )
+    nonfinite = NonfiniteSteps(config, accelerator, graph, progress)
+    step_log = StepLog(
+        config, accelerator, progress, schedule, train_step, stream, images, signals, nonfinite, run_log
+    )  # fmt: skip
+    checkpointer = Checkpointer(
+        config, accelerator, progress, schedule, start.identity, start.frozen, prepared.module, prepared.optimizer,
+        step_log, run_log, signals,
+    )  # fmt: skip
+    return Run(
+        config, accelerator, graph, progress, schedule, early_stopping, stream, train_step, step_log, checkpointer,
+        run_log, signals, images, opened.outputs, opened.evaluation, prepared.parameters,
+    )  # fmt: skip
+
+
+class _Start(NamedTuple):
+    """Where a run begins."""
+
+    state: Path | None  # that it goes on from
+    identity: dict[str, Any]  # what may not change when it goes on
+    frozen: dict[str, torch.Tensor]  # the towers' tensors under the original's keys
+    progress: Progress
+    trained: TrainedState | None  # weights and moments, if not random ones
+
+
+def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
+    fixed = identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
+    state = from_main_process(accelerator, lambda: find_state(config, fixed))
+    frozen = together(accelerator, lambda: read_tower_state(config.model_name))
+    fixed["towers"] = towers_fingerprint(frozen)
+    check_towers(fixed["towers"])
+    progress, trained = from_main_process(accelerator, lambda: read_start(config, state, fixed, frozen))
+    return _Start(state, fixed, frozen, progress, trained)
+
+
+def _check_place(start: _Start, schedule: Schedule) -> None:
+    """Raise :class:`UserError` where a state's place in its epoch is none of this run's."""
+    done, epoch = start.progress.samples_in_epoch, schedule.samples_per_epoch
+    if done > epoch or done % schedule.config.global_batch_size:
+        raise UserError(f"{start.state}: {done:,} edges of an epoch of {epoch:,}: not this run's")
+
+
+class _Data(NamedTuple):
+    """What a run knows of its nodes, and where their tokens come from."""
+
+    inputs: NodeInputs
+    source: CachedTowers | LiveTowers
+    objective: Objective
+    outputs: NodeOutputs
+    evaluation: Evaluation | None
+
+
+def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule: Schedule, towers: str) -> _Data:
+    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+    contents, neighbors = None, None
+    if config.tower_cache != "off" or config.false_negatives != "keep":
+        contents = contents_of(config, accelerator, graph)
+    if config.false_negatives == "mask_neighbors" or graph.held_out is not None:
+        neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+    masked = false_negatives_of(config, len(graph.nodes), contents, neighbors, accelerator.device)
+    objective = Objective(config.temperature, config.graph_loss_weight, masked, config.truncated_images)
+    evaluation: Evaluation | None = None
+    if graph.held_out is not None and neighbors is not None:
+        evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)
+    planned_nodes = nodes_seen(config, graph, max(0, schedule.total_steps - schedule.progress.step))
+    source = open_source(config, accelerator, graph, contents, inputs, towers, planned_nodes)
+    outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, config.num_workers)
+    return _Data(inputs, source, objective, outputs, evaluation)
+
+
+class _Prepared(NamedTuple):
+    """What Accelerate has wrapped."""
+
+    module: nn.Module
+    optimizer: AcceleratedOptimizer
+    loader: DataLoaderShard
+    parameters: tuple[int, int]  # how many are trained, and how many are frozen
+
+
+def _prepare(
+    config: Config, accelerator: Accelerator, graph: Graph, sampler: GlobalBatchSampler, data: _Data, start: _Start
+) -> _Prepared:
+    torch.manual_seed(config.seed)
+    d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
+    module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
+    frozen = sum(tensor.numel() for tensor in start.frozen.values())
+    parameters = sum(parameter.numel() for parameter in module.parameters()), frozen  # before ZeRO partitions them
+    if start.trained is not None:
+        module.load_state_dict(start.trained.weights)
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=accelerator.scaler is None,  # the loss scaler would not learn of a step that it skips
+    )
+    live = data.inputs if isinstance(data.source, LiveTowers) else None
+    loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
+    set_run(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
+    wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    if accelerator.num_processes > 1 and wrapped is module:
+        raise UserError("the trained module is not wrapped for data parallel training: ranks would train alone")
+    if start.trained is not None:
+        restore(wrapped, optimizer.optimizer, start.trained)
+    if start.progress.loss_scale is not None:
+        set_loss_scale(accelerator, wrapped, start.progress.loss_scale)
+    return _Prepared(wrapped, optimizer, loader, parameters)
+
+
+def _micro_batches(config: Config, accelerator: Accelerator) -> int:
+    """Parts that a rank's nodes of a step are embedded in."""
+    edges = config.global_batch_size // accelerator.num_processes
+    return math.ceil(edges / (config.micro_batch_size or edges))

@@ -1,0 +1,118 @@
+"""Writes what a run leaves to go on from: the resume state, and the epoch, final and best files."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from mmgraph.checkpoints.consolidate import consolidate, loss_scale
+from mmgraph.checkpoints.files import (
+    Checkpoint,
+    TrainedState,
+    best_file,
+    epoch_file,
+    final_file,
+    model_state,
+    optimizer_state,
+    write_checkpoint,
+)
+from mmgraph.checkpoints.progress import Progress
+from mmgraph.checkpoints.state import write_state
+from mmgraph.config import Config
+from mmgraph.distributed.collectives import write_on_main_process
+from mmgraph.distributed.signals import StopRequest
+from mmgraph.losses.objective import LABELS, TOTAL
+from mmgraph.models.multimodal_graph_encoder import TrainedModule
+from mmgraph.training.run_log import RunLog
+from mmgraph.training.schedule import Schedule
+from mmgraph.training.step_log import StepLog
+
+
+class Checkpointer:
+    """Saves a run. Everything is called by all ranks; the main process writes.
+
+    Args:
+        config, accelerator, progress, schedule: of the run.
+        identity: what may not change when the run goes on.
+        frozen: the towers' tensors under the original's keys.
+        module, optimizer: prepared by Accelerate.
+        step_log, run_log: are written to the disk before a state that follows them.
+        signals: of this rank; a save may take longer than a step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        progress: Progress,
+        schedule: Schedule,
+        identity: dict[str, Any],
+        frozen: Mapping[str, torch.Tensor],
+        module: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        step_log: StepLog,
+        run_log: RunLog,
+        signals: StopRequest,
+    ):
+        self.config, self.accelerator, self.progress, self.schedule = config, accelerator, progress, schedule
+        self.identity, self.frozen, self.module, self.optimizer = identity, frozen, module, optimizer
+        self.step_log, self.run_log, self.signals = step_log, run_log, signals
+        self.output = config.output_folder
+        self._saved: tuple[int, bool, bool] | None = None  # what of this run the newest state has
+
+    def save(self) -> None:
+        """Write the state, before it the epoch file at an epoch's end and the final file at the run's."""
+        self.step_log.flush()
+        progress, finished = self.progress, self.schedule.finished
+        if finished:
+            self.signals.begin()  # a stop that comes now is what happens anyway
+        content = progress.step, progress.unevaluated is None, finished
+        if content == self._saved:
+            return
+        with self.signals.pause_watchdog():
+            trained = consolidate(self.module, self.optimizer.optimizer)
+            progress.adam_step = trained.adam_step
+            progress.loss_scale = loss_scale(self.accelerator, self.module)
+            if self.schedule.epoch_finished:
+                self.write(lambda: self._write_epoch(trained))
+                progress.begin_epoch()
+            self.write(lambda: self._write_state(trained, finished))
+        self._saved = content
+
+    def save_best(self, module: TrainedModule) -> None:
+        """Write the best file, of a whole module."""
+        best = Checkpoint(model_state(self.frozen, module.state_dict()))
+        self.write(lambda: write_checkpoint(best_file(self.output), best))
+
+    def write(self, write: Callable[[], object]) -> None:
+        """Have the main process write to the output folder; its failure is every rank's."""
+        write_on_main_process(self.accelerator, self.output, write)
+
+    def whole_module(self) -> TrainedModule:
+        """What is trained, of any backend, in float32 on this rank's device."""
+        weights = consolidate(self.module, self.optimizer.optimizer).weights
+        return TrainedModule.from_weights(weights).to(self.accelerator.device)
+
+    def _write_epoch(self, trained: TrainedState) -> None:
+        progress, sums = self.progress, self.progress.epoch_sums
+        steps = int(sums.get("steps", 0))
+        means = {name: sums[name] / steps if steps else math.nan for name in (TOTAL, *LABELS)}
+        self.run_log.epoch(progress.epoch, means, steps)
+        checkpoint = Checkpoint(
+            model_state(self.frozen, trained.weights),
+            optimizer_state(trained, self.optimizer.param_groups[0]),
+            progress.epoch,
+            means[TOTAL],
+        )
+        write_checkpoint(epoch_file(self.output, progress.epoch), checkpoint)
+
+    def _write_state(self, trained: TrainedState, finished: bool) -> None:
+        config = self.config
+        if finished:
+            write_checkpoint(final_file(self.output), Checkpoint(model_state(self.frozen, trained.weights)))
+        self.progress.metrics_bytes = self.run_log.sync()
+        write_state(self.output / "state", self.progress, trained, self.identity, config, config.keep_last)
