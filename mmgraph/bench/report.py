@@ -7,6 +7,7 @@ from typing import Any
 
 from mmgraph.utils.environment import machine
 from mmgraph.utils.files import write_durably
+from mmgraph.utils.text_table import text_table
 
 Row = Mapping[str, Any]
 
@@ -16,10 +17,8 @@ def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> 
     print(f"\n{title}")
     columns = list(rows[0])
     cells = [columns, *([shown(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in
-                        enumerate(zip(row, widths, strict=True))))  # fmt: skip
+    for line in text_table(cells, "<" + ">" * (len(columns) - 1)):
+        print(line)
     for name, value in figures.items():
         print(f"{name}: {shown(value)}")
     if path is not None:

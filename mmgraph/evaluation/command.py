@@ -22,6 +22,7 @@ from mmgraph.inference.feature_files import FORMATS, read_features
 from mmgraph.inference.pretrained import open_checkpoint
 from mmgraph.utils.files import write_durably
 from mmgraph.utils.log import log
+from mmgraph.utils.text_table import text_table
 
 MOST_RELATIONS = 20  # in the printed table
 
@@ -114,7 +115,7 @@ def _tell(table: Table, path: Path | None) -> None:
         (name, *_digits(values.values()), *_digits([table["sampled"][name][key] for key in ("mrr", "hits@10")]))
         for name, values in table["embeddings"].items()
     ]
-    for line in _lines([header, *rows]):
+    for line in text_table([header, *rows], "<" + ">" * (len(header) - 1)):
         log(line)
     for key, what in (("retrieval", ""), ("retrieval_shuffled", ", each that of another node")):
         if values := table.get(key):
@@ -128,7 +129,7 @@ def _tell(table: Table, path: Path | None) -> None:
         shown = [
             (name, f"{v['edges']:,}", *_digits([v[c] for c in columns[1:]])) for name, v in by_size[:MOST_RELATIONS]
         ]
-        for line in _lines([("MRR by relation", *columns), *shown]):
+        for line in text_table([("MRR by relation", *columns), *shown], "<" + ">" * len(columns)):
             log(line)
         if len(by_size) > MOST_RELATIONS:
             log(f"and {len(by_size) - MOST_RELATIONS:,} relations of fewer edges (--json has all)")
@@ -140,9 +141,3 @@ def _tell(table: Table, path: Path | None) -> None:
 
 def _digits(values: Any) -> list[str]:
     return [f"{value:.4f}" for value in values]
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]

@@ -23,6 +23,7 @@ from mmgraph.inference.embeddings import node_vectors, unit
 from mmgraph.inference.pretrained import Inference, open_checkpoint, run_settings
 from mmgraph.towers.clip import is_stand_in
 from mmgraph.utils.log import log
+from mmgraph.utils.text_table import text_table
 
 EDGES_AT_ONCE = 1 << 20
 MOST_NAMES = 20_000  # that are compared for a misspelt one
@@ -252,10 +253,5 @@ def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: L
         edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
         node_id = plain(str(nodes.column("node_id")[match.row]))
         cells.append((str(place), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:  # numbers to the right, words to the left; the name, of any script, is last
-        padded = [cell.rjust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
-        padded += [cell.ljust(width) for cell, width in zip(line[2:-1], widths[2:-1], strict=True)]
-        lines.append("  ".join([*padded, line[-1]]))
-    return lines
+    # Numbers to the right, words to the left. The name is last and is not padded: its script may have wide characters.
+    return text_table(cells, ">>" + "<" * (len(header) - 3) + "-")
