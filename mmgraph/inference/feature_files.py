@@ -1,7 +1,6 @@
 """Files of one float32 vector a node, in node order: written and read without holding them in memory."""
 
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,8 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import skip_data
 
 from mmgraph.checkpoints.files import check_data, load_safely, save
 from mmgraph.errors import UserError
@@ -27,9 +24,9 @@ def write_features(
 ) -> Iterator[int]:
     """Write (N, d) vectors that come in blocks to a file of the format that its ending names; yields rows done.
 
-    ``.pt`` is what ``torch.save`` gives, but for the zip's checksum of the data, which torch does not read;
-    ``.safetensors`` has one tensor of the file's name; ``.npy`` an array; ``.parquet`` columns ``node_id`` (text) and
-    ``vector`` (a list of d). The file is there when it is whole.
+    ``.pt`` is written by ``torch.save`` and needs twice its size on the disk meanwhile; ``.safetensors`` has one tensor
+    of the file's name; ``.npy`` an array; ``.parquet`` columns ``node_id`` (text) and ``vector`` (a list of d). The
+    file is there when it is whole.
 
     Args:
         shape: N and d.
@@ -40,16 +37,12 @@ def write_features(
     try:
         if path.suffix == ".parquet":
             yield from _write_parquet(temporary, shape[1], blocks, ids)
+        elif path.suffix == ".pt":
+            yield from _write_pt(temporary, shape, blocks)
         else:
-            with temporary.open("w+b") as file:
-                _BEGINNINGS[path.suffix](file, temporary, path.stem, shape)
-                left = shape[0]
-                for block in blocks:
-                    file.write(np.ascontiguousarray(block, "<f4").data)
-                    left -= len(block)
-                    yield len(block)
-                if left:
-                    raise ValueError(f"{shape[0] - left} vectors came instead of {shape[0]}")
+            with temporary.open("wb") as file:
+                _HEADERS[path.suffix](file, path.stem, shape)
+                yield from _write_rows(file, shape[0], blocks)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -73,31 +66,41 @@ def _write_parquet(
             yield len(block)
 
 
-def _begin_npy(file: BinaryIO, _: Path, __: str, shape: tuple[int, int]) -> None:
+def _write_pt(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Iterator[int]:
+    """Write the vectors to a raw file and have ``torch.save`` read them from there: it takes only a whole tensor."""
+    raw = path.with_suffix(".raw")
+    try:
+        with raw.open("wb") as file:
+            yield from _write_rows(file, shape[0], blocks)
+        # shared: the kernel counts private pages, which may be written to, as memory of this process.
+        vectors = torch.from_file(str(raw), shared=True, size=shape[0] * shape[1], dtype=torch.float32)
+        save(vectors.view(shape), path)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+def _write_rows(file: BinaryIO, count: int, blocks: Iterable[np.ndarray]) -> Iterator[int]:
+    left = count
+    for block in blocks:
+        file.write(np.ascontiguousarray(block, "<f4").data)
+        left -= len(block)
+        yield len(block)
+    if left:
+        raise ValueError(f"{count - left} vectors came instead of {count}")
+
+
+def _write_npy_header(file: BinaryIO, _: str, shape: tuple[int, int]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
-def _begin_safetensors(file: BinaryIO, _: Path, name: str, shape: tuple[int, int]) -> None:
+def _write_safetensors_header(file: BinaryIO, name: str, shape: tuple[int, int]) -> None:
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}
     header = json.dumps({name.removeprefix("features_"): entry, "__metadata__": {"format": "pt"}}).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little") + header)
 
 
-def _begin_pt(file: BinaryIO, path: Path, _: str, shape: tuple[int, int]) -> None:
-    """torch's own file with room for the data, which takes no memory; the file is left where the data begins."""
-    with FakeTensorMode():
-        tensor = torch.empty(shape)
-    with skip_data(materialize_fake_tensors=True):
-        save(tensor, path)
-    with zipfile.ZipFile(path) as archive:
-        [entry] = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-    file.seek(entry.header_offset + 26)
-    name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
-    file.seek(entry.header_offset + 30 + name_length + extra_length)
-
-
-_BEGINNINGS = {".npy": _begin_npy, ".safetensors": _begin_safetensors, ".pt": _begin_pt}
+_HEADERS = {".npy": _write_npy_header, ".safetensors": _write_safetensors_header}
 
 
 def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
