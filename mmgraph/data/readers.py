@@ -4,6 +4,7 @@ import csv
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -64,30 +65,39 @@ def _check_rows(path: Path, columns: Sequence[str]) -> None:
 
     So a quote or a line end too much would make a node of the rest of a text.
     """
-    csv.field_size_limit(1 << 30)  # of 128 KiB
+    header: list[str] | None = None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader, header, line = csv.reader(_without_nul(path, file)), list[str](), 1
-            for fields in reader:
-                is_blank = not fields or (len(fields) == 1 and not fields[0].strip() and len(header) != 1)
-                if not header and not is_blank:
-                    header = fields
-                    _check_once(path, columns, header)
-                elif len(fields) != len(header) and not is_blank:
-                    raise UserError(
-                        f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}; look for a "
-                        "comma or a line end in a text without quotes, or a quote that does not end"
-                    )
-                line = reader.line_num + 1
+        for line, fields in _records(path):
+            if header is None:
+                header = fields
+                _check_once(path, columns, header)
+            elif len(fields) != len(header):
+                raise UserError(
+                    f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}; look for a "
+                    "comma or a line end in a text without quotes, or a quote that does not end"
+                )
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
 
 
-def _without_nul(path: Path, lines: Iterator[str]) -> Iterator[str]:
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV, header included, each with the line that it begins in; blank lines are none."""
+    csv.field_size_limit(1 << 30)  # of 128 KiB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(_lines(path, file))
+        line = 1
+        for fields in reader:
+            if fields:  # quotes make a field even of nothing
+                yield line, fields
+            line = reader.line_num + 1
+
+
+def _lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    """The lines of a CSV; those of spaces and tabs alone are made empty, because pandas skips them too."""
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
             raise UserError(f"{path}, line {number}: holds a NUL byte: damaged, or not a CSV table in UTF-8")
-        yield line
+        yield line if line.strip(" \t\r\n") else "\n"
 
 
 def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
@@ -171,17 +181,10 @@ def place(path: str | Path, row: int, short: bool = False) -> str:
     """Where row ``row`` (from 0) stands: the file's line in a CSV, whose quoted fields may span lines."""
     if Path(path).suffix in ROW_FORMATS:
         return f"row {row}" if short else f"{path}, row {row}"
-    csv.field_size_limit(1 << 30)  # of 128 KiB
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        filled = -1
-        line = 0
-        for fields in reader:
-            filled += bool(fields)  # pandas skips blank lines
-            if filled == row + 1:
-                break
-            line = reader.line_num
-    return f"line {line + 1}" if short else f"{path}, line {line + 1}"
+    line = 1
+    for begins, _ in islice(_records(Path(path)), row + 2):  # the header is a record too
+        line = begins
+    return f"line {line}" if short else f"{path}, line {line}"
 
 
 def fingerprint(path: str | Path) -> str:
