@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_available
 
+import mmgraph
 from mmgraph.errors import UserError
 
 OURS = {  # what DeepSpeed would do beside, or instead of, the run's settings
@@ -46,7 +47,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get(CONFIG_FILE, "none")
     if path != "none":
-        beside = Path(__file__).parents[2] / path  # the config's relative path, launched from another folder
+        beside = Path(mmgraph.__file__).parent.parent / path  # relative to the checkout, launched from another folder
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not beside.exists() else str(beside)
     # Accelerate refuses a precision in its own config beside a JSON, though it takes it where the JSON says "auto".
     fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
