@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
 _HOMES = {
     "CrossAttentionFusion": "mmgraph.models.cross_attention_fusion",
     "GraphEdgeDataset": "mmgraph.loader.graph_edge_dataset",

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
 from mmgraph.errors import UserError
+from mmgraph.utils.environment import versions
 from mmgraph.utils.files import sync
 from mmgraph.utils.log import log
 
@@ -95,7 +95,7 @@ def _fill(
         **progress.to_record(),
         "identity": run_identity,
         "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")}
+        "versions": versions(("mmgraph", "torch", "accelerate", "transformers"))
         | {"python": platform.python_version()},
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, MOMENTS)},
     }

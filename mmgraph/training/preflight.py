@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
 from mmgraph.towers.fingerprint import file_fingerprints
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.training import estimate
+from mmgraph.utils.environment import versions
 from mmgraph.utils.log import log
 from mmgraph.utils.units import size
 
@@ -99,7 +99,7 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         "edge table": graph.edges_fingerprint,
         "held-out edges": graph.held_out.fingerprint if graph.held_out is not None else "",
         "towers": file_fingerprints(config.model_name),
-        "versions": {name: version(name) for name in ("mmgraph", "torch", "accelerate", "transformers")},
+        "versions": versions(("mmgraph", "torch", "accelerate", "transformers")),
     }
     speed = matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

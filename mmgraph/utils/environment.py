@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+import mmgraph
 from mmgraph.utils.files import write_durably
 
 FILE = "environment.json"
@@ -22,18 +24,23 @@ def machine() -> dict[str, Any]:
     model, info = "", Path("/proc/cpuinfo")
     if info.exists():
         model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), "")
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": model or platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed, and of mmgraph, which also runs from a checkout."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = mmgraph.__version__ if name == "mmgraph" else version(name)
+    return found
 
 
 def note_start(folder: Path, accelerator: Accelerator, step: int) -> None:
