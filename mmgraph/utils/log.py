@@ -2,6 +2,9 @@
 
 ``log()`` and ``flush_log()`` are module functions, as in the original, so that any module can log without being
 handed a logger. Outside a run there is no file: lines are printed, and the last thousand wait for a run to open one.
+
+``logging.handlers.MemoryHandler`` is no base for this: its ``flush`` writes record by record, prints a failure instead
+of raising it and then drops the lines; it undoes no half-written line, has no bound and keeps its lines in a fork.
 """
 
 import atexit
