@@ -1,5 +1,6 @@
 """Errors become one line and an exit code."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -12,15 +13,23 @@ from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
 
 OTHERS_WAIT_SECONDS = 5  # most errors are every rank's: the main one says it, and the launcher then ends the others
+# What the machine causes: any other OSError, such as EBADF, or ENOENT of a path that no user gave, is a bug.
+ENVIRONMENT_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no room
+    errno.EACCES, errno.EPERM, errno.EROFS,  # not permitted
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # disks, also of a network
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,  # limits on files, memory and processes
+    errno.EPIPE,  # nobody reads what is printed
+}  # fmt: skip
 
 
 def run(action: Callable[[], int]) -> int:
-    """Call ``action``; what a user can cause ends in one line, from the main process alone."""
+    """Call ``action``. An error that a user or the machine causes ends in one line, from the main process alone."""
     try:
         return action()
     except Exception as error:
         _end_workers()
-        code = _told(error)
+        code = _report(error)
         if code is None:
             raise
         return code
@@ -29,8 +38,8 @@ def run(action: Callable[[], int]) -> int:
         return 130
 
 
-def _told(error: Exception) -> int | None:
-    """Say in one line what a user or the machine has caused. Returns the exit code; None of any other error."""
+def _report(error: Exception) -> int | None:
+    """Print one line about an error that a user or the machine causes. Returns the exit code; None of any other."""
     rank = os.environ.get("RANK", "0")
     if isinstance(error, UserError):
         if not is_main_process():
@@ -42,7 +51,7 @@ def _told(error: Exception) -> int | None:
         if lost is not None:
             print(f"mmgraph: error: rank {rank} {lost}; the last state stands", file=sys.stderr)
             return 1
-    if isinstance(error, OSError):  # a full disk, a folder without permission: the user's to mend
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         print(f"mmgraph: error: {error}", file=sys.stderr)
         return 1
     return None

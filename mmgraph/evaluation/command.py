@@ -20,7 +20,7 @@ from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.feature_files import FORMATS, read_features
 from mmgraph.inference.pretrained import open_checkpoint
-from mmgraph.utils.files import write_durably
+from mmgraph.utils.files import told_of_disk, write_durably
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
@@ -135,7 +135,8 @@ def _tell(table: Table, path: Path | None) -> None:
             log(f"and {len(by_size) - MOST_RELATIONS:,} relations of fewer edges (--json has all)")
     if path is not None:
         content = json.dumps(table, indent=1) + "\n"
-        write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        with told_of_disk(path, "give --json a file in a folder that exists and has room"):
+            write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         log(f"written: {path}")
 
 
