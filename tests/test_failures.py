@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmgraph.bench.report import report
+from mmgraph.cli import failures
 from mmgraph.cli.failures import ENVIRONMENT_ERRORS, run
 from mmgraph.errors import RunError, UserError
 
@@ -44,6 +45,16 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
     with pytest.raises(type(error)) as caught:
         run(lambda: raising(error))
     assert caught.value is error and capsys.readouterr().err == ""
+
+
+def test_a_bug_where_exit_hooks_may_hang_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code comes back, so that the process ends without those hooks."""
+    monkeypatch.setattr(failures, "hooks_may_hang", lambda: True)
+    assert run(lambda: raising(ValueError("a bug"))) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("ValueError: a bug\n") and "in raising" in err
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("no such file"), 2), (RunError("no room"), 1)])

@@ -4,12 +4,13 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NoReturn
 
-from mmgraph.cli.failures import run
+from mmgraph.cli.failures import end_workers, run
 from mmgraph.cli.train import run_training
 from mmgraph.cli.verbs import run_verb
+from mmgraph.utils.exit import end_process, hooks_may_hang
+from mmgraph.utils.log import flush_log
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -23,15 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; a rank without Python's own teardown, after all that is registered for the exit.
+    """End this process after its exit hooks; a rank without Python's own teardown.
 
     DeepSpeed never lets go of its process groups. Where a thread of gloo gives back a collective's tensors while Python
-    is torn down, the process aborts (pytorch issue 190489), and a run that is done would be told as failed.
+    is torn down, the process aborts (pytorch issue 190489), and the launcher would report a run that is done as failed.
+    Where a hook of another package may hang, only the clean-ups of mmgraph are done.
     """
+    if hooks_may_hang():
+        from mmgraph.data.table_cache import remove_stand_ins
+
+        end_process(code, end_workers, remove_stand_ins, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
+    # No public function runs the hooks without the teardown. A first hook that ends the process would run last, but
+    # sys.exit waits for all threads before any hook, also for one that is stuck in a collective or on a disk.
+    end_process(code, atexit._run_exitfuncs)

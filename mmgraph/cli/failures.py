@@ -7,9 +7,11 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from mmgraph.errors import UserError
+from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
 OTHERS_WAIT_SECONDS = 5  # most errors are every rank's: the main one says it, and the launcher then ends the others
@@ -28,13 +30,16 @@ def run(action: Callable[[], int]) -> int:
     try:
         return action()
     except Exception as error:
-        _end_workers()
+        end_workers()
         code = _report(error)
         if code is None:
-            raise
+            if not hooks_may_hang():
+                raise
+            traceback.print_exc()  # the interpreter's own end after an error would run the hooks
+            return 1
         return code
     except KeyboardInterrupt:
-        _end_workers()
+        end_workers()
         return 130
 
 
@@ -57,7 +62,7 @@ def _report(error: Exception) -> int | None:
     return None
 
 
-def _end_workers() -> None:
+def end_workers() -> None:
     """End the DataLoader workers. They ignore SIGTERM, which at a stop is for ranks: Python would wait for ever."""
     workers = multiprocessing.active_children()
     if not workers:

@@ -1,6 +1,5 @@
 """``metrics.jsonl`` (one object a step) and the trackers; written by the main process alone."""
 
-import atexit
 import dataclasses
 import netrc
 import os
@@ -20,8 +19,8 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
 
 from mmgraph.config import Config
-from mmgraph.data.table_cache import remove_stand_ins
-from mmgraph.utils.log import flush_log, log
+from mmgraph.utils.exit import hook_may_hang
+from mmgraph.utils.log import log
 
 Pictures = Mapping[str, Image]
 Tables = Mapping[str, tuple[list[str], list[list[Any]]]]  # columns, rows
@@ -154,9 +153,7 @@ class _Follower:
     def _turn_off(self, why: str) -> None:
         self._off = True
         log(f"{self._name} is off from here: it {why}; the run goes on, and metrics.jsonl has all of it")
-        atexit._clear()  # where what the tracker has registered would wait for it; but ours is to be done
-        atexit.register(flush_log)
-        atexit.register(remove_stand_ins)
+        hook_may_hang()  # what the tracker has registered for the exit would wait for it
 
     def _work(self) -> None:
         doing = "start"
