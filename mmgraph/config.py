@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
@@ -15,164 +15,259 @@ BEST_METRICS = tuple(
     f"{embedding}/{metric}" for embedding in ("z_graph", "fused") for metric in ("mrr", "hits@1", "hits@3", "hits@10")
 )
 
+Group = Literal["data", "model", "training", "evaluation", "towers", "loading", "output", "tracking", "processes"]
+GROUPS: tuple[Group, ...] = get_args(Group)  # in the order of --help_all
 
-def _flag(default: Any, help: str, aliases: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
+
+class Range(NamedTuple):
+    """The finite numbers between two bounds, and their description in an error message."""
+
+    description: str
+    above: float = -math.inf
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def contains(self, value: float) -> bool:
+        """Whether a number lies in the range; NaN lies in none."""
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
+
+
+ABOVE_0 = Range("above 0", above=0)
+FROM_0 = Range("0 or more", at_least=0)
+BELOW_2_63 = Range("below 2^63", below=2**63)
+FROM_0_TO_1 = Range("a share, from 0 to 1", at_least=0, at_most=1)
+FROM_0_BELOW_1 = Range("0 or more, and below 1", at_least=0, below=1)
+
+
+def _flag(
+    default: Any,
+    group: Group,
+    help: str,
+    *ranges: Range,
+    aliases: tuple[str, ...] = (),
+    common: bool = False,
+    fixed: int | None = None,
+    inherited: bool = False,
+) -> Any:
+    """Declare a flag. Everything that depends on it is derived from this metadata.
+
+    Args:
+        ranges: the values must lie in all of them; None is also valid where it is the default.
+        common: ``--help`` shows the flag, not only ``--help_all``.
+        fixed: position in the ``identity`` of a resume state, for a flag that may not change on resume; 1 is first.
+        inherited: verbs that read a checkpoint (encode, evaluate, ...) take the value from the run's ``config.yaml``.
+    """
+    metadata = {"help": help, "aliases": list(aliases), "group": group, "ranges": ranges, "common": common}
+    return dataclasses.field(default=default, metadata={**metadata, "fixed": fixed, "inherited": inherited})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is run. Defaults are the original trainer's. Raises :class:`UserError` on values that cannot work."""
 
-    nodes: str = _flag(DEFAULT_TABLES[0], "node table, CSV or Parquet: node_id, short_name, summary, image_path")
-    edges: str = _flag(DEFAULT_TABLES[1], "edge table, CSV or Parquet: src_id, dst_id")
+    nodes: str = _flag(
+        DEFAULT_TABLES[0],
+        "data",
+        "node table, CSV or Parquet: node_id, short_name, summary, image_path",
+        common=True,
+        inherited=True,
+    )
+    edges: str = _flag(
+        DEFAULT_TABLES[1], "data", "edge table, CSV or Parquet: src_id, dst_id", common=True, inherited=True
+    )
     image_root: str | None = _flag(
         None,
-        "folder that relative image paths start from (default: the folder "
-        "of the node table, then the working directory)",
+        "data",
+        "folder that relative image paths start from (default: the folder of the node table, then the working "
+        "directory)",
+        common=True,
+        inherited=True,
     )
-    demo: bool = _flag(False, f"build the emoji demo graph in {DEMO_FOLDER} if it is not there, and train on it")
+    demo: bool = _flag(
+        False, "data", f"build the emoji demo graph in {DEMO_FOLDER} if it is not there, and train on it", common=True
+    )
     confine_images: bool = _flag(
-        False, "refuse image paths that leave the image root (../, absolute, symbolic links): for tables from strangers"
+        False,
+        "data",
+        "refuse image paths that leave the image root (../, absolute, symbolic links): for tables from strangers",
+        fixed=12,
+        inherited=True,
     )
     max_bad_images: float = _flag(
-        1.0, "end the run where more than this share of the image files seen (100 or more) are missing or not whole"
+        1.0,
+        "data",
+        "end the run where more than this share of the image files seen (100 or more) are missing or not whole",
+        FROM_0_TO_1,
     )
     truncated_images: Literal["partial", "black"] = _flag(
-        "partial", "an image file that ends early: use the part that is there (as the original), or black"
+        "partial",
+        "data",
+        "an image file that ends early: use the part that is there (as the original), or black",
+        fixed=13,
+        inherited=True,
     )
-    model_name: str = _flag("openai/clip-vit-base-patch32", "CLIP towers: a name on the Hugging Face hub or a folder")
-    init_from: str | None = _flag(None, "start from an epoch or final file (.pt) of mmgraph or the original")
-    fused_dim: int = _flag(512, "width of the cross-attention fusion, a multiple of 8")
-    proj_dim: int = _flag(256, "width of the three projections, and so of the embeddings")
-    epochs: int = _flag(20, "passes over the edges")
-    max_steps: int | None = _flag(None, "end after this many optimizer steps, if sooner")
+    model_name: str = _flag(
+        "openai/clip-vit-base-patch32",
+        "model",
+        "CLIP towers: a name on the Hugging Face hub or a folder",
+        common=True,
+        inherited=True,
+    )
+    init_from: str | None = _flag(None, "model", "start from an epoch or final file (.pt) of mmgraph or the original")
+    fused_dim: int = _flag(512, "model", "width of the cross-attention fusion, a multiple of 8", ABOVE_0, fixed=3)
+    proj_dim: int = _flag(256, "model", "width of the three projections, and so of the embeddings", ABOVE_0, fixed=4)
+    epochs: int = _flag(20, "training", "passes over the edges", ABOVE_0, common=True)
+    max_steps: int | None = _flag(
+        None, "training", "end after this many optimizer steps, if sooner", ABOVE_0, common=True
+    )
     global_batch_size: int = _flag(
-        64, "edges in one optimizer step, over all processes", aliases=("--batch_size", "--batch-size")
+        64,
+        "training",
+        "edges in one optimizer step, over all processes",
+        ABOVE_0,
+        aliases=("--batch_size", "--batch-size"),
+        common=True,
+        fixed=2,
     )
     micro_batch_size: int | None = _flag(
         None,
+        "training",
         "edges of a process's part of the batch that are in memory at once; the loss stays over the global batch "
         "(default: all of them)",
+        ABOVE_0,
     )
-    learning_rate: float = _flag(5e-5, "AdamW's rate")
-    weight_decay: float = _flag(1e-4, "AdamW's decoupled weight decay")
-    lr_schedule: Literal["constant", "cosine"] = _flag("constant", "rate over the steps; cosine ends at 0")
-    warmup_steps: int = _flag(0, "steps over which the rate rises linearly to learning_rate")
-    max_grad_norm: float = _flag(0.0, "clip gradients to this L2 norm; 0 does not clip")
+    learning_rate: float = _flag(5e-5, "training", "AdamW's rate", ABOVE_0, common=True, fixed=7)
+    weight_decay: float = _flag(1e-4, "training", "AdamW's decoupled weight decay", FROM_0, fixed=8)
+    lr_schedule: Literal["constant", "cosine"] = _flag(
+        "constant", "training", "rate over the steps; cosine ends at 0", fixed=9
+    )
+    warmup_steps: int = _flag(
+        0, "training", "steps over which the rate rises linearly to learning_rate", FROM_0, fixed=10
+    )
+    max_grad_norm: float = _flag(0.0, "training", "clip gradients to this L2 norm; 0 does not clip", FROM_0, fixed=11)
     max_skipped_steps: int = _flag(
-        0, "steps whose loss or gradient is not finite that a run may leave out (they update nothing) before it ends"
+        0,
+        "training",
+        "steps whose loss or gradient is not finite that a run may leave out (they update nothing) before it ends",
+        FROM_0,
     )
-    temperature: float = _flag(0.07, "divides the cosine similarities in both losses")
-    graph_loss_weight: float = _flag(1.0, "weight of the graph loss; the text-image loss has weight 1")
+    temperature: float = _flag(0.07, "training", "divides the cosine similarities in both losses", ABOVE_0, fixed=5)
+    graph_loss_weight: float = _flag(
+        1.0, "training", "weight of the graph loss; the text-image loss has weight 1", FROM_0, fixed=6
+    )
     false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = _flag(
         "keep",
+        "training",
         "what leaves the losses' denominators: nothing (as the original); the query's own nodes and nodes of the same "
         "image; and also neighbours that are trained on",
+        fixed=14,
     )
     missing_image: Literal["black", "mask"] = _flag(
-        "black", "nodes without an image: have a black one (as the original), or are left out of the text-image loss"
+        "black",
+        "training",
+        "nodes without an image: have a black one (as the original), or are left out of the text-image loss",
+        fixed=15,
     )
-    seed: int = _flag(42, "everything random comes from it")
-    num_workers: int = _flag(4, "DataLoader workers in each process")
-    cache_size: int = _flag(128, "images kept decoded in each worker, least recently used go first")
+    seed: int = _flag(
+        42, "training", "everything random comes from it", FROM_0, BELOW_2_63, common=True, fixed=1, inherited=True
+    )
+    num_workers: int = _flag(4, "loading", "DataLoader workers in each process", FROM_0, common=True)
+    cache_size: int = _flag(128, "loading", "images kept decoded in each worker, least recently used go first", FROM_0)
     image_cache_gb: float = _flag(
-        10.0, "disk for resized images that all processes of a host share, most frequent nodes first; 0 is none"
+        10.0,
+        "loading",
+        "disk for resized images that all processes of a host share, most frequent nodes first; 0 is none",
+        FROM_0,
     )
     tower_cache: str = _flag(
         "auto",
+        "towers",
         "each node goes through the towers once: auto keeps their tokens below the node table (or in $MMGRAPH_CACHE) "
         "where the planned steps see more nodes than the graph has; the path of a folder keeps them there; off runs "
         "the towers at every step",
+        inherited=True,
     )
     tower_cache_dtype: Literal["auto", "float32", "float16"] = _flag(
-        "auto", "of the tokens kept; auto: float32 where the run's precision is, else float16"
+        "auto", "towers", "of the tokens kept; auto: float32 where the run's precision is, else float16"
     )
     tower_cache_local: str | None = _flag(
-        None, "folder of each host's own disk that the tokens are copied to first, from a shared file system"
+        None, "towers", "folder of each host's own disk that the tokens are copied to first, from a shared file system"
     )
     tower_cache_device: Literal["auto", "cpu", "cuda"] = _flag(
-        "auto", "where the tokens are kept in a run; auto: on the GPU where they take up to half of its free memory"
+        "auto",
+        "towers",
+        "where the tokens are kept in a run; auto: on the GPU where they take up to half of its free memory",
     )
-    eval_fraction: float = _flag(0.0, "share of the edges, whole pairs by seed, to hold out and evaluate on")
+    eval_fraction: float = _flag(
+        0.0,
+        "evaluation",
+        "share of the edges, whole pairs by seed, to hold out and evaluate on",
+        FROM_0_BELOW_1,
+        common=True,
+        fixed=16,
+        inherited=True,
+    )
     eval_edges: str | None = _flag(
-        None, "edge table to evaluate on: src_id, dst_id, and rel_id for a table by relation"
+        None,
+        "evaluation",
+        "edge table to evaluate on: src_id, dst_id, and rel_id for a table by relation",
+        inherited=True,
     )
-    eval_every: int = _flag(500, "steps between evaluations; there is one before the first step and one at the end")
+    eval_every: int = _flag(
+        500, "evaluation", "steps between evaluations; there is one before the first step and one at the end", FROM_0
+    )
     keep_best: str | None = _flag(
-        None, "metric whose best evaluation's weights are kept in multimodal_encoder_best.pt, such as z_graph/mrr"
+        None,
+        "evaluation",
+        "metric whose best evaluation's weights are kept in multimodal_encoder_best.pt, such as z_graph/mrr",
     )
     early_stopping_patience: int | None = _flag(
-        None, "end after this many evaluations without a better --keep_best (z_graph/mrr)"
+        None, "evaluation", "end after this many evaluations without a better --keep_best (z_graph/mrr)", ABOVE_0
     )
-    output_dir: str | None = _flag(None, "where everything the run makes lies (default: runs/RUN_NAME)")
-    run_name: str | None = _flag(None, "the run's name (default: demo, or the folder of the node table)")
+    output_dir: str | None = _flag(
+        None, "output", "where everything the run makes lies (default: runs/RUN_NAME)", common=True
+    )
+    run_name: str | None = _flag(None, "output", "the run's name (default: demo, or the folder of the node table)")
     resume: str = _flag(
         "auto",
+        "output",
         "auto goes on where the run in the output folder stopped; never refuses to; or the path of a state folder",
+        common=True,
     )
-    save_every: int = _flag(500, "steps between resume states; 0: only at the end of each epoch")
-    keep_last: int = _flag(2, "resume states kept; epoch files are never removed")
-    log_every: int = _flag(50, "steps between lines of the text log")
-    log_buffer_size: int = _flag(10, "lines of the text log written at a time")
-    report: bool = _flag(True, "write report.html into the output folder when all steps are done")
+    save_every: int = _flag(500, "output", "steps between resume states; 0: only at the end of each epoch", FROM_0)
+    keep_last: int = _flag(2, "output", "resume states kept; epoch files are never removed", ABOVE_0)
+    log_every: int = _flag(50, "output", "steps between lines of the text log", ABOVE_0)
+    log_buffer_size: int = _flag(10, "output", "lines of the text log written at a time", ABOVE_0)
+    report: bool = _flag(True, "output", "write report.html into the output folder when all steps are done")
     report_to: Literal["auto", "wandb", "tensorboard", "all", "none"] = _flag(
-        "auto", "tracker that follows the run; auto: wandb where there is a key or a login"
+        "auto", "tracking", "tracker that follows the run; auto: wandb where there is a key or a login", common=True
     )
-    project: str = _flag("mmgraph", "wandb: the project")
-    tags: str | None = _flag(None, "wandb: tags, with commas between them")
-    notes: str | None = _flag(None, "wandb: a text about the run")
+    project: str = _flag("mmgraph", "tracking", "wandb: the project")
+    tags: str | None = _flag(None, "tracking", "wandb: tags, with commas between them")
+    notes: str | None = _flag(None, "tracking", "wandb: a text about the run")
     collective_timeout: float = _flag(
-        600.0, "seconds that a rank waits for the others, or for a DataLoader worker, before it gives up"
+        600.0,
+        "processes",
+        "seconds that a rank waits for the others, or for a DataLoader worker, before it gives up",
+        ABOVE_0,
     )
-    stop_grace: float = _flag(15.0, "seconds that a rank that is asked to stop gives a step, on top of its usual time")
-    check: bool = _flag(False, "check arguments, data and launch, and train nothing")
+    stop_grace: float = _flag(
+        15.0, "processes", "seconds that a rank that is asked to stop gives a step, on top of its usual time", ABOVE_0
+    )
+    check: bool = _flag(False, "processes", "check arguments, data and launch, and train nothing", common=True)
 
     def __post_init__(self) -> None:
-        positive = (
-            "fused_dim",
-            "proj_dim",
-            "epochs",
-            "global_batch_size",
-            "learning_rate",
-            "temperature",
-            "keep_last",
-            "log_every",
-            "log_buffer_size",
-            "collective_timeout",
-            "stop_grace",
-        )
-        not_negative = (
-            "weight_decay",
-            "warmup_steps",
-            "max_grad_norm",
-            "max_skipped_steps",
-            "graph_loss_weight",
-            "seed",
-            "num_workers",
-            "cache_size",
-            "image_cache_gb",
-            "save_every",
-            "eval_every",
-        )
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in not_negative:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed}: must be below 2^63")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            for valid in field.metadata["ranges"]:
+                if not valid.contains(value):
+                    raise UserError(f"--{field.name} {value}: must be {valid.description}")
         if self.eval_fraction and self.eval_edges is not None:
             raise UserError("--eval_fraction splits the edges, --eval_edges names others: give one of the two")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"--eval_fraction {self.eval_fraction}: must be 0 or more, and below 1")
-        if not 0 <= self.max_bad_images <= 1:
-            raise UserError(f"--max_bad_images {self.max_bad_images}: must be a share, from 0 to 1")
         self._check_best()
-        for name in ("max_steps", "micro_batch_size", "early_stopping_patience"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.fused_dim % 8:
             raise UserError(f"--fused_dim {self.fused_dim}: must be a multiple of 8, the number of attention heads")
 
@@ -197,3 +292,8 @@ class Config:
     def save(self, path: Path) -> None:
         """Write the settings as YAML that ``--config`` reads back."""
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+_FIELDS = dataclasses.fields(Config)
+COMMON, INHERITED = (tuple(field.name for field in _FIELDS if field.metadata[key]) for key in ("common", "inherited"))
+FIXED_ON_RESUME = tuple(f.name for f in sorted(_FIELDS, key=lambda f: f.metadata["fixed"] or 0) if f.metadata["fixed"])

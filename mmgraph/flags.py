@@ -1,8 +1,9 @@
 """The command line of a run: flags and YAML to a :class:`~mmgraph.config.Config`."""
 
+import copy
 import dataclasses
 import difflib
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from mmgraph.config import DEMO_FOLDER, Config
+from mmgraph.config import COMMON, DEMO_FOLDER, GROUPS, Config
 from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
 
@@ -28,31 +29,19 @@ DEMO_SETTINGS: dict[str, Any] = {
     "cache_size": 2048,
 }
 
-GROUPS = {  # how --help_all sets the flags out
-    "data": ("nodes", "edges", "image_root", "confine_images", "demo", "truncated_images", "max_bad_images"),
-    "model": ("model_name", "init_from", "fused_dim", "proj_dim"),
-    "training": ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "learning_rate", "weight_decay",
-                 "lr_schedule", "warmup_steps", "max_grad_norm", "max_skipped_steps", "temperature",
-                 "graph_loss_weight", "false_negatives", "missing_image", "seed"),
-    "evaluation": ("eval_fraction", "eval_edges", "eval_every", "keep_best", "early_stopping_patience"),
-    "towers": ("tower_cache", "tower_cache_dtype", "tower_cache_local", "tower_cache_device"),
-    "loading": ("num_workers", "cache_size", "image_cache_gb"),
-    "output": ("output_dir", "run_name", "resume", "save_every", "keep_last", "log_every", "log_buffer_size",
-               "report"),
-    "tracking": ("report_to", "project", "tags", "notes"),
-    "processes": ("check", "collective_timeout", "stop_grace"),
-}  # fmt: skip
-COMMON = {  # what --help shows
-    "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size", "learning_rate",
-    "seed", "eval_fraction", "num_workers", "output_dir", "resume", "report_to", "check",
-}  # fmt: skip
-
 
 class _Parser(HfArgumentParser):
     """Flags from the dataclass; a wrong one is a :class:`UserError` instead of a usage dump."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
+        """Add a field's flag. The base class passes all metadata to ``add_argument``, which rejects other keys."""
+        field = copy.copy(field)
+        field.metadata = {key: field.metadata[key] for key in ("help", "aliases")}  # type: ignore[assignment]
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
     def parse(self, arguments: list[str]) -> Namespace:
         namespace, unknown = self.parse_known_args(arguments)
@@ -68,7 +57,7 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.option_strings[0].startswith("--no_"):
                 action.help = "leave that out"
-            if not every_flag and action.dest not in COMMON | {"help", "help_all", "config"}:
+            if not every_flag and action.dest not in {*COMMON, "help", "help_all", "config"}:
                 action.help = SUPPRESS
             if action.default is None or action.default is False:
                 action.default = SUPPRESS  # "(default: None)" says nothing
@@ -89,9 +78,10 @@ def _build_parser() -> _Parser:
     parser.add_argument("--help", action="store_true", default=False, help="show the common flags")
     parser.add_argument("--help_all", "--help-all", action="store_true", default=False, help="show all flags")
     parser._add_dataclass_arguments(Config)  # type: ignore[arg-type]
-    for title, names in GROUPS.items():
+    group_of = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)}
+    for title in GROUPS:
         group = parser.add_argument_group(title)
-        for action in [a for a in parser._optionals._group_actions if a.dest in names]:
+        for action in [a for a in parser._optionals._group_actions if group_of.get(a.dest) == title]:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
             action.metavar = action.metavar or (None if action.choices else action.dest.rsplit("_", 1)[-1].upper())

@@ -9,7 +9,7 @@ import torch
 from mmgraph.checkpoints.files import TrainedState, best_file, check_fit, read_checkpoint, trained_state
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.state import newest_state, read_record, read_state
-from mmgraph.config import Config
+from mmgraph.config import FIXED_ON_RESUME, Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.clip import load_tower_configs
@@ -117,10 +117,8 @@ def _used(output: Path) -> bool:
 
 def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:
     """Raise :class:`UserError` with the differences where a state is not of the run that ``identity`` describes."""
-    later = {
-        name: getattr(Config, name) for name in ("confine_images", "false_negatives", "missing_image", "eval_fraction")
-    }
-    before = {**later, **read_record(state)["identity"]}  # states of before there were these flags
+    defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # a state may be older than a flag
+    before = {**defaults, **read_record(state)["identity"]}
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"
         for name, value in identity.items()

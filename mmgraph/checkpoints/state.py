@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.config import Config
+from mmgraph.config import FIXED_ON_RESUME, Config
 from mmgraph.errors import UserError
 from mmgraph.utils.environment import versions
 from mmgraph.utils.files import sync
@@ -36,10 +36,7 @@ class NotDamagedError(UserError):
 
 def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
     """What may not change when a run goes on: data and all that enters the numbers. (Towers are added when loaded.)"""
-    fixed = ("seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
-             "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "confine_images", "truncated_images",
-             "false_negatives", "missing_image", "eval_fraction")  # fmt: skip
-    known: dict[str, Any] = {name: getattr(config, name) for name in fixed}
+    known: dict[str, Any] = {name: getattr(config, name) for name in FIXED_ON_RESUME}
     if config.lr_schedule != "constant":  # the rate of a step depends on the last one
         known |= {"epochs": config.epochs, "max_steps": config.max_steps}
     return known | {"nodes table": nodes, "edges table": edges}

@@ -10,7 +10,7 @@ import yaml
 from accelerate import Accelerator
 
 from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
-from mmgraph.config import Config
+from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES
@@ -29,10 +29,6 @@ from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.live import LiveTowers, run_towers
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
-
-# Of the run that a checkpoint lies in, where nothing else is given.
-OF_THE_RUN = ("nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
-              "eval_edges", "eval_fraction", "seed")  # fmt: skip
 
 
 def newest_run() -> Path:
@@ -77,7 +73,7 @@ def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
     if "eval_edges" in given or "eval_fraction" in given:
         run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
     try:
-        of_the_run = config_of({name: run[name] for name in OF_THE_RUN if name in run})
+        of_the_run = config_of({name: run[name] for name in INHERITED if name in run})
     except UserError as error:
         raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
     if "nodes" not in given and not Path(of_the_run.nodes).exists():
