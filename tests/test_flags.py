@@ -1,0 +1,157 @@
+"""A flag is declared once, in Config: its help, group, range and uses are read from the field."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmgraph.checkpoints import resume
+from mmgraph.checkpoints.state import identity
+from mmgraph.cli import verbs
+from mmgraph.config import COMMON, FIXED_ON_RESUME, GROUPS, INHERITED, Config, Range
+from mmgraph.errors import UserError
+from mmgraph.flags import parse_config
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FIXED = [
+    "seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
+    "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "confine_images", "truncated_images",
+    "false_negatives", "missing_image", "eval_fraction",
+]  # fmt: skip
+
+
+def refusal(**settings: Any) -> str:
+    """The error message of a Config, empty where it is valid."""
+    try:
+        Config(**settings)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def shown(flag: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Flags that ``--help`` or ``--help_all`` lists, and the titles above them, which end in a colon."""
+    with pytest.raises(SystemExit):
+        parse_config([flag])
+    lines = re.findall(r"^(?:  --(\w+)|(\w+:))", capsys.readouterr().out, re.MULTILINE)
+    return [flag or title for flag, title in lines]
+
+
+def test_each_field_has_a_group_and_help() -> None:
+    for field in FIELDS.values():
+        assert field.metadata["group"] in GROUPS and field.metadata["help"], field.name
+    assert {field.metadata["group"] for field in FIELDS.values()} == set(GROUPS)
+
+
+def bounds() -> list[Any]:
+    """Each bound of each range: flag, a value on its valid side, one on the other side, and the range."""
+    cases = []
+    for name, field in FIELDS.items():
+        whole = not isinstance(field.default, float)
+
+        def beside(bound: float, towards: int, whole: bool = whole) -> float:
+            return bound + towards if whole else math.nextafter(bound, towards * math.inf)
+
+        for valid in field.metadata["ranges"]:
+            pairs = {
+                "above": (beside(valid.above, 1), valid.above),
+                "at_least": (valid.at_least, beside(valid.at_least, -1)),
+                "at_most": (valid.at_most, beside(valid.at_most, 1)),
+                "below": (beside(valid.below, -1), valid.below),
+            }
+            cases += [
+                pytest.param(name, *pair, valid, id=f"{name}-{bound}")
+                for bound, pair in pairs.items()
+                if math.isfinite(getattr(valid, bound))
+            ]
+    return cases
+
+
+@pytest.mark.parametrize(("name", "inside", "outside", "valid"), bounds())
+def test_a_range_ends_at_its_bounds(name: str, inside: float, outside: float, valid: Range) -> None:
+    assert refusal(**{name: outside}) == f"--{name} {outside}: must be {valid.description}"
+    assert f"must be {valid.description}" not in refusal(**{name: inside})  # other checks may refuse it
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", 0.0, "--temperature 0.0: must be above 0"),
+        ("temperature", math.nan, "--temperature nan: must be above 0"),
+        ("learning_rate", math.inf, "--learning_rate inf: must be above 0"),
+        ("weight_decay", 0.0, ""),
+        ("weight_decay", -1e-9, "--weight_decay -1e-09: must be 0 or more"),
+        ("max_grad_norm", math.inf, "--max_grad_norm inf: must be 0 or more"),
+        ("max_bad_images", 1.0, ""),
+        ("max_bad_images", 1.1, "--max_bad_images 1.1: must be a share, from 0 to 1"),
+        ("eval_fraction", 0.999, ""),
+        ("eval_fraction", 1.0, "--eval_fraction 1.0: must be 0 or more, and below 1"),
+        ("seed", -1, "--seed -1: must be 0 or more"),
+        ("seed", 2**63 - 1, ""),
+        ("seed", 2**63, "--seed 9223372036854775808: must be below 2^63"),
+        ("max_steps", None, ""),
+        ("max_steps", 0, "--max_steps 0: must be above 0"),
+        ("micro_batch_size", -1, "--micro_batch_size -1: must be above 0"),
+        ("fused_dim", 12, "--fused_dim 12: must be a multiple of 8, the number of attention heads"),
+        ("num_workers", 0, ""),
+    ],
+)
+def test_values_and_messages(name: str, value: float, message: str) -> None:
+    assert refusal(**{name: value}) == message
+
+
+def test_numbers_without_a_range() -> None:
+    numbers = {name for name, field in FIELDS.items() if type(field.default) in (int, float)}
+    assert {name for name in numbers if not FIELDS[name].metadata["ranges"]} == set()
+
+
+def test_flags_fixed_on_resume() -> None:
+    assert list(FIXED_ON_RESUME) == FIXED
+    known = identity(Config(seed=7), "n", "e")
+    assert list(known) == [*FIXED, "nodes table", "edges table"] and known["seed"] == 7
+    cosine = identity(Config(lr_schedule="cosine"), "n", "e")
+    assert list(cosine) == [*FIXED, "epochs", "max_steps", "nodes table", "edges table"]
+    positions = [FIELDS[name].metadata["fixed"] for name in FIXED]
+    assert positions == list(range(1, len(FIXED) + 1))
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_state_older_than_a_flag_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = identity(Config(), "n", "e")
+    older = {key: value for key, value in now.items() if key != name}
+    monkeypatch.setattr(resume, "read_record", lambda state: {"identity": older})
+    resume.check_identity(Path("state"), now, "another run")
+    with pytest.raises(UserError, match=rf"^another run: {name} {now[name]} -> changed; "):
+        resume.check_identity(Path("state"), {**now, name: "changed"}, "another run")
+
+
+def test_flags_that_other_verbs_take_from_the_run() -> None:
+    assert set(INHERITED) == {
+        "nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
+        "eval_edges", "eval_fraction", "seed",
+    }  # fmt: skip
+    assert {*verbs.RUN_FLAGS, *verbs.SPLIT_FLAGS} <= set(INHERITED)
+
+
+def test_help_shows_the_common_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(COMMON) == {
+        "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size",
+        "learning_rate", "seed", "eval_fraction", "num_workers", "output_dir", "resume", "report_to", "check",
+    }  # fmt: skip
+    flags = [name for name in shown("--help", capsys) if not name.endswith(":")]
+    assert sorted(flags) == sorted([*COMMON, "config", "help", "help_all"])
+
+
+def test_help_all_shows_each_flag_below_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    group, found, titles = "", {}, []
+    for name in shown("--help_all", capsys):
+        if name.endswith(":"):
+            group = name[:-1]
+            titles.append(group)
+        else:
+            found[name] = group
+    assert titles == ["usage", "start", *GROUPS]
+    assert {name: found[name] for name in FIELDS} == {name: field.metadata["group"] for name, field in FIELDS.items()}
