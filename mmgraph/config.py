@@ -47,7 +47,7 @@ def _flag(
     *ranges: Range,
     aliases: tuple[str, ...] = (),
     common: bool = False,
-    fixed: int | None = None,
+    fixed: bool = False,
     inherited: bool = False,
 ) -> Any:
     """Declare a flag. Everything that depends on it is derived from this metadata.
@@ -55,7 +55,7 @@ def _flag(
     Args:
         ranges: the values must lie in all of them; None is also valid where it is the default.
         common: ``--help`` shows the flag, not only ``--help_all``.
-        fixed: position in the ``identity`` of a resume state, for a flag that may not change on resume; 1 is first.
+        fixed: the value may not change when a run is resumed.
         inherited: verbs that read a checkpoint (encode, evaluate, ...) take the value from the run's ``config.yaml``.
     """
     metadata = {"help": help, "aliases": list(aliases), "group": group, "ranges": ranges, "common": common}
@@ -91,7 +91,7 @@ class Config:
         False,
         "data",
         "refuse image paths that leave the image root (../, absolute, symbolic links): for tables from strangers",
-        fixed=12,
+        fixed=True,
         inherited=True,
     )
     max_bad_images: float = _flag(
@@ -104,7 +104,7 @@ class Config:
         "partial",
         "data",
         "an image file that ends early: use the part that is there (as the original), or black",
-        fixed=13,
+        fixed=True,
         inherited=True,
     )
     model_name: str = _flag(
@@ -115,8 +115,8 @@ class Config:
         inherited=True,
     )
     init_from: str | None = _flag(None, "model", "start from an epoch or final file (.pt) of mmgraph or the original")
-    fused_dim: int = _flag(512, "model", "width of the cross-attention fusion, a multiple of 8", ABOVE_0, fixed=3)
-    proj_dim: int = _flag(256, "model", "width of the three projections, and so of the embeddings", ABOVE_0, fixed=4)
+    fused_dim: int = _flag(512, "model", "width of the cross-attention fusion, a multiple of 8", ABOVE_0, fixed=True)
+    proj_dim: int = _flag(256, "model", "width of the three projections, and so of the embeddings", ABOVE_0, fixed=True)
     epochs: int = _flag(20, "training", "passes over the edges", ABOVE_0, common=True)
     max_steps: int | None = _flag(
         None, "training", "end after this many optimizer steps, if sooner", ABOVE_0, common=True
@@ -128,7 +128,7 @@ class Config:
         ABOVE_0,
         aliases=("--batch_size", "--batch-size"),
         common=True,
-        fixed=2,
+        fixed=True,
     )
     micro_batch_size: int | None = _flag(
         None,
@@ -137,40 +137,40 @@ class Config:
         "(default: all of them)",
         ABOVE_0,
     )
-    learning_rate: float = _flag(5e-5, "training", "AdamW's rate", ABOVE_0, common=True, fixed=7)
-    weight_decay: float = _flag(1e-4, "training", "AdamW's decoupled weight decay", FROM_0, fixed=8)
+    learning_rate: float = _flag(5e-5, "training", "AdamW's rate", ABOVE_0, common=True, fixed=True)
+    weight_decay: float = _flag(1e-4, "training", "AdamW's decoupled weight decay", FROM_0, fixed=True)
     lr_schedule: Literal["constant", "cosine"] = _flag(
-        "constant", "training", "rate over the steps; cosine ends at 0", fixed=9
+        "constant", "training", "rate over the steps; cosine ends at 0", fixed=True
     )
     warmup_steps: int = _flag(
-        0, "training", "steps over which the rate rises linearly to learning_rate", FROM_0, fixed=10
+        0, "training", "steps over which the rate rises linearly to learning_rate", FROM_0, fixed=True
     )
-    max_grad_norm: float = _flag(0.0, "training", "clip gradients to this L2 norm; 0 does not clip", FROM_0, fixed=11)
+    max_grad_norm: float = _flag(0.0, "training", "clip gradients to this L2 norm; 0 does not clip", FROM_0, fixed=True)
     max_skipped_steps: int = _flag(
         0,
         "training",
         "steps whose loss or gradient is not finite that a run may leave out (they update nothing) before it ends",
         FROM_0,
     )
-    temperature: float = _flag(0.07, "training", "divides the cosine similarities in both losses", ABOVE_0, fixed=5)
+    temperature: float = _flag(0.07, "training", "divides the cosine similarities in both losses", ABOVE_0, fixed=True)
     graph_loss_weight: float = _flag(
-        1.0, "training", "weight of the graph loss; the text-image loss has weight 1", FROM_0, fixed=6
+        1.0, "training", "weight of the graph loss; the text-image loss has weight 1", FROM_0, fixed=True
     )
     false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = _flag(
         "keep",
         "training",
         "what leaves the losses' denominators: nothing (as the original); the query's own nodes and nodes of the same "
         "image; and also neighbours that are trained on",
-        fixed=14,
+        fixed=True,
     )
     missing_image: Literal["black", "mask"] = _flag(
         "black",
         "training",
         "nodes without an image: have a black one (as the original), or are left out of the text-image loss",
-        fixed=15,
+        fixed=True,
     )
     seed: int = _flag(
-        42, "training", "everything random comes from it", FROM_0, BELOW_2_63, common=True, fixed=1, inherited=True
+        42, "training", "everything random comes from it", FROM_0, BELOW_2_63, common=True, fixed=True, inherited=True
     )
     num_workers: int = _flag(4, "loading", "DataLoader workers in each process", FROM_0, common=True)
     cache_size: int = _flag(128, "loading", "images kept decoded in each worker, least recently used go first", FROM_0)
@@ -205,7 +205,7 @@ class Config:
         "share of the edges, whole pairs by seed, to hold out and evaluate on",
         FROM_0_BELOW_1,
         common=True,
-        fixed=16,
+        fixed=True,
         inherited=True,
     )
     eval_edges: str | None = _flag(
@@ -295,5 +295,6 @@ class Config:
 
 
 _FIELDS = dataclasses.fields(Config)
-COMMON, INHERITED = (tuple(field.name for field in _FIELDS if field.metadata[key]) for key in ("common", "inherited"))
-FIXED_ON_RESUME = tuple(f.name for f in sorted(_FIELDS, key=lambda f: f.metadata["fixed"] or 0) if f.metadata["fixed"])
+COMMON, INHERITED, FIXED_ON_RESUME = (
+    tuple(field.name for field in _FIELDS if field.metadata[key]) for key in ("common", "inherited", "fixed")
+)

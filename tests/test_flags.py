@@ -109,13 +109,11 @@ def test_numbers_without_a_range() -> None:
 
 
 def test_flags_fixed_on_resume() -> None:
-    assert list(FIXED_ON_RESUME) == FIXED
+    assert set(FIXED_ON_RESUME) == set(FIXED)
     known = identity(Config(seed=7), "n", "e")
-    assert list(known) == [*FIXED, "nodes table", "edges table"] and known["seed"] == 7
+    assert set(known) == {*FIXED, "nodes table", "edges table"} and known["seed"] == 7
     cosine = identity(Config(lr_schedule="cosine"), "n", "e")
-    assert list(cosine) == [*FIXED, "epochs", "max_steps", "nodes table", "edges table"]
-    positions = [FIELDS[name].metadata["fixed"] for name in FIXED]
-    assert positions == list(range(1, len(FIXED) + 1))
+    assert set(cosine) == {*FIXED, "epochs", "max_steps", "nodes table", "edges table"}
 
 
 @pytest.mark.parametrize("name", FIXED)
