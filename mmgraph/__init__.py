@@ -14,7 +14,7 @@ _HOMES = {
     "NodesDataset": "mmgraph.loader.nodes_dataset",
     "flush_log": "mmgraph.utils.log",
     "info_nce_loss": "mmgraph.losses.contrastive",
-    "load_pretrained_encoder": "mmgraph.checkpoints.files",
+    "load_pretrained_encoder": "mmgraph.inference.pretrained",
     "log": "mmgraph.utils.log",
 }
 __all__ = sorted(_HOMES)
