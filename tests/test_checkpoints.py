@@ -48,8 +48,7 @@ def trained_step(module: TrainedModule) -> tuple[TrainedState, torch.optim.Optim
 
 
 def epoch_checkpoint(towers: Towers, fused_dim: int, proj_dim: int) -> tuple[Checkpoint, torch.optim.Optimizer]:
-    widths = (tower.config.hidden_size for tower in towers)
-    trained, optimizer = trained_step(TrainedModule(*widths, fused_dim, proj_dim))
+    trained, optimizer = trained_step(TrainedModule(*towers.widths, fused_dim, proj_dim))
     state = model_state(tower_state(towers), trained.weights)
     return Checkpoint(state, optimizer_state(trained, optimizer.param_groups[0]), 3, 1.25), optimizer
 

@@ -15,17 +15,17 @@ from targets import (
     CHECK_AGREEMENT,
     DEEPSPEED_IS_INSTALLED,
     DESCRIBE_WORLD,
-    GATHER_OF_CHECKS,
+    GATHER_OF_TOWERS,
     HOST_MEMORY,
     TENSORBOARD_IS_INSTALLED,
 )
-from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.cli import train_main
 from mmgraph.config import Config
 from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
-from mmgraph.towers.fingerprint import check_towers, file_fingerprints
+from mmgraph.towers.fingerprint import check_same_towers, file_fingerprints
+from mmgraph.towers.load import empty_towers
 from mmgraph.training.estimate import memory_gb, shape
 from mmgraph.training.preflight import SAME_EVERYWHERE, Rank
 
@@ -104,9 +104,9 @@ def test_towers_are_told_apart_by_their_files(graph: Path, tmp_path: Path) -> No
 
 
 def test_towers_that_a_rank_alone_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GATHER_OF_CHECKS, lambda _: [("one", "a"), ("one", "a"), ("two", "b")])
+    monkeypatch.setattr(GATHER_OF_TOWERS, lambda _: [("one", "a"), ("one", "a"), ("two", "b")])
     with pytest.raises(UserError, match=rf"rank 2 \(two\) .*\btowers\b.*\brank 0 \(one\).*{SAME_EVERYWHERE['towers']}"):
-        check_towers("a")
+        check_same_towers("a")
 
 
 def test_gpus_of_a_host() -> None:
@@ -198,7 +198,7 @@ def test_deepspeed_that_is_not_installed(
 
 
 def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
-    sizes = shape(CLIPTextConfig(), CLIPVisionConfig(), Config())
+    sizes = shape(empty_towers(Config.model_name), Config())
     assert (sizes.frozen + sizes.trained, sizes.trained) == (156_662_272, 6_040_320)
     assert sizes.text_length == 77 and sizes.patches == 49 and sizes.image_size == 224
     # ViT-B/32 is said to take 4.4 G multiply-adds an image; its text tower 2.9 G for 77 tokens.
@@ -228,7 +228,7 @@ print(peak_memory_gb(torch.device("cpu")))
 def test_the_memory_estimate_is_near_what_a_step_takes() -> None:
     """ViT-B/32, 32 edges, float32, one process on a CPU: within a third."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    sizes = shape(CLIPTextConfig(), CLIPVisionConfig(), Config())
+    sizes = shape(empty_towers(Config.model_name), Config())
     estimated = memory_gb(sizes, 32, None, "cpu", False)
     print(f"estimated {estimated:.2f} GB, measured {float(done.stdout):.2f} GB")
     assert estimated == pytest.approx(float(done.stdout), rel=0.33)

@@ -148,7 +148,7 @@ def test_info_nce_of_known_logits() -> None:
 
 
 def test_towers_are_those_of_transformers() -> None:
-    text, vision = random_towers(*tiny_configs())
+    text, vision = (tower.model for tower in random_towers(*tiny_configs()))
     encoder = MultimodalGraphEncoder.from_towers(random_towers(*tiny_configs()), 16, 8)
     encoder.text_model.load_state_dict(text.state_dict())
     encoder.vision_model.load_state_dict(vision.state_dict())

@@ -24,8 +24,8 @@ from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.towers.cached import contents_of, open_store
-from mmgraph.towers.clip import load_tokenizer_and_processor, read_tower_state
 from mmgraph.towers.fingerprint import towers_fingerprint
+from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
 from mmgraph.training.lr_schedule import lr_at
 
 DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024, 0.01
@@ -105,8 +105,8 @@ class Baselines:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
-        outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, workers=0).of([range(len(graph.nodes))])
-        pooled = [(part.tokens.text_pooled, part.tokens.image_pooled) for part in outputs]
+        outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, 0)
+        pooled = [(o.tokens.text_pooled, o.tokens.image_pooled) for o in outputs.of([range(len(graph.nodes))])]
         self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 
     def mlp(self, given: str, batch_size: int, false_negatives: Any, seed: int) -> Table:

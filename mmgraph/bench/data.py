@@ -23,7 +23,7 @@ from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.collectives import from_main_process, together
 from mmgraph.distributed.launch import build_accelerator, check_batch_size
-from mmgraph.towers.clip import load_tokenizer_and_processor
+from mmgraph.towers.load import load_tokenizer_and_processor
 
 SAMPLE, WARM = 256, 10
 

@@ -19,8 +19,8 @@ from mmgraph.data.graph import Graph
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import load_tower_configs, load_towers
 from mmgraph.towers.cost import matmul_flops_per_s
+from mmgraph.towers.load import load_towers, tower_shapes
 from mmgraph.training import estimate
 
 Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
@@ -93,7 +93,7 @@ def _figures(every: dict[str, Steps], times: Times, precision: str) -> dict[str,
         )
     fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in stored]
     speed = matmul_flops_per_s(steps.accelerator.device, steps.dtype)
-    flops = 3 * distinct * estimate.shape(*load_tower_configs(config.model_name), config).fusion_flops
+    flops = 3 * distinct * estimate.shape(tower_shapes(config.model_name), config).fusion_flops
     figures |= {
         "share of fusion and optimizer in the stored step": median(
             f / w for f, w in zip(fusion, _whole(stored), strict=True)

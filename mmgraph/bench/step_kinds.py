@@ -22,12 +22,14 @@ from mmgraph.loader.multimodal_collator import MultimodalCollator
 from mmgraph.losses.contrastive import contrastive_losses, info_nce_loss
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cached import CachedTowers
-from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, tower_state
+from mmgraph.towers.clip import tower_state
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.live import LiveTowers, run_towers
+from mmgraph.towers.load import load_tokenizer_and_processor
 from mmgraph.towers.store import TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
+from mmgraph.towers.token_source import TokenSource
 from mmgraph.towers.tokens import Tokens, Towers
 from mmgraph.utils.files import cache_folder
 
@@ -88,11 +90,10 @@ class Steps:
         self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
         self.live_collator = BatchCollator(graph.nodes, graph.paths, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
-        d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
         self.modules, self.optimizers = {}, {}
         for kind in KINDS:
             torch.manual_seed(config.seed)
-            module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim).to(accelerator.device)
+            module = TrainedModule(*towers.widths, config.fused_dim, config.proj_dim).to(accelerator.device)
             self.modules[kind] = module
             self.optimizers[kind] = torch.optim.AdamW(
                 module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=kind != "plain"
@@ -165,7 +166,7 @@ class Steps:
         return lambda: PlainModule(self.modules["plain"])(*tokens[:3])
 
     def _distinct(self, kind: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        source: CachedTowers | LiveTowers = self.stored if kind == "stored" else self.live
+        source: TokenSource = self.stored if kind == "stored" else self.live
         if kind == "stored":
             batch = next(self.stored_batches)
         else:

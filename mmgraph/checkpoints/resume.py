@@ -12,7 +12,7 @@ from mmgraph.checkpoints.state import newest_state, read_record, read_state
 from mmgraph.config import FIXED_ON_RESUME, Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.clip import load_tower_configs
+from mmgraph.towers.load import tower_shapes
 from mmgraph.utils.log import log
 
 ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
@@ -104,9 +104,9 @@ def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[
 
 def _empty_module(config: Config) -> TrainedModule:
     """What the run trains, without memory: names, shapes and types to compare with."""
-    d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
+    widths = tower_shapes(config.model_name).widths
     with torch.device("meta"):
-        return TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
+        return TrainedModule(*widths, config.fused_dim, config.proj_dim)
 
 
 def _used(output: Path) -> bool:

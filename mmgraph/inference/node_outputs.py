@@ -16,7 +16,8 @@ from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.towers.cached import CachedTowers
-from mmgraph.towers.live import LiveTowers, run_towers
+from mmgraph.towers.live import run_towers
+from mmgraph.towers.token_source import TokenSource
 from mmgraph.towers.tokens import Tokens, Towers
 
 BATCH = 64  # nodes that are embedded at once; fixed, so that no number of processes changes an embedding
@@ -40,9 +41,15 @@ class NodeOutputs:
     """
 
     def __init__(
-        self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, source: CachedTowers | LiveTowers, workers: int
+        self,
+        nodes: NodeTable,
+        paths: ImagePaths,
+        inputs: NodeInputs,
+        source: TokenSource,
+        workers: int,
     ):
-        self.nodes, self.paths, self.inputs, self.source, self.workers = nodes, paths, inputs, source, workers
+        self.nodes, self.paths, self.inputs, self.source = nodes, paths, inputs, source
+        self.workers = workers
 
     def of(self, parts: Sequence[range], partners: np.ndarray | None = None) -> Iterator[Outputs]:
         """Outputs of some parts of the nodes, up to :data:`BATCH` of consecutive ones at a time.

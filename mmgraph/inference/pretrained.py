@@ -24,9 +24,10 @@ from mmgraph.flags import config_of
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
 from mmgraph.towers.cached import existing_store
-from mmgraph.towers.clip import DEFAULT_MODEL, load_tokenizer_and_processor, random_towers, tower_configs
+from mmgraph.towers.clip import DEFAULT_MODEL
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.live import LiveTowers, run_towers
+from mmgraph.towers.load import empty_towers, load_tokenizer_and_processor
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
 
@@ -139,8 +140,8 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
     if stored is not None:
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
-    live = LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device) if stored is None else None
-    outputs = NodeOutputs(nodes, paths, inputs, stored or live, config.num_workers)  # type: ignore[arg-type]
+    source = stored or LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device)
+    outputs = NodeOutputs(nodes, paths, inputs, source, config.num_workers)
     return Inference(nodes, paths, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
 
 
@@ -174,9 +175,8 @@ def load_pretrained_encoder(
     widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
     if len(widths) < 2 or widths[0] % HEADS or not min(widths):
         raise UserError(f"{checkpoint_path}: widths of {tuple(widths)}; the fusion's must be a multiple of {HEADS}")
-    configs = tower_configs(name)
     with torch.device("meta"):  # what a file claims is compared before it is given memory
-        expected = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths).state_dict()
+        expected = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths).state_dict()
     for key in [*expected, *state]:
         if key not in state or key not in expected:
             where = "is missing in" if key not in state else "is not expected in"
@@ -186,7 +186,7 @@ def load_pretrained_encoder(
                 f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
                 f"towers of {name}; give the model it was trained with"
             )
-    encoder = MultimodalGraphEncoder.from_towers(random_towers(*configs), *widths)
+    encoder = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths)
     encoder.load_state_dict(state)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         log("no CUDA device: the encoder is loaded on the CPU")

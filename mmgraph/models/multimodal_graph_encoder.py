@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmgraph.models.cross_attention_fusion import CrossAttentionFusion
-from mmgraph.towers.clip import TOWER_NAMES, file_key, load_towers, widths
+from mmgraph.towers.clip import TOWER_NAMES, file_key
 from mmgraph.towers.live import run_towers
+from mmgraph.towers.load import load_towers
 from mmgraph.towers.tokens import Tokens, Towers
 
 
@@ -130,8 +131,9 @@ class MultimodalGraphEncoder(TrainedModule):
         return encoder
 
     def _assemble(self, towers: Towers, fused_dim: int, proj_dim: int) -> None:
-        self.text_model, self.vision_model = towers
-        self._build(*widths(towers), fused_dim, proj_dim)
+        self.text_model, self.vision_model = towers.text_model, towers.vision_model
+        self._tower_types = type(towers.text), type(towers.image)
+        self._build(*towers.widths, fused_dim, proj_dim)
         self.register_state_dict_post_hook(_use_file_keys)
         self.register_load_state_dict_pre_hook(_use_module_keys)
 
@@ -173,13 +175,14 @@ class MultimodalGraphEncoder(TrainedModule):
         """As for any module, but the towers stay in eval mode."""
         super().train(mode)
         for tower in self.towers:
-            tower.eval()
+            tower.model.eval()
         return self
 
     @property
     def towers(self) -> Towers:
-        """Both towers."""
-        return Towers(self.text_model, self.vision_model)
+        """Both towers, around the modules that the encoder has now: ``nn.DataParallel`` replaces them in its copies."""
+        text, image = self._tower_types
+        return Towers(text(self.text_model), image(self.vision_model))
 
 
 def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,8 +25,8 @@ from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.distributed.collectives import together
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import load_tokenizer_and_processor, read_tower_state
-from mmgraph.towers.fingerprint import check_towers, towers_fingerprint
+from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
+from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
@@ -203,7 +203,7 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     if config.tower_cache in ("auto", "off"):  # whatever a run would decide
         config = dataclasses.replace(config, tower_cache=str(cache_folder(config.nodes)))
     towers = together(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
-    check_towers(towers)
+    check_same_towers(towers)
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
     stored = open_store(config, accelerator, graph, contents_of(config, accelerator, graph), inputs, towers, 0)

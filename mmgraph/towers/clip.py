@@ -1,13 +1,14 @@
-"""The frozen CLIP towers, and the token source that the trainer reads them through."""
+"""CLIP's towers: the implementation of both over transformers, their weight files, and the original's keys."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -22,9 +23,77 @@ from transformers.utils import logging as transformers_logging
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.towers.tokens import Towers
+from mmgraph.towers.cost import transformer_flops
+from mmgraph.towers.tokens import TowerOutput, Towers
 
+DEFAULT_MODEL = Config.model_name
+STAND_IN = "UNTRAINED.txt"  # a file of a demo graph's towers
 TOWER_NAMES = ("text_model", "vision_model")
+DESCRIBED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+             "layer_norm_eps")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CLIPTextTower:
+    """CLIP's text tower, a :class:`mmgraph.towers.tokens.TextTower`."""
+
+    model: CLIPTextModel
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TowerOutput:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return TowerOutput(output.last_hidden_state, attention_mask, output.pooler_output)
+
+    def flops(self, length: int) -> float:
+        return _flops(self.model.config, length)
+
+    def description(self) -> dict[str, Any]:
+        return _described(self.model.config, (*DESCRIBED, "max_position_embeddings", "eos_token_id"))
+
+
+@dataclass(frozen=True)
+class CLIPImageTower:
+    """CLIP's image tower, a :class:`mmgraph.towers.tokens.ImageTower`."""
+
+    model: CLIPVisionModel
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // int(self.model.config.patch_size)) ** 2  # type: ignore[arg-type]
+
+    @property
+    def image_size(self) -> int:
+        return int(self.model.config.image_size)  # type: ignore[arg-type]
+
+    def tokens(self, pixel_values: torch.Tensor) -> TowerOutput:
+        output = self.model(pixel_values=pixel_values)
+        patches = output.last_hidden_state[:, 1:]  # (N, 1 + P, d_vis) -> (N, P, d_vis), without the class token
+        return TowerOutput(patches, None, output.pooler_output)
+
+    def flops(self) -> float:
+        return _flops(self.model.config, self.patches + 1)
+
+    def description(self) -> dict[str, Any]:
+        return _described(self.model.config, (*DESCRIBED, "image_size", "patch_size"))
+
+
+def _flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
+    return transformer_flops(config.num_hidden_layers, config.hidden_size, config.intermediate_size, length)
+
+
+def _described(config: CLIPTextConfig | CLIPVisionConfig, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def load_towers(model_name: str) -> Towers:
@@ -42,26 +111,47 @@ def load_towers(model_name: str) -> Towers:
             for kind in (CLIPTextModel, CLIPVisionModel)
         )
     except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
-        raise _no_model(model_name, error) from None
+        raise no_model(model_name, error) from None
     finally:
         transformers_logging.set_verbosity(shown)
     missing = sorted({*text_report["missing_keys"], *vision_report["missing_keys"]})
     if missing:  # transformers would go on with random weights
         raise UserError(f"--model_name {model_name}: holds no weights for {missing[0]} and {len(missing) - 1} more")
-    return freeze(text_model, vision_model)
+    return _freeze(text_model, vision_model)
 
 
 def random_towers(text_config: CLIPTextConfig, vision_config: CLIPVisionConfig) -> Towers:
     """Towers of the given shape with random weights, to be filled from a file."""
-    return freeze(CLIPTextModel(text_config), CLIPVisionModel(vision_config))
+    return _freeze(CLIPTextModel(text_config), CLIPVisionModel(vision_config))
 
 
-def load_tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """The shapes of both towers, without their weights. Raises :class:`UserError` where there is no such model."""
+def tower_shapes(model_name: str) -> Towers:
+    """Towers of a model's configuration on torch's meta device, without weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    configs = _read_configs(model_name)
+    with torch.device("meta"):
+        return random_towers(*configs)
+
+
+def empty_towers(model_name: str) -> Towers:
+    """Towers of a model's configuration with random weights; of the default model no file is needed.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if model_name == DEFAULT_MODEL:
+        return random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are this model's
+    return random_towers(*_read_configs(model_name))
+
+
+def _read_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
     try:
         config = CLIPConfig.from_pretrained(model_name)
     except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
-        raise _no_model(model_name, error) from None
+        raise no_model(model_name, error) from None
     return config.text_config, config.vision_config  # type: ignore[return-value]
 
 
@@ -70,22 +160,22 @@ def load_tokenizer_and_processor(model_name: str) -> tuple[Any, Any]:
     try:
         return AutoTokenizer.from_pretrained(model_name), CLIPImageProcessor.from_pretrained(model_name)
     except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
-        raise _no_model(model_name, error) from None
+        raise no_model(model_name, error) from None
 
 
-def freeze(text_model: nn.Module, vision_model: nn.Module) -> Towers:
+def _freeze(text_model: CLIPTextModel, vision_model: CLIPVisionModel) -> Towers:
     """Eval mode and no gradients, for both."""
-    for tower in (text_model, vision_model):
-        tower.eval().requires_grad_(False)
-    return Towers(text_model, vision_model)
+    for model in (text_model, vision_model):
+        model.eval().requires_grad_(False)
+    return Towers(CLIPTextTower(text_model), CLIPImageTower(vision_model))
 
 
 def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
     """Both towers' tensors under the original's keys: the tower's name twice, whatever transformers calls them."""
     return {
         file_key(f"{name}.{key}"): tensor
-        for name, tower in zip(TOWER_NAMES, towers, strict=True)
-        for key, tensor in tower.state_dict().items()
+        for name, model in zip(TOWER_NAMES, (towers.text_model, towers.vision_model), strict=True)
+        for key, tensor in model.state_dict().items()
     }
 
 
@@ -101,8 +191,7 @@ def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
     Raises:
         UserError: as :func:`load_towers`.
     """
-    with torch.device("meta"):
-        expected = tower_state(random_towers(*load_tower_configs(model_name)))
+    expected = tower_state(tower_shapes(model_name))
     found: dict[str, torch.Tensor] = {}
     with suppress(Exception):  # of a broken file: transformers says better what is wrong with it
         for file in _weight_files(model_name):
@@ -127,12 +216,8 @@ def _weight_files(model_name: str) -> list[str]:
     return []
 
 
-def widths(towers: Towers) -> tuple[int, int]:
-    """The widths of their tokens: d_text and d_vis."""
-    return tuple(tower.config.hidden_size for tower in towers)  # type: ignore[union-attr, return-value]
-
-
-def _no_model(model_name: str, error: Exception) -> UserError:
+def no_model(model_name: str, error: Exception) -> UserError:
+    """The error of a model that cannot be loaded."""
     reason = " ".join(str(error).split())[:200]
     return UserError(
         f"--model_name {model_name}: no CLIP model, tokenizer or image processor could be loaded from there; give a "
@@ -140,19 +225,6 @@ def _no_model(model_name: str, error: Exception) -> UserError:
     )
 
 
-STAND_IN = "UNTRAINED.txt"
-
-
 def is_stand_in(model_name: str) -> bool:
     """Whether these are a demo graph's towers."""
     return (Path(model_name) / STAND_IN).is_file()
-
-
-DEFAULT_MODEL = Config.model_name
-
-
-def tower_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """The shapes of both towers. Raises :class:`UserError` where there is no such model."""
-    if model_name == DEFAULT_MODEL:
-        return CLIPTextConfig(), CLIPVisionConfig()  # transformers' defaults are this model's: no hub is needed
-    return load_tower_configs(model_name)

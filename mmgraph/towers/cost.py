@@ -4,16 +4,18 @@ import math
 import time
 
 import torch
-from transformers import CLIPTextConfig, CLIPVisionConfig
 
 MATMUL_SHARE = 0.6  # of a matrix product's speed; towers and fusion of ViT-B/32 reached 0.65 to 0.7 on a CPU
 
 
-def tower_flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
-    """Of a forward pass over one text or image of ``length`` tokens."""
-    width = config.hidden_size
-    layer = length * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * length**2 * width
-    return 2.0 * config.num_hidden_layers * layer
+def transformer_flops(layers: int, width: int, intermediate: int, length: int) -> float:
+    """Of a transformer's forward pass over one text or image of ``length`` tokens.
+
+    Args:
+        intermediate: width between a layer's two feed-forward products.
+    """
+    layer = length * (4 * width**2 + 2 * width * intermediate) + 2 * length**2 * width
+    return 2.0 * layers * layer
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

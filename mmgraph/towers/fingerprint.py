@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from huggingface_hub import try_to_load_from_cache
 
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import TOWER_NAMES, _no_model
+from mmgraph.towers.clip import TOWER_NAMES, no_model
 
 MODEL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -44,14 +44,14 @@ def file_fingerprints(model_name: str) -> dict[str, str]:
         try:
             path = folder / name if folder.is_dir() else try_to_load_from_cache(model_name, name)
         except ValueError as error:
-            raise _no_model(model_name, error) from None
+            raise no_model(model_name, error) from None
         if isinstance(path, str | Path) and Path(path).is_file():
             with Path(path).open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def check_towers(fingerprint: str) -> None:
+def check_same_towers(fingerprint: str) -> None:
     """Raise :class:`UserError` where a rank has loaded other towers than rank 0, such as another revision's."""
     ranks = gather_object([(platform.node(), fingerprint)])
     main_host, of_main = ranks[0]

@@ -26,7 +26,7 @@ class LiveTowers:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ):
-        self.towers = Towers(*(tower.to(device) for tower in towers))
+        self.towers = towers.to(device)
         self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterable[EdgeBatch]:
@@ -56,13 +56,7 @@ def run_towers(
     towers: Towers, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
 ) -> Tokens:
     """Run both towers on N nodes: their tokens, with the pooled outputs."""
-    text = towers.text_model(input_ids=input_ids, attention_mask=attention_mask)
-    vision = towers.vision_model(pixel_values=pixel_values)
-    patches = vision.last_hidden_state[:, 1:]  # (N, 1 + P, d_vis) -> (N, P, d_vis)
-    return Tokens(
-        text.last_hidden_state,
-        attention_mask,
-        patches,
-        text_pooled=text.pooler_output,
-        image_pooled=vision.pooler_output,
-    )
+    text = towers.text.tokens(input_ids, attention_mask)
+    image = towers.image.tokens(pixel_values)
+    assert text.mask is not None
+    return Tokens(text.sequence, text.mask, image.sequence, image.mask, text.pooled, image.pooled)

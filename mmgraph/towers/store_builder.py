@@ -24,8 +24,8 @@ from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.distributed.collectives import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import load_towers
 from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
+from mmgraph.towers.load import load_towers
 from mmgraph.towers.store_plan import Cost, Recipe, Shard
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
@@ -61,9 +61,7 @@ def build(
     description = json.dumps(recipe.description, indent=2) + "\n"
     together(accelerator, lambda: _describe(folder, description) if index == 0 else None)
     begun = time.perf_counter()
-    towers = together(
-        accelerator, lambda: Towers(*(tower.to(accelerator.device) for tower in load_towers(config.model_name)))
-    )
+    towers = together(accelerator, lambda: load_towers(config.model_name).to(accelerator.device))
     own = shards[index::builders]
     queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % builders != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
@@ -174,9 +172,10 @@ class _Maker(NamedTuple):
                 raise UserError("the node table changed while the tower store was built; start again, and it goes on")
             input_ids, mask = self.inputs.texts(texts)
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-            output = self.towers.text_model(input_ids=input_ids, attention_mask=mask)
-            tokens = output.last_hidden_state[mask.bool()]  # (k, L, d_text) -> (t, d_text)
-            yield {"tokens": self._cast(tokens), "lengths": mask.sum(dim=1), "pooled": output.pooler_output}
+            output = self.towers.text.tokens(input_ids, mask)
+            assert output.mask is not None
+            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text) -> (t, d_text)
+            yield {"tokens": self._cast(tokens), "lengths": output.mask.sum(dim=1), "pooled": output.pooled}
 
     def _images(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:
         hashes = [expected.tobytes() for expected in _bytes(shard.hashes)]
@@ -184,10 +183,9 @@ class _Maker(NamedTuple):
         for rows in _batches(shard.rows):
             pictures, causes = zip(*(next(read) for _ in rows), strict=True)
             pixels = self.inputs.preprocessing.normalize(torch.stack(pictures).to(self.device))
-            output = self.towers.vision_model(pixel_values=pixels)
-            patches = output.last_hidden_state[:, 1:]  # (k, 1 + P, d_vis) -> (k, P, d_vis)
+            output = self.towers.image.tokens(pixels)
             told = torch.tensor(causes, dtype=torch.uint8)
-            yield {"patches": self._cast(patches), "causes": told, "pooled": output.pooler_output}
+            yield {"patches": self._cast(output.sequence), "causes": told, "pooled": output.pooled}
 
     def _picture(self, row: int, expected: bytes) -> tuple[torch.Tensor, int]:
         path = self.graph.paths.resolve(self.graph.nodes[row]["image_path"])

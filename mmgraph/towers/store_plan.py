@@ -14,8 +14,7 @@ from mmgraph.config import Config
 from mmgraph.data.content_hashes import Contents
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
-from mmgraph.towers.clip import load_tower_configs
-from mmgraph.towers.cost import tower_flops
+from mmgraph.towers.load import tower_shapes
 from mmgraph.towers.store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
 from mmgraph.utils.files import cache_folder
 from mmgraph.utils.units import size
@@ -57,17 +56,15 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
     dtype = config.tower_cache_dtype
     if dtype == "auto":
         dtype = "float32" if precision == "no" else "float16"
-    text, vision = load_tower_configs(config.model_name)
-    both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-            "layer_norm_eps")  # fmt: skip
+    text, image = tower_shapes(config.model_name)
     tokenizer = json.loads(inputs.tokenizer.backend_tokenizer.to_str())
     del tokenizer["truncation"], tokenizer["padding"]  # the last call's
     preprocessing = inputs.preprocessing
     description = {
         "format": FORMAT,
         "towers": towers,
-        "text": {name: getattr(text, name) for name in (*both, "max_position_embeddings", "eos_token_id")},
-        "vision": {name: getattr(vision, name) for name in (*both, "image_size", "patch_size")},
+        "text": text.description(),
+        "vision": image.description(),
         "tokenizer": hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
         "text_length": TEXT_LENGTH,
         "preprocessing": {
@@ -113,17 +110,15 @@ class Cost(NamedTuple):
 
 def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
     """Texts are as long as those of up to 256 of the nodes, in tokens."""
-    text, vision = load_tower_configs(config.model_name)
+    text, image = tower_shapes(config.model_name)
     counts = {kind: sum(len(shard.rows) for shard in shards if shard.kind == kind) for kind in ("text", "image")}
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
     _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in drawn])
     length = float(mask.sum(dim=1).float().mean())
-    patches = (int(vision.image_size) // int(vision.patch_size)) ** 2  # type: ignore[arg-type]
     width = recipe.dtype.itemsize
-    text_bytes = counts["text"] * (text.hidden_size * (length * width + 4) + 24)
-    image_bytes = counts["image"] * (vision.hidden_size * (patches * width + 4) + 17)
-    flops = counts["text"] * tower_flops(text, mask.shape[1])
-    flops += counts["image"] * tower_flops(vision, patches + 1)
+    text_bytes = counts["text"] * (text.width * (length * width + 4) + 24)
+    image_bytes = counts["image"] * (image.width * (image.patches * width + 4) + 17)
+    flops = counts["text"] * text.flops(mask.shape[1]) + counts["image"] * image.flops()
     return Cost(int(text_bytes + image_bytes), flops)
 
 

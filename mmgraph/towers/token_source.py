@@ -10,9 +10,11 @@ from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.collectives import together
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.towers.cached import CachedTowers, open_store
-from mmgraph.towers.clip import load_towers
 from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.load import load_towers
 from mmgraph.utils.files import cache_folder
+
+TokenSource = CachedTowers | LiveTowers  # both have the methods batches and tokens
 
 
 def open_source(
@@ -23,7 +25,7 @@ def open_source(
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
-) -> CachedTowers | LiveTowers:
+) -> TokenSource:
     """What a run reads its tokens from. Called by all ranks.
 
     Args:

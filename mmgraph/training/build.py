@@ -32,9 +32,9 @@ from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.losses.objective import Objective
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cached import CachedTowers, contents_of
-from mmgraph.towers.clip import load_tokenizer_and_processor, load_tower_configs, read_tower_state
-from mmgraph.towers.fingerprint import check_towers, towers_fingerprint
+from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state, tower_shapes
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.towers.token_source import open_source
 from mmgraph.training.batch_stream import BatchStream
@@ -113,7 +113,7 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
     state = from_main_process(accelerator, lambda: find_state(config, fixed))
     frozen = together(accelerator, lambda: read_tower_state(config.model_name))
     fixed["towers"] = towers_fingerprint(frozen)
-    check_towers(fixed["towers"])
+    check_same_towers(fixed["towers"])
     progress, trained = from_main_process(accelerator, lambda: read_start(config, state, fixed, frozen))
     return _Start(state, fixed, frozen, progress, trained)
 
@@ -166,8 +166,8 @@ class _Prepared(NamedTuple):
 def _prepare(
     config: Config, accelerator: Accelerator, graph: Graph, sampler: GlobalBatchSampler, data: _Data, start: _Start
 ) -> _Prepared:
-    torch.manual_seed(config.seed)
-    d_text, d_vis = (tower.hidden_size for tower in load_tower_configs(config.model_name))
+    d_text, d_vis = tower_shapes(config.model_name).widths
+    torch.manual_seed(config.seed)  # right before the module is built
     module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
     frozen = sum(tensor.numel() for tensor in start.frozen.values())
     parameters = sum(parameter.numel() for parameter in module.parameters()), frozen  # before ZeRO partitions them

@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from mmgraph.config import Config
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.cost import MATMUL_SHARE, tower_flops
+from mmgraph.towers.cost import MATMUL_SHARE
+from mmgraph.towers.tokens import Towers
 
 PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # Python with the libraries' code; a CUDA context
 
@@ -27,21 +27,20 @@ class Shape(NamedTuple):
     fusion_flops: float  # of a node, forward
 
 
-def shape(text: CLIPTextConfig, vision: CLIPVisionConfig, config: Config) -> Shape:
-    """The sizes, without loading or allocating anything."""
+def shape(towers: Towers, config: Config) -> Shape:
+    """The sizes, without loading or allocating anything where the towers are on torch's meta device."""
+    text, image = towers
     with torch.device("meta"):
-        towers = (CLIPTextModel(text), CLIPVisionModel(vision))
-        module = TrainedModule(text.hidden_size, vision.hidden_size, config.fused_dim, config.proj_dim)
-    frozen, trained = (sum(p.numel() for m in modules for p in m.parameters()) for modules in (towers, (module,)))
-    image_size, patch_size = int(vision.image_size), int(vision.patch_size)  # type: ignore[arg-type]
-    length, patches = text.max_position_embeddings, (image_size // patch_size) ** 2
-    both_towers = tower_flops(text, length) + tower_flops(vision, patches + 1)
-    width = config.fused_dim
-    projections = length * text.hidden_size * width + patches * vision.hidden_size * width
+        module = TrainedModule(*towers.widths, config.fused_dim, config.proj_dim)
+    frozen = sum(p.numel() for tower in towers for p in tower.model.parameters())
+    trained = sum(p.numel() for p in module.parameters())
+    length, patches, width = text.length, image.patches, config.fused_dim
+    both_towers = text.flops(length) + image.flops()
+    projections = length * text.width * width + patches * image.width * width
     # Four projections a token, and two for the first layer after them: the second is applied to their mean.
     attention_and_ffn = 6 * (length + patches) * width**2 + 4 * length * patches * width
     return Shape(
-        frozen, trained, length, patches, image_size, text.hidden_size, vision.hidden_size, width, both_towers,
+        frozen, trained, length, patches, image.image_size, text.width, image.width, width, both_towers,
         2.0 * (projections + attention_and_ffn),
     )  # fmt: skip
 

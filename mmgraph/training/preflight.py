@@ -18,9 +18,9 @@ from mmgraph.data.graph import Graph
 from mmgraph.distributed.collectives import from_main_process, on_main_process, together
 from mmgraph.distributed.launch import check_batch_size, compute_dtype, describe
 from mmgraph.errors import UserError
-from mmgraph.towers.clip import tower_configs
 from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
 from mmgraph.towers.fingerprint import file_fingerprints
+from mmgraph.towers.load import empty_towers
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.training import estimate
 from mmgraph.utils.environment import versions
@@ -62,7 +62,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     ranks: list[Rank] = gather_object([own])
     _check_agreement(ranks)
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
-    sizes = together(accelerator, lambda: estimate.shape(*tower_configs(config.model_name), config))
+    sizes = together(accelerator, lambda: _sizes(config))
     output = from_main_process(accelerator, lambda: _check_output(config, sizes))
     log(describe(accelerator, config.global_batch_size))
     findings = [
@@ -83,6 +83,12 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
 def _check_trackers(config: Config) -> None:
     if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
         raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed: pip install tensorboard")
+
+
+def _sizes(config: Config) -> estimate.Shape:
+    with torch.device("meta"):
+        towers = empty_towers(config.model_name)
+    return estimate.shape(towers, config)
 
 
 def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
