@@ -1,7 +1,8 @@
-"""The towers' seam: which implementation a model has, and what towers answer without weights."""
+"""The towers' seam: which implementation a model has, what towers answer without weights, and workers that hang."""
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import settings, tiny_configs
 
 from mmgraph.cli import train_main
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 from mmgraph.towers.clip import CLIPImageTower, CLIPTextTower, random_towers
@@ -76,3 +78,15 @@ def test_an_encoder_runs_the_modules_that_it_has_now() -> None:
     encoder = MultimodalGraphEncoder.from_towers(random_towers(*tiny_configs()), 16, 8)
     encoder.text_model, encoder.vision_model = (tower.model for tower in random_towers(*tiny_configs()))
     assert encoder.towers.text_model is encoder.text_model and encoder.towers.vision_model is encoder.vision_model
+
+
+def test_a_worker_that_hangs_in_an_evaluation_ends_the_run(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers are forked, so they have the replaced method, too; the main process does not call it."""
+    monkeypatch.setattr(NodeInputs, "pictures", lambda *_: time.sleep(600))
+    flags = ["--tower_cache=off", "--eval_fraction=0.2", "--collective_timeout=3", "--num_workers=1"]
+    begun = time.monotonic()
+    assert train_main(settings(graph, tmp_path / "run", *flags)) == 1
+    assert time.monotonic() - begun < 60
+    assert "waited --collective_timeout for a DataLoader worker, which hangs" in capsys.readouterr().err

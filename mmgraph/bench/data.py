@@ -80,7 +80,9 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
         if config.image_cache_gb:
             inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, folder)
         sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
-        loader = accelerator.prepare(build_loader(graph, inputs, sampler, config.num_workers))
+        loader = accelerator.prepare(
+            build_loader(graph, inputs, sampler, config.num_workers, config.collective_timeout)
+        )
         for epoch in (1, 2):
             sampler.begin(epoch)
             begun, lookups, decoded = time.perf_counter(), 0, 0
@@ -120,6 +122,7 @@ def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, floa
         batch_sampler=sampler,
         collate_fn=_NodeReader(graph.nodes),
         num_workers=workers,
+        timeout=config.collective_timeout,
         worker_init_fn=start_worker,
     )
     begun, seen = time.perf_counter(), dict[int, list[tuple[float, float]]]()

@@ -38,6 +38,7 @@ class NodeOutputs:
         inputs: makes what live towers take.
         source: the store that has the nodes, or live towers; these run in float32.
         workers: DataLoader workers that read images for live towers.
+        timeout: seconds that a worker may take for a batch.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class NodeOutputs:
         inputs: NodeInputs,
         source: TokenSource,
         workers: int,
+        timeout: float,
     ):
         self.nodes, self.paths, self.inputs, self.source = nodes, paths, inputs, source
-        self.workers = workers
+        self.workers, self.timeout = workers, timeout
 
     def of(self, parts: Sequence[range], partners: np.ndarray | None = None) -> Iterator[Outputs]:
         """Outputs of some parts of the nodes, up to :data:`BATCH` of consecutive ones at a time.
@@ -76,6 +78,7 @@ class NodeOutputs:
             batch_size=None,
             collate_fn=partial(_collate, self.nodes, self.paths, self.inputs),
             num_workers=self.workers,
+            timeout=self.timeout if self.workers else 0,  # else one that hangs blocks this process for ever
             worker_init_fn=start_worker,
         )
         for batch in loader:

@@ -141,7 +141,7 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     if stored is not None:
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
     source = stored or LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device)
-    outputs = NodeOutputs(nodes, paths, inputs, source, config.num_workers)
+    outputs = NodeOutputs(nodes, paths, inputs, source, config.num_workers, config.collective_timeout)
     return Inference(nodes, paths, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
 
 
