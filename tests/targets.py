@@ -32,7 +32,7 @@ BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
 MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of how ranks meet
 MEET = "mmgraph.distributed.launch._join"
 MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
-FAIL = "mmgraph.cli.failures._end_workers"  # first of all, where a run ends in an error
+FAIL = "mmgraph.cli.failures.end_workers"  # first of all, where a run ends in an error
 OTHERS_WAIT_SECONDS = "mmgraph.cli.failures.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
 TRACKER_SECONDS = [f"mmgraph.training.trackers.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
 

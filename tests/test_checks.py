@@ -207,17 +207,22 @@ def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
 
 MEASURE = """
 import torch
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
-from mmgraph.data.images import Preprocessing
+from transformers import CLIPImageProcessor
+from mmgraph.config import Config
+from mmgraph.data.batches import EdgeBatch
+from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.clip import LiveTowers, random_towers
+from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.load import empty_towers
 from mmgraph.distributed.launch import peak_memory_gb
-towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())
 module = TrainedModule(512, 768, 512, 256)
 optimizer = torch.optim.AdamW(module.parameters())
-batch = {"input_ids": torch.randint(400, (64, 77)), "attention_mask": torch.ones(64, 77, dtype=torch.long),
-         "pictures": torch.randint(256, (64, 3, 224, 224), dtype=torch.uint8)}
-z = module(LiveTowers(towers, Preprocessing(CLIPImageProcessor()), torch.device("cpu")).tokens(batch))
+inputs = {"input_ids": torch.randint(400, (64, 77)), "attention_mask": torch.ones(64, 77, dtype=torch.long),
+          "pictures": torch.randint(256, (64, 3, 224, 224), dtype=torch.uint8)}
+rows = torch.arange(64)
+batch = EdgeBatch(rows[:32], rows, rows, rows.numpy(), inputs=inputs)
+live = LiveTowers(empty_towers(Config.model_name), Preprocessing(CLIPImageProcessor()), torch.device("cpu"))
+z = module(live.tokens(batch))
 sum(x.sum() for x in z).backward()
 optimizer.step()
 print(peak_memory_gb(torch.device("cpu")))

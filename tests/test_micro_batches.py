@@ -68,7 +68,7 @@ def test_any_number_of_nodes_splits(nodes: int) -> None:
 MEASURE = """
 import sys, torch
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.clip import Tokens
+from mmgraph.towers.tokens import Tokens
 from mmgraph.distributed.launch import peak_memory_gb
 cpu = torch.device("cpu")
 parts = int(sys.argv[1])
