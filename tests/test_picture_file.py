@@ -26,14 +26,7 @@ from torch.utils.data import DataLoader
 from mmgraph.cli import train_main
 from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.data.graph import load_graph
-from mmgraph.data.image_cache import (
-    TICK_NS,
-    PictureFile,
-    missing_room,
-    slot_bytes,
-    slots_by_frequency,
-    source_signature,
-)
+from mmgraph.data.image_cache import PictureFile, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
@@ -44,7 +37,7 @@ from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.towers.clip import load_tokenizer_and_processor
 from mmgraph.training.build import build_run
-from mmgraph.utils.files import cache_folder
+from mmgraph.utils.files import cache_folder, file_signature
 
 SHAPE = (3, 32, 32)
 FORK = multiprocessing.get_context("fork")
@@ -58,6 +51,10 @@ class Processor:
 def tokenize(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
     """Pictures are what is looked at here."""
     return dict.fromkeys(("input_ids", "attention_mask"), torch.ones(len(texts), 1, dtype=torch.int64))
+
+
+def source_signature(path: str) -> bytes | None:
+    return file_signature(path, picture_file.TICK_NS)
 
 
 def settle() -> None:

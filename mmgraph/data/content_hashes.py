@@ -1,8 +1,6 @@
 """What nodes' texts and image files hold, as hashes: how a stored token is known to be of this very text or image."""
 
 import hashlib
-import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -18,7 +16,7 @@ from mmgraph.data.images import CAUSES, read_file
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.distributed.collectives import together
-from mmgraph.utils.files import save_array
+from mmgraph.utils.files import file_signature, save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
@@ -64,7 +62,8 @@ def read_contents(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
     kept = folder / f"texts-{fingerprint[:16]}.npy"
-    place = f"{Path(table).resolve()}\n" + "\n".join(str(Path(root).resolve()) for root in paths.roots)
+    # Not the working directory, which is the last root: a start from elsewhere finds the same hashes.
+    place = f"{Path(table).resolve()}\n{Path(paths.roots[0]).resolve()}"
     seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
     texts = _read(kept, HASH)
     known = all(gather_object([len(texts) == len(nodes)]))  # on every host
@@ -104,7 +103,7 @@ def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.
 def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecutor) -> np.ndarray:
     """SEEN of some files; ``before`` is sorted by signature."""
     found = np.zeros(len(files), SEEN)
-    found["signature"] = [file_signature(file) for file in files]
+    found["signature"] = [_signature(file) for file in files]
     places = np.searchsorted(before["signature"], found["signature"])
     places[places == len(before)] = 0
     same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(files), bool)
@@ -114,25 +113,20 @@ def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecut
     for i, (found_hash, cause) in zip(others, readers.map(lambda i: _hash_file(files[i]), others), strict=True):
         found["hash"][i] = found_hash
         passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
-        if passing or file_signature(files[i]) != found["signature"][i].ljust(HASH.itemsize, b"\0"):
+        if passing or _signature(files[i]) != found["signature"][i]:
             found["signature"][i] = b""  # to be read again then
     return found
+
+
+def _signature(file: str | None) -> bytes:
+    """As SEEN holds it, which strips zeros; empty where the file is to be read at each start."""
+    signature = None if file is None else file_signature(file, SETTLED_NS)
+    return (signature or b"").rstrip(b"\0")
 
 
 def _hash_file(file: str | None) -> tuple[bytes, int]:
     data, cause = read_file(file)
     return image_hash(data, cause), cause
-
-
-def file_signature(path: str | None) -> bytes:
-    """Of a file's path, size and times; zeros where there is no file, or one that changed a moment ago."""
-    try:
-        status = os.stat(str(path)) if path is not None else None  # noqa: PTH116 - of many files
-    except (OSError, ValueError):  # the latter of a NUL byte
-        status = None
-    if status is None or abs(time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)) < SETTLED_NS:
-        return bytes(HASH.itemsize)
-    return text_hash(f"{path}\n{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
 
 
 def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:

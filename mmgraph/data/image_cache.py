@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import torchvision
 
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.images import CAUSES
+from mmgraph.utils.files import file_signature
 
 FORMAT = 2
 DIGEST_BYTES = 16
@@ -66,14 +65,14 @@ class PictureFile:
         self, row: int, image_path: str | None, decode: Callable[[], tuple[torch.Tensor, int]]
     ) -> tuple[torch.Tensor, int]:
         """The picture and cause of a row's image file: what is kept of it, else what ``decode()`` makes, then kept."""
-        signature = source_signature(image_path) if image_path is not None and self.slots[row] >= 0 else None
-        if image_path is None or signature is None:
+        signature = None if image_path is None or self.slots[row] < 0 else file_signature(image_path, TICK_NS)
+        if image_path is None or not signature:
             return decode()
         found = self.get(row, signature)
         if found is not None:
             return found
         picture, cause = decode()
-        if cause not in PASSING and source_signature(image_path) == signature:  # else it changed in between
+        if cause not in PASSING and file_signature(image_path, TICK_NS) == signature:  # else it changed in between
             self.put(row, signature, picture, cause)
         return picture, cause
 
@@ -111,18 +110,6 @@ class PictureFile:
             self.__init__(**state)  # type: ignore[misc]
         except OSError as error:  # in a worker, which can do without
             self._descriptor, self.failure = -1, _reason(error)
-
-
-def source_signature(path: str) -> bytes | None:
-    """16 bytes for the state of an image file; None where there is no file, or it has changed this very moment."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - Path would be made anew for each of millions of pictures
-    except (OSError, ValueError):
-        return None
-    if not stat.S_ISREG(status.st_mode) or abs(time.time_ns() - status.st_ctime_ns) < TICK_NS:
-        return None
-    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may hold anything
-    return hashlib.blake2b(times.encode() + os.fsencode(os.path.abspath(path)), digest_size=16).digest()  # noqa: PTH100
 
 
 def _reason(error: OSError) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mmgraph.data.content_hashes import file_signature
+from mmgraph.data.content_hashes import HASH, SETTLED_NS
 from mmgraph.data.images import CAUSES
 from mmgraph.distributed.collectives import on_main_process, together, work_together
 from mmgraph.errors import UserError
@@ -27,7 +27,7 @@ from mmgraph.inference.feature_files import write_features
 from mmgraph.inference.node_outputs import BATCH
 from mmgraph.inference.pretrained import Inference
 from mmgraph.towers.cached import SHOWN_SECONDS
-from mmgraph.utils.files import told_of_disk, write_durably
+from mmgraph.utils.files import file_signature, told_of_disk, write_durably
 from mmgraph.utils.log import log
 
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
@@ -144,10 +144,10 @@ class Blocks:
         digest = hashlib.sha256()
         for node in self.inference.nodes.scan(self.rows(number), ("image_path",)):
             path = self.inference.paths.resolve(node["image_path"])
-            signature = file_signature(path)
-            if not any(signature) and path is not None and os.path.exists(path):  # noqa: PTH110 - of many files
-                signature = os.urandom(len(signature))  # it may change once more without its time telling
-            digest.update(signature)
+            signature = b"" if path is None else file_signature(path, SETTLED_NS)
+            if signature is None:  # it changed a moment ago and may change again unnoticed: equal to nothing
+                signature = os.urandom(HASH.itemsize)
+            digest.update(signature.ljust(HASH.itemsize, b"\0"))
         return digest.hexdigest()
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
 """Writing so that nothing half-written is ever found under its final name, and where caches lie."""
 
 import fcntl
+import hashlib
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -141,6 +143,29 @@ def locked(folder: Path, stack: ExitStack) -> bool:
     except OSError:
         log(f"{folder} is on a file system without locks: start nothing else in it")
     return True
+
+
+def file_signature(path: str | Path, settled_ns: int) -> bytes | None:
+    """The state of a file, 16 bytes: a digest of its absolute path, its size and its times.
+
+    Args:
+        settled_ns: how long ago the last change must be, in nanoseconds. A file that changed more recently may change
+            again while its times stay the same.
+
+    Returns:
+        ``b""`` where there is no regular file, None where it changed too recently.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - Path would be made anew for each of millions of files
+    except (OSError, ValueError):  # the latter of a NUL byte
+        return b""
+    if not stat.S_ISREG(status.st_mode):
+        return b""
+    now = time.time_ns()
+    if any(abs(now - changed) < settled_ns for changed in (status.st_mtime_ns, status.st_ctime_ns)):
+        return None
+    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may hold anything
+    return hashlib.blake2b(times.encode() + os.fsencode(os.path.abspath(path)), digest_size=16).digest()  # noqa: PTH100
 
 
 def cache_folder(table: str | Path) -> Path:
