@@ -10,7 +10,7 @@ import pytest
 from conftest import graph_files
 
 from mmgraph.config import Config
-from mmgraph.data import content_hashes
+from mmgraph.data import content_hashes, image_source
 from mmgraph.data.content_hashes import Contents, read_contents
 from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
@@ -21,8 +21,8 @@ from mmgraph.utils.files import cache_folder, file_signature
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The image files that are read from here on."""
     found: list[object] = []
-    read = content_hashes.read_file
-    monkeypatch.setattr(content_hashes, "read_file", lambda file: found.append(file) or read(file))
+    read = image_source.read_file
+    monkeypatch.setattr(image_source, "read_file", lambda file: found.append(file) or read(file))
     monkeypatch.setattr(content_hashes, "SETTLED_NS", 10_000_000)
     return found
 
@@ -38,7 +38,7 @@ def hashes(nodes: str, image_root: str | None = None) -> Contents:
     config = Config(nodes=nodes, edges=str(Path(nodes).with_name("edges.csv")), image_root=image_root)
     graph = load_graph(config)
     return read_contents(
-        graph.nodes, graph.paths, nodes, graph.nodes_fingerprint, cache_folder(nodes), build_accelerator()
+        graph.nodes, graph.images, nodes, graph.nodes_fingerprint, cache_folder(nodes), build_accelerator()
     )
 
 

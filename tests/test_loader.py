@@ -97,8 +97,8 @@ def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
-    read = pkgutil.resolve_name(targets.READ_FILE_FOR_INPUTS)
-    monkeypatch.setattr(targets.READ_FILE_FOR_INPUTS, lambda path: reads.append(path) or read(path))
+    read = pkgutil.resolve_name(targets.READ_FILE)
+    monkeypatch.setattr(targets.READ_FILE, lambda path: reads.append(path) or read(path))
     return reads
 
 

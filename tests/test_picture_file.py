@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from mmgraph.cli import train_main
 from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.data.graph import load_graph
-from mmgraph.data.image_cache import PictureFile, missing_room, slot_bytes, slots_by_frequency
+from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import AS_GIVEN, ImageFiles
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
@@ -135,7 +136,7 @@ def test_an_image_that_is_changing_is_not_kept(
         Path(images[0]).write_bytes(Path(images[1]).read_bytes())
         return torch.zeros(SHAPE, dtype=torch.uint8), 0
 
-    assert file.read(0, images[0], decode)[1] == 0 and file.get(0, before) is None
+    assert file.read(0, AS_GIVEN, images[0], decode)[1] == 0 and file.get(0, before) is None
     settle()
     assert decoded_by(inputs, images[:1]) == 1 and decoded_by(inputs, images[:1]) == 0
     monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files are this young
@@ -406,7 +407,7 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
 
     def batches(file: PictureFile | None, worker: bool) -> list[dict[str, Any]]:
         inputs = NodeInputs(tokenizer, processor, 0, picture_file=file)
-        collator = BatchCollator(graph.nodes, graph.paths, inputs)
+        collator = BatchCollator(graph.nodes, graph.images, inputs)
         start = {"num_workers": 1, "multiprocessing_context": method} if worker else {}
         return list(DataLoader(EdgeRows(graph.rows), 20, collate_fn=collator, **start))
 
@@ -423,7 +424,7 @@ def read_as_a_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile 
     count = int(rows.max()) + 1
     nodes = pd.DataFrame({"short_name": "", "summary": "", "image_path": [f"{i}.jpg" for i in range(count)]})
     inputs = NodeInputs(tokenize, Processor(), 128, picture_file=file)
-    collator = BatchCollator(NodesDataset(nodes), ImagePaths(folder / "nodes.csv", folder), inputs)
+    collator = BatchCollator(NodesDataset(nodes), ImageFiles(ImagePaths(folder / "nodes.csv", folder)), inputs)
     sampler = GlobalBatchSampler(len(rows), 64, seed=42)
     shard = BatchSamplerShard(sampler, 2, rank, split_batches=True, even_batches=False)
     loader = DataLoader(

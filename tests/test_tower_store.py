@@ -289,9 +289,9 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
     own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     age(own_graph)
-    read = pkgutil.resolve_name(targets.READ_FILE_FOR_HASHES)
+    read = pkgutil.resolve_name(targets.READ_FILE)
     failed = iter([(None, CAUSES.index("unreadable"))])
-    monkeypatch.setattr(targets.READ_FILE_FOR_HASHES, lambda file: next(failed, None) or read(file))
+    monkeypatch.setattr(targets.READ_FILE, lambda file: next(failed, None) or read(file))
     assert main(["cache", *flags(own_graph)]) == 2
     assert re.search(rf"{re.escape(str(own_graph / 'images'))}/\d+\.png\b", error_line(capsys))
     monkeypatch.undo()
@@ -497,7 +497,7 @@ def contents_of(graph: Path) -> tower_cache.Contents:
     config = parse_config(flags(graph))
     data = load_graph(config)
     return tower_cache.read_contents(
-        data.nodes, data.paths, config.nodes, data.nodes_fingerprint, graph / "mmgraph_cache", build_accelerator()
+        data.nodes, data.images, config.nodes, data.nodes_fingerprint, graph / "mmgraph_cache", build_accelerator()
     )
 
 

@@ -105,7 +105,7 @@ class Baselines:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
         self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
-        outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, 0, config.collective_timeout)
+        outputs = NodeOutputs(graph.nodes, graph.images, inputs, source, 0, config.collective_timeout)
         pooled = [(o.tokens.text_pooled, o.tokens.image_pooled) for o in outputs.of([range(len(graph.nodes))])]
         self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 

@@ -17,7 +17,6 @@ from mmgraph.bench.report import report
 from mmgraph.config import Config
 from mmgraph.data.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures, start_worker
 from mmgraph.data.graph import Graph, load_graph
-from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
@@ -51,13 +50,13 @@ def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
     """Median ms of one text and of one image, on one thread, over up to SAMPLE nodes drawn by seed."""
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:SAMPLE].tolist()
     nodes = [graph.nodes[row] for row in drawn]
-    files = [graph.paths.resolve(node["image_path"]) for node in nodes]
+    references = [graph.images.locate(node) for node in nodes]
     texts = [node_text(node) for node in nodes]
     kinds: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
         "read a node": (lambda row: graph.nodes[row], drawn),
         "tokenise a text": (lambda text: inputs.texts([text]), texts),
-        "read an image file": (read_file, files),
-        "decode and resize it": (lambda file: inputs.picture_of(*read_file(file)), files),
+        "read an image file": (graph.images.read, references),
+        "decode and resize it": (lambda reference: inputs.picture_of(*graph.images.read(reference)), references),
     }
     return [{"what": what, "ms": 1000 * statistics.median(_seconds(act, over))} for what, (act, over) in kinds.items()]
 

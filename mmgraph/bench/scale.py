@@ -66,13 +66,13 @@ def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
     generator = np.random.default_rng(0)
     drawn = generator.permutation(len(graph.nodes))[:NODES]
     nodes = [graph.nodes[int(row)] for row in drawn]
-    paths = [graph.paths.resolve(node["image_path"]) for node in nodes]
+    paths = [graph.images.locate(node) for node in nodes]
     table = pd.DataFrame(
         {
             "node_id": drawn.astype(str),
             "short_name": [node["short_name"] for node in nodes],
             "summary": [node["summary"] for node in nodes],
-            "image_path": [str(Path(path).absolute()) if path is not None else "" for path in paths],
+            "image_path": [str(Path(str(path)).absolute()) if path is not None else "" for path in paths],
         }
     )
     table.to_parquet(folder / "nodes.parquet")

@@ -88,7 +88,7 @@ class Steps:
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
         self.inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
         self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
-        self.live_collator = BatchCollator(graph.nodes, graph.paths, self.inputs)
+        self.live_collator = BatchCollator(graph.nodes, graph.images, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
         self.modules, self.optimizers = {}, {}
         for kind in KINDS:
@@ -103,7 +103,7 @@ class Steps:
         """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
         config, graph, accelerator = self.config, self.graph, self.accelerator
         contents = read_contents(
-            graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
+            graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
         made_by = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
         self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), contents))  # of all nodes
@@ -179,7 +179,7 @@ class Steps:
 
     def _node(self, row: int) -> dict[str, Any]:
         node = self.graph.nodes[row]
-        return {**node, "image_path": self.graph.paths.resolve(node["image_path"])}
+        return {**node, "image_path": self.graph.images.locate(node)}
 
     def _edges(self, number: int) -> list[Any]:
         return self.edges[number % len(self.edges)]

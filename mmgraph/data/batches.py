@@ -15,7 +15,7 @@ from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_cache import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
-from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import ImageSource
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.preprocessing import Preprocessing
@@ -75,16 +75,15 @@ class EdgeCollator:
 class BatchCollator(EdgeCollator):
     """An :class:`EdgeCollator` whose batches also have what live towers take."""
 
-    def __init__(self, nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs):
-        self.nodes, self.paths, self.inputs = nodes, paths, inputs
+    def __init__(self, nodes: NodeTable, images: ImageSource, inputs: NodeInputs):
+        self.nodes, self.images, self.inputs = nodes, images, inputs
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         batch = super().__call__(items)
         nodes = [self.nodes[int(row)] for row in batch.unique]
         input_ids, attention_mask = self.inputs.texts([node_text(node) for node in nodes])
         before = self.inputs.decoded
-        paths = [self.paths.resolve(node["image_path"]) for node in nodes]
-        pictures, status = self.inputs.pictures(paths, batch.unique)
+        pictures, status = self.inputs.pictures(map(self.images.locate, nodes), batch.unique, self.images)
         return batch._replace(
             inputs={"input_ids": input_ids, "attention_mask": attention_mask, "pictures": pictures},
             image_status=np.array(status),
@@ -143,7 +142,7 @@ def build_loader(
     return DataLoader(
         EdgeRows(graph.rows),
         batch_sampler=sampler,
-        collate_fn=EdgeCollator() if inputs is None else BatchCollator(graph.nodes, graph.paths, inputs),
+        collate_fn=EdgeCollator() if inputs is None else BatchCollator(graph.nodes, graph.images, inputs),
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,

@@ -1,6 +1,7 @@
 """What nodes' texts and image files hold, as hashes: how a stored token is known to be of this very text or image."""
 
 import hashlib
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -11,12 +12,12 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.data.image_paths import ImagePaths
-from mmgraph.data.images import CAUSES, read_file
+from mmgraph.data.image_source import ImageSource
+from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.distributed.collectives import together
-from mmgraph.utils.files import file_signature, save_array
+from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
@@ -36,7 +37,7 @@ def text_hash(text: str) -> bytes:
 
 
 def image_hash(data: bytes | None, cause: int) -> bytes:
-    """Of what :func:`mmgraph.data.images.read_file` gave."""
+    """Of what :meth:`mmgraph.data.image_source.ImageSource.read` gave."""
     if data is None:
         return hashlib.blake2b(CAUSES[cause].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
     return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()
@@ -48,7 +49,7 @@ def without_file(images: np.ndarray) -> np.ndarray:
 
 
 def read_contents(
-    nodes: NodeTable, paths: ImagePaths, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
+    nodes: NodeTable, images: ImageSource, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
 ) -> Contents:
     """Hash all nodes, each rank its share. Called by all ranks; every rank gets all hashes.
 
@@ -62,16 +63,15 @@ def read_contents(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
     kept = folder / f"texts-{fingerprint[:16]}.npy"
-    # Not the working directory, which is the last root: a start from elsewhere finds the same hashes.
-    place = f"{Path(table).resolve()}\n{Path(paths.roots[0]).resolve()}"
+    place = f"{Path(table).resolve()}\n{images.place}"
     seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
     texts = _read(kept, HASH)
     known = all(gather_object([len(texts) == len(nodes)]))  # on every host
     own = together(
-        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, paths, rows, seen))
+        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, seen))
     )
     parts: list[tuple[np.ndarray, np.ndarray]] = gather_object([own])
-    images = np.concatenate([part[1] for part in parts])
+    found = np.concatenate([part[1] for part in parts])
     if not known:
         texts = np.concatenate([part[0] for part in parts])
     if accelerator.is_local_main_process:
@@ -79,8 +79,8 @@ def read_contents(
             folder.mkdir(parents=True, exist_ok=True)
             if not known:
                 save_array(kept, texts)
-            save_array(seen, images)
-    return Contents(texts, images["hash"])
+            save_array(seen, found)
+    return Contents(texts, found["hash"])
 
 
 def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
@@ -88,45 +88,46 @@ def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
     return np.fromiter(map(text_hash, texts), HASH, len(rows))
 
 
-def _images(nodes: NodeTable, paths: ImagePaths, rows: range, seen: Path) -> np.ndarray:
+def _images(nodes: NodeTable, images: ImageSource, rows: range, seen: Path) -> np.ndarray:
     """SEEN of the rows' image files; those that are as they were seen before are not read."""
     before = np.sort(_read(seen, SEEN), order="signature")
     found = np.zeros(len(rows), SEEN)
-    scanned = nodes.scan(rows, ("image_path",))
+    scanned = nodes.scan(rows, images.columns)
     with ThreadPoolExecutor(8) as readers:
-        for start in range(0, len(rows), AT_ONCE):  # the paths of all rows would be a list as large as the table
-            files = [paths.resolve(node["image_path"]) for node in islice(scanned, AT_ONCE)]
-            found[start : start + AT_ONCE] = _look(files, before, readers)
+        for start in range(0, len(rows), AT_ONCE):  # the references of all rows would be a list as large as the table
+            references = [images.locate(node) for node in islice(scanned, AT_ONCE)]
+            found[start : start + AT_ONCE] = _look(images, references, before, readers)
     return found
 
 
-def _look(files: list[str | None], before: np.ndarray, readers: ThreadPoolExecutor) -> np.ndarray:
-    """SEEN of some files; ``before`` is sorted by signature."""
-    found = np.zeros(len(files), SEEN)
-    found["signature"] = [_signature(file) for file in files]
+def _look(
+    images: ImageSource, references: list[Hashable], before: np.ndarray, readers: ThreadPoolExecutor
+) -> np.ndarray:
+    """SEEN of some images; ``before`` is sorted by signature."""
+    found = np.zeros(len(references), SEEN)
+    found["signature"] = [_signature(images, reference) for reference in references]
     places = np.searchsorted(before["signature"], found["signature"])
     places[places == len(before)] = 0
-    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(files), bool)
+    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(references), bool)
     same &= found["signature"] != b""
     found["hash"][same] = before["hash"][places[same]]
+
+    def hash_of(number: int) -> tuple[bytes, int]:  # in a reader, so that the bytes of one image each are in memory
+        data, cause = images.read(references[number])
+        return image_hash(data, cause), cause
+
     others = np.flatnonzero(~same).tolist()
-    for i, (found_hash, cause) in zip(others, readers.map(lambda i: _hash_file(files[i]), others), strict=True):
+    for i, (found_hash, cause) in zip(others, readers.map(hash_of, others), strict=True):
         found["hash"][i] = found_hash
         passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
-        if passing or _signature(files[i]) != found["signature"][i]:
+        if passing or _signature(images, references[i]) != found["signature"][i]:
             found["signature"][i] = b""  # to be read again then
     return found
 
 
-def _signature(file: str | None) -> bytes:
-    """As SEEN holds it, which strips zeros; empty where the file is to be read at each start."""
-    signature = None if file is None else file_signature(file, SETTLED_NS)
-    return (signature or b"").rstrip(b"\0")
-
-
-def _hash_file(file: str | None) -> tuple[bytes, int]:
-    data, cause = read_file(file)
-    return image_hash(data, cause), cause
+def _signature(images: ImageSource, reference: Hashable) -> bytes:
+    """As SEEN holds it, which strips zeros; empty where the image is to be read at each start."""
+    return (images.signature(reference, SETTLED_NS) or b"").rstrip(b"\0")
 
 
 def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The graph of a run: its checked tables, edges as rows, and image paths."""
+"""The graph of a run: its checked tables, edges as rows, and the source of its images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import pyarrow as pa
 from mmgraph.config import DEFAULT_TABLES, Config
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import ImageFiles, ImageSource
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.split import HeldOut, read_held_out, split_edges
@@ -18,7 +19,7 @@ from mmgraph.errors import UserError
 class Graph(NamedTuple):
     nodes: NodeTable  # N rows
     rows: EdgeTable  # E edges to train on, as rows of nodes: source, destination
-    paths: ImagePaths
+    images: ImageSource
     nodes_fingerprint: str
     edges_fingerprint: str
     held_out: HeldOut | None  # edges to evaluate on
@@ -29,7 +30,7 @@ def load_graph(config: Config) -> Graph:
 
     Raises:
         UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`mmgraph.data.table_cache.open_edges`,
-            :func:`mmgraph.data.split.split_edges`, :meth:`mmgraph.data.image_paths.ImagePaths.check`.
+            :func:`mmgraph.data.split.split_edges`, :meth:`mmgraph.data.image_source.ImageSource.check`.
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
@@ -39,8 +40,8 @@ def load_graph(config: Config) -> Graph:
     nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
     rows, held_out, edges_fingerprint = load_edges(config, nodes, nodes_fingerprint)
-    paths = find_images(nodes, config, config.seed)
-    return Graph(nodes, rows, paths, nodes_fingerprint, edges_fingerprint, held_out)
+    images = find_images(nodes, config, config.seed)
+    return Graph(nodes, rows, images, nodes_fingerprint, edges_fingerprint, held_out)
 
 
 def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> tuple[EdgeTable, HeldOut | None, str]:
@@ -56,10 +57,9 @@ def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> tupl
     return edges.rows, None, digest
 
 
-def find_images(nodes: NodeTable, config: Config, seed: int) -> ImagePaths:
-    """Where the nodes' images lie; a sample of them is looked up (see :meth:`ImagePaths.check`)."""
-    paths = ImagePaths(config.nodes, config.image_root, config.confine_images)
-    paths.check(nodes.column("image_path"), seed)
-    nodes.release()
+def find_images(nodes: NodeTable, config: Config, seed: int) -> ImageSource:
+    """Where the nodes' images are read from; some are looked for (see :meth:`ImageSource.check`)."""
+    images = ImageFiles(ImagePaths(config.nodes, config.image_root, config.confine_images))
+    images.check(nodes, seed)
     pa.default_memory_pool().release_unused()
-    return paths
+    return images

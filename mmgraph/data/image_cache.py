@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 import torchvision
 
 from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import CAUSES
-from mmgraph.utils.files import file_signature
 
 FORMAT = 2
 DIGEST_BYTES = 16
@@ -62,17 +62,17 @@ class PictureFile:
             os.ftruncate(self._descriptor, size)  # whoever comes first; the others would only do the same
 
     def read(
-        self, row: int, image_path: str | None, decode: Callable[[], tuple[torch.Tensor, int]]
+        self, row: int, images: ImageSource, reference: Hashable, decode: Callable[[], tuple[torch.Tensor, int]]
     ) -> tuple[torch.Tensor, int]:
-        """The picture and cause of a row's image file: what is kept of it, else what ``decode()`` makes, then kept."""
-        signature = None if image_path is None or self.slots[row] < 0 else file_signature(image_path, TICK_NS)
-        if image_path is None or not signature:
+        """The picture and cause of a row's image: what is kept of it, else what ``decode()`` makes, then kept."""
+        signature = images.signature(reference, TICK_NS) if self.slots[row] >= 0 else None
+        if not signature:  # there is no image, or it changed this very moment
             return decode()
         found = self.get(row, signature)
         if found is not None:
             return found
         picture, cause = decode()
-        if cause not in PASSING and file_signature(image_path, TICK_NS) == signature:  # else it changed in between
+        if cause not in PASSING and images.signature(reference, TICK_NS) == signature:  # else it changed in between
             self.put(row, signature, picture, cause)
         return picture, cause
 

@@ -13,6 +13,11 @@ from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
 
+def as_path(image_path: object) -> str | None:
+    """The path that the cell of a table holds; None where it holds none. ``\\`` is read as ``/``."""
+    return image_path.replace("\\", "/") if isinstance(image_path, str) and image_path.strip() else None
+
+
 class ImagePaths:
     """Turns the ``image_path`` of a row into the path to open.
 
@@ -36,10 +41,11 @@ class ImagePaths:
 
     def resolve(self, image_path: object) -> str | None:
         """The path to open, or None where the row has no image. A path that leaves the root is ``images.OUTSIDE``."""
-        if not isinstance(image_path, str) or not image_path.strip():
+        path = as_path(image_path)
+        if path is None:
             return None
         # Not Path's: it interns the parts of every path, and the table of interned strings grows by megabytes.
-        candidates = [os.path.join(root, image_path.replace("\\", "/")) for root in self.roots]  # noqa: PTH118
+        candidates = [os.path.join(root, path) for root in self.roots]  # noqa: PTH118
         for candidate in candidates[:-1]:
             if os.path.exists(candidate):  # noqa: PTH110 - False, not an error, where a name is too long
                 return candidate
@@ -63,7 +69,7 @@ class ImagePaths:
         """
         if not isinstance(image_paths, pa.ChunkedArray):
             image_paths = pa.chunked_array([pa.array(image_paths, pa.large_string(), from_pandas=True)])
-        drawn = [path for path in self._draw(image_paths, seed, sample) if self.is_filled(path)]
+        drawn = [path for path in self._draw(image_paths, seed, sample) if as_path(path) is not None]
         if not drawn:
             log("no node has an image path: every image is black")
             return
@@ -92,7 +98,3 @@ class ImagePaths:
             least = np.argsort(numbers)[:sample]
             numbers, rows = numbers[least], rows[least]
         return [image_paths[int(row)].as_py() for row in rows]
-
-    @staticmethod
-    def is_filled(image_path: object) -> bool:
-        return isinstance(image_path, str) and bool(image_path.strip())

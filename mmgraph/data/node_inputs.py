@@ -1,13 +1,16 @@
 """Nodes to tower inputs: the text rule, the image rule, and the cache. Every collator is this and an order of nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from mmgraph.data.image_cache import PictureFile
-from mmgraph.data.images import CAUSES, black_image, decode_picture, read_file
+from mmgraph.data.image_source import AS_GIVEN, ImageSource
+from mmgraph.data.images import CAUSES, black_image, decode_picture
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.preprocessing import Preprocessing
 
@@ -57,7 +60,7 @@ class NodeInputs:
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = self.texts([node_text(node) for node in nodes], "max_length")
-        pictures, _ = self.pictures([node.get("image_path") for node in nodes])
+        pictures, _ = self.pictures(map(AS_GIVEN.locate, nodes))
         return {
             "input_ids": input_ids,  # (N, 77)
             "attention_mask": attention_mask,  # (N, 77)
@@ -74,29 +77,36 @@ class NodeInputs:
         return tokens["input_ids"], tokens["attention_mask"]
 
     def pictures(
-        self, image_paths: Sequence[Any], rows: Sequence[int] | np.ndarray | None = None
+        self,
+        references: Iterable[Hashable],
+        rows: Sequence[int] | np.ndarray | None = None,
+        images: ImageSource = AS_GIVEN,
     ) -> tuple[torch.Tensor, list[int]]:
         """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``CAUSES`` for each.
 
         Args:
+            references: what ``images.locate`` gave of the nodes.
             rows: the nodes' rows in the node table; without them ``picture_file`` is not used.
+            images: where they are read from; by default the references are paths, opened as they are.
         """
-        numbers = [None] * len(image_paths) if rows is None else [int(row) for row in rows]
-        pictures, causes = zip(*map(self._picture, image_paths, numbers), strict=True)
+        numbers = repeat(None) if rows is None else map(int, rows)
+        found = [
+            self.cache.get(reference, partial(self._read, images, reference, row))
+            for reference, row in zip(references, numbers, strict=rows is not None)
+        ]
+        pictures, causes = zip(*found, strict=True)
         return torch.stack(pictures), list(causes)
 
-    def _picture(self, image_path: Any, row: int | None) -> tuple[torch.Tensor, int]:
-        given = isinstance(image_path, str) and bool(image_path.strip())
-        path = image_path.replace("\\", "/") if given else None
-        return self.cache.get(path, lambda: self._read(path, row))
+    def _read(self, images: ImageSource, reference: Hashable, row: int | None) -> tuple[torch.Tensor, int]:
+        def decode() -> tuple[torch.Tensor, int]:
+            return self.picture_of(*images.read(reference))
 
-    def _read(self, path: str | None, row: int | None) -> tuple[torch.Tensor, int]:
         if self.picture_file is None or row is None:
-            return self.picture_of(*read_file(path))
-        return self.picture_file.read(row, path, lambda: self.picture_of(*read_file(path)))
+            return decode()
+        return self.picture_file.read(row, images, reference, decode)
 
     def picture_of(self, data: bytes | None, cause: int) -> tuple[torch.Tensor, int]:
-        """What :func:`mmgraph.data.images.read_file` gave, decoded and resized: (3, S, S) uint8, and its cause."""
+        """What :meth:`ImageSource.read` gave, decoded and resized: (3, S, S) uint8, and its cause."""
         picture, cause = decode_picture(data, cause, self.truncated_images)
         self.decoded += data is not None or CAUSES[cause] == "unreadable"
         if not self.preprocessing.fits(picture):

@@ -27,7 +27,7 @@ from mmgraph.inference.feature_files import write_features
 from mmgraph.inference.node_outputs import BATCH
 from mmgraph.inference.pretrained import Inference
 from mmgraph.towers.cached import SHOWN_SECONDS
-from mmgraph.utils.files import file_signature, told_of_disk, write_durably
+from mmgraph.utils.files import told_of_disk, write_durably
 from mmgraph.utils.log import log
 
 BLOCK = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
@@ -142,9 +142,9 @@ class Blocks:
 
     def _images(self, number: int) -> str:
         digest = hashlib.sha256()
-        for node in self.inference.nodes.scan(self.rows(number), ("image_path",)):
-            path = self.inference.paths.resolve(node["image_path"])
-            signature = b"" if path is None else file_signature(path, SETTLED_NS)
+        images = self.inference.images
+        for node in self.inference.nodes.scan(self.rows(number), images.columns):
+            signature = images.signature(images.locate(node), SETTLED_NS)
             if signature is None:  # it changed a moment ago and may change again unnoticed: equal to nothing
                 signature = os.urandom(HASH.itemsize)
             digest.update(signature.ljust(HASH.itemsize, b"\0"))

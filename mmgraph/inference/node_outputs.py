@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.data.batches import start_worker
-from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import ImageSource
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.towers.cached import CachedTowers
@@ -34,7 +34,7 @@ class NodeOutputs:
     """The token source of whatever needs all nodes: evaluation and encoding.
 
     Args:
-        nodes, paths: the graph's.
+        nodes, images: the graph's.
         inputs: makes what live towers take.
         source: the store that has the nodes, or live towers; these run in float32.
         workers: DataLoader workers that read images for live towers.
@@ -44,13 +44,13 @@ class NodeOutputs:
     def __init__(
         self,
         nodes: NodeTable,
-        paths: ImagePaths,
+        images: ImageSource,
         inputs: NodeInputs,
         source: TokenSource,
         workers: int,
         timeout: float,
     ):
-        self.nodes, self.paths, self.inputs, self.source = nodes, paths, inputs, source
+        self.nodes, self.images, self.inputs, self.source = nodes, images, inputs, source
         self.workers, self.timeout = workers, timeout
 
     def of(self, parts: Sequence[range], partners: np.ndarray | None = None) -> Iterator[Outputs]:
@@ -76,7 +76,7 @@ class NodeOutputs:
         loader = DataLoader(
             batches,
             batch_size=None,
-            collate_fn=partial(_collate, self.nodes, self.paths, self.inputs),
+            collate_fn=partial(_collate, self.nodes, self.images, self.inputs),
             num_workers=self.workers,
             timeout=self.timeout if self.workers else 0,  # else one that hangs blocks this process for ever
             worker_init_fn=start_worker,
@@ -105,12 +105,12 @@ class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def _collate(
-    nodes: NodeTable, paths: ImagePaths, inputs: NodeInputs, pair: tuple[np.ndarray, np.ndarray]
+    nodes: NodeTable, images: ImageSource, inputs: NodeInputs, pair: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     rows, image_rows = pair
     input_ids, attention_mask = inputs.texts([node_text(nodes[int(row)]) for row in rows])
-    image_paths = [paths.resolve(nodes[int(row)]["image_path"]) for row in image_rows]
-    pictures, causes = inputs.pictures(image_paths, image_rows)
+    references = [images.locate(nodes[int(row)]) for row in image_rows]
+    pictures, causes = inputs.pictures(references, image_rows, images)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
-from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import AS_GIVEN, ImageSource
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
@@ -89,7 +89,7 @@ class Inference(NamedTuple):
     """A checkpoint's trained module over a graph's nodes, on this rank's device in float32."""
 
     nodes: NodeTable
-    paths: ImagePaths
+    images: ImageSource
     module: TrainedModule
     outputs: NodeOutputs
     towers: Towers  # on the CPU, or where live towers run
@@ -107,7 +107,7 @@ class Inference(NamedTuple):
         """
         inputs = self.outputs.inputs
         input_ids, attention_mask = inputs.texts([text or " "])
-        pictures, [cause] = inputs.pictures([image_path])
+        pictures, [cause] = inputs.pictures([AS_GIVEN.locate({"image_path": image_path})])
         if cause == CAUSES.index("truncated"):
             log(f"{image_path} ends early: the part that is there is used")
         elif image_path is not None and cause:
@@ -130,19 +130,19 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     """
     digest = together(accelerator, lambda: file_fingerprint(config.nodes))
     nodes = together(accelerator, lambda: open_nodes(config.nodes, digest))
-    paths = together(accelerator, lambda: find_images(nodes, config, seed=0))
+    images = together(accelerator, lambda: find_images(nodes, config, seed=0))
     tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
     encoder = together(accelerator, lambda: load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name))
     weights = encoder.state_dict()
     module = TrainedModule.from_weights(weights).to(accelerator.device)
     towers = towers_fingerprint(weights)
-    stored = existing_store(config, accelerator, nodes, paths, digest, inputs, towers)
+    stored = existing_store(config, accelerator, nodes, images, digest, inputs, towers)
     if stored is not None:
         log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
     source = stored or LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device)
-    outputs = NodeOutputs(nodes, paths, inputs, source, config.num_workers, config.collective_timeout)
-    return Inference(nodes, paths, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
+    outputs = NodeOutputs(nodes, images, inputs, source, config.num_workers, config.collective_timeout)
+    return Inference(nodes, images, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
 
 
 def _fingerprint(towers: str, module: TrainedModule) -> str:

@@ -80,7 +80,7 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
             raise
         log(f"{run.folder}: no map and no nearest nodes: {error}")
         return Shown(run, None, str(error))
-    of_run = NodesOfRun(inference.nodes, inference.paths, found, config.truncated_images, config.seed, checkpoint.name)
+    of_run = NodesOfRun(inference.nodes, inference.images, found, config.truncated_images, config.seed, checkpoint.name)
 
     def show() -> Shown:
         return Shown(run, show_nodes(of_run, asked, lambda rows: links_of(rows, inference, config), most), "")
@@ -115,7 +115,7 @@ def end_of_run(
     run, name = read_run(output), final_file(output).name
     try:
         found = NodeVectors(unit(vectors), causes.numpy())
-        of_run = NodesOfRun(graph.nodes, graph.paths, found, config.truncated_images, config.seed, name)
+        of_run = NodesOfRun(graph.nodes, graph.images, found, config.truncated_images, config.seed, name)
         shown = Shown(run, show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
     except UserError as error:  # embeddings that are not finite
         shown = Shown(run, None, str(error))

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import AS_GIVEN, ImageSource
 from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
@@ -85,7 +85,7 @@ class NodesOfRun(NamedTuple):
     """What is known of a run's nodes when its report is made."""
 
     nodes: NodeTable
-    paths: ImagePaths
+    images: ImageSource
     found: NodeVectors
     truncated_images: Literal["partial", "black"]
     seed: int
@@ -158,7 +158,8 @@ def arrange(vectors: np.ndarray, seed: int) -> np.ndarray:
 def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
     nodes, ids = graph.nodes, graph.nodes.column("node_id")
     values = [nodes[row] for row in rows]
-    pictures = thumbnails([graph.paths.resolve(value["image_path"]) for value in values], side, graph.truncated_images)
+    references = [graph.images.locate(value) for value in values]
+    pictures = thumbnails(graph.images, references, side, graph.truncated_images)
     return [
         Node(row, _short(str(ids[row])), _short(name_in(value, str(ids[row]))), _short(node_text(value)), picture)
         for row, value, picture in zip(rows, values, pictures, strict=True)
@@ -185,7 +186,7 @@ def _gallery(graph: NodesOfRun, chosen: Sequence[Asked], links: Links | None) ->
 
 
 def _new_node(graph: NodesOfRun, one: Asked) -> Node:
-    [picture] = thumbnails([one.image], GALLERY_SIDE, graph.truncated_images)
+    [picture] = thumbnails(AS_GIVEN, [one.image], GALLERY_SIDE, graph.truncated_images)
     return Node(None, "not in the graph", _short(one.name), "", picture)
 
 
@@ -206,5 +207,5 @@ def _causes(graph: NodesOfRun) -> list[Cause]:
 
 
 def _example(graph: NodesOfRun, row: int, ids: Any) -> str:
-    path = graph.nodes[row]["image_path"]
-    return _short(f"{ids[row]}: {path}" if path else str(ids[row]))
+    image = graph.images.describe(graph.nodes[row])
+    return _short(f"{ids[row]}: {image}" if image else str(ids[row]))

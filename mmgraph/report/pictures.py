@@ -4,14 +4,15 @@ import base64
 import io
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from mmgraph.data.images import is_black, read_image
+from mmgraph.data.image_source import ImageSource
+from mmgraph.data.images import decode_picture, is_black
 
 WORKERS = 2  # decoders of JPEG and PNG let go of Python's lock; each may hold a picture of 179 million pixels
 SECONDS = 120  # after which the pictures that are left are not read
@@ -19,15 +20,15 @@ QUALITY = 70
 
 
 def thumbnails(
-    image_paths: Sequence[str | None], side: int, truncated: Literal["partial", "black"]
+    images: ImageSource, references: Sequence[Hashable], side: int, truncated: Literal["partial", "black"]
 ) -> list[Image.Image | None]:
     """Pictures of at most ``side`` x ``side`` pixels; None where towers see all black, or :data:`SECONDS` are over."""
     deadline = time.monotonic() + SECONDS
 
-    def small(path: str | None) -> Image.Image | None:
+    def small(reference: Hashable) -> Image.Image | None:
         if time.monotonic() > deadline:
             return None
-        pixels, cause = read_image(path, truncated)
+        pixels, cause = decode_picture(*images.read(reference), truncated)
         if is_black(np.array(cause), truncated):
             return None
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
@@ -38,7 +39,7 @@ def thumbnails(
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore")
         try:
-            return list(pool.map(small, image_paths))
+            return list(pool.map(small, references))
         finally:
             pool.shutdown(cancel_futures=True)  # where it is interrupted
 

@@ -19,7 +19,7 @@ from mmgraph.config import Config
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.content_hashes import Contents, read_contents
 from mmgraph.data.graph import Graph
-from mmgraph.data.image_paths import ImagePaths
+from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import describe_causes
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
@@ -107,7 +107,7 @@ class CachedTowers:
 def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
     """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_contents`."""
     folder = cache_folder(config.nodes)
-    return read_contents(graph.nodes, graph.paths, config.nodes, graph.nodes_fingerprint, folder, accelerator)
+    return read_contents(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
 
 def open_store(
@@ -172,7 +172,7 @@ def existing_store(
     config: Config,
     accelerator: Accelerator,
     nodes: NodeTable,
-    paths: ImagePaths,
+    images: ImageSource,
     digest: str,
     inputs: NodeInputs,
     towers: str,
@@ -187,7 +187,7 @@ def existing_store(
     made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
     if not all(gather_object([made_by.folder.is_dir()])):
         return None  # and nothing is hashed for it
-    contents = read_contents(nodes, paths, config.nodes, digest, cache_folder(config.nodes), accelerator)
+    contents = read_contents(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
     store = together(accelerator, lambda: TowerStore(made_by.folder))
     if any(gather_object([bool(missing_shards(store, contents))])):
         return None

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import HASH, image_hash, text_hash
 from mmgraph.data.graph import Graph
-from mmgraph.data.images import read_file
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.distributed.collectives import from_main_process, on_main_process, together, work_together
 from mmgraph.errors import UserError
@@ -188,10 +187,10 @@ class _Maker(NamedTuple):
             yield {"patches": self._cast(output.sequence), "causes": told, "pooled": output.pooled}
 
     def _picture(self, row: int, expected: bytes) -> tuple[torch.Tensor, int]:
-        path = self.graph.paths.resolve(self.graph.nodes[row]["image_path"])
-        data, cause = read_file(path)
+        reference = self.graph.images.locate(self.graph.nodes[row])
+        data, cause = self.graph.images.read(reference)
         if image_hash(data, cause) != expected:
-            raise UserError(f"{path} changed while the tower store was built; start again, and it goes on")
+            raise UserError(f"{reference} changed while the tower store was built; start again, and it goes on")
         return self.inputs.picture_of(data, cause)
 
     def _cast(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
         evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)
     planned_nodes = nodes_seen(config, graph, max(0, schedule.total_steps - schedule.progress.step))
     source = open_source(config, accelerator, graph, contents, inputs, towers, planned_nodes)
-    outputs = NodeOutputs(graph.nodes, graph.paths, inputs, source, config.num_workers, config.collective_timeout)
+    outputs = NodeOutputs(graph.nodes, graph.images, inputs, source, config.num_workers, config.collective_timeout)
     return _Data(inputs, source, objective, outputs, evaluation)
 
 
