@@ -14,8 +14,6 @@ from mmgraph.data.adjacency import Neighbors, pair_keys
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.data.split import relation_names
-from mmgraph.data.table_cache import Edges, open_edges
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Ranks, Table
@@ -34,10 +32,10 @@ DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024,
 def check_baselines(config: Config, graph: Graph) -> None:
     """Raise :class:`UserError` where they could not be trained, before anything else was."""
     _distmult()
-    edges, held_out = _edges(config, graph), graph.held_out
-    if edges.relations is None or held_out is None or held_out.relations is None:
+    held_out = graph.held_out
+    if graph.relations is None or held_out is None or held_out.relations is None:
         raise UserError("bench study trains a DistMult, on relations: both edge tables need a rel_id")
-    unknown = sorted({*held_out.names} - {*relation_names(config.edges, edges.names)})
+    unknown = sorted({*held_out.names} - {*graph.relation_names})
     if unknown:
         raise UserError(f"{config.eval_edges}: has relation '{unknown[0]}', which {config.edges} has not")
 
@@ -50,10 +48,6 @@ def _distmult() -> Any:
         except ImportError:
             raise UserError("bench study needs PyTorch Geometric: pip install 'mmgraph[study]'") from None
     return DistMult
-
-
-def _edges(config: Config, graph: Graph) -> Edges:
-    return open_edges(config.edges, graph.edges_fingerprint, graph.nodes, graph.nodes_fingerprint)
 
 
 class ConcatMLP(nn.Module):
@@ -169,11 +163,10 @@ class Baselines:
 
     def _triples(self) -> tuple[torch.Tensor, list[str]]:
         """(E, 3) source, relation and destination of the training edges, and the relations' names."""
-        config, graph = self.config, self.graph
-        edges = _edges(config, graph)
-        ends = graph.rows[np.arange(len(graph.rows))]
-        triples = np.stack([ends[:, 0], np.asarray(edges.relations, np.int64), ends[:, 1]], axis=1)
-        return torch.from_numpy(triples), relation_names(config.edges, edges.names)
+        graph, every = self.graph, np.arange(len(self.graph.rows))
+        assert graph.relations is not None
+        ends, relations = graph.rows[every], graph.relations[every]
+        return torch.from_numpy(np.stack([ends[:, 0], relations, ends[:, 1]], axis=1)), list(graph.relation_names)
 
     def _rank_distmult(self, model: Any, names: list[str]) -> Table:
         numbers = {name: number for number, name in enumerate(names)}

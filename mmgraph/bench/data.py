@@ -99,6 +99,7 @@ class _NodeReader(EdgeCollator):
     """Reads a batch's nodes and drops them; tells the memory of the process it is in."""
 
     def __init__(self, nodes: NodeTable):
+        super().__init__()
         self.nodes = nodes
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.config import Config
-from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_cache import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_source import ImageSource
@@ -53,6 +53,7 @@ class EdgeBatch(NamedTuple):
     rows: torch.Tensor  # (2b,) int64, rows of the node table: the b sources, then the b destinations
     inverse: torch.Tensor  # (2b,) int64, the place of each row among the unique ones
     unique: np.ndarray  # (U,) int64, the unique rows; stays on the host
+    relations: torch.Tensor | None = None  # (b,) int64, places in Graph.relation_names, where the edges have relations
     # For live towers, of the unique nodes: input_ids and attention_mask (U, L) int64, L of the longest text; pictures
     # (U, 3, S, S) uint8, a quarter of what float32 would be to send.
     inputs: dict[str, torch.Tensor] | None = None
@@ -63,19 +64,34 @@ class EdgeBatch(NamedTuple):
 
 
 class EdgeCollator:
-    """Collates b edges into an :class:`EdgeBatch` without tower inputs."""
+    """Collates b edges into an :class:`EdgeBatch` without tower inputs.
+
+    Args:
+        relations: (E,) of all edges, where they have some.
+    """
+
+    def __init__(self, relations: EdgeTable | RemainingEdges | None = None):
+        self.relations = relations
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         edges, sources, destinations = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
         rows = np.concatenate([sources, destinations])  # (2b,)
         unique, inverse = np.unique(rows, return_inverse=True)  # (U,), (2b,)
-        return EdgeBatch(torch.from_numpy(edges), torch.from_numpy(rows), torch.from_numpy(inverse), unique)
+        relations = None if self.relations is None else torch.from_numpy(self.relations[edges])
+        return EdgeBatch(torch.from_numpy(edges), torch.from_numpy(rows), torch.from_numpy(inverse), unique, relations)
 
 
 class BatchCollator(EdgeCollator):
     """An :class:`EdgeCollator` whose batches also have what live towers take."""
 
-    def __init__(self, nodes: NodeTable, images: ImageSource, inputs: NodeInputs):
+    def __init__(
+        self,
+        nodes: NodeTable,
+        images: ImageSource,
+        inputs: NodeInputs,
+        relations: EdgeTable | RemainingEdges | None = None,
+    ):
+        super().__init__(relations)
         self.nodes, self.images, self.inputs = nodes, images, inputs
 
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
@@ -139,10 +155,13 @@ def build_loader(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
     workers = workers if inputs is not None else 0
+    collator = EdgeCollator(graph.relations)
+    if inputs is not None:
+        collator = BatchCollator(graph.nodes, graph.images, inputs, graph.relations)
     return DataLoader(
         EdgeRows(graph.rows),
         batch_sampler=sampler,
-        collate_fn=EdgeCollator() if inputs is None else BatchCollator(graph.nodes, graph.images, inputs),
+        collate_fn=collator,
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,

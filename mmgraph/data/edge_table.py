@@ -1,5 +1,6 @@
-"""Edges as rows of the node table, in a memory-mapped .npy file."""
+"""What is known of each edge (its ends as rows of the node table, its relation), in memory-mapped .npy files."""
 
+import math
 import mmap
 from pathlib import Path
 from typing import BinaryIO
@@ -10,12 +11,13 @@ AT_ONCE = 64
 
 
 class EdgeTable:
-    """E edges; ``edges[numbers]``, with int64 numbers (b,), is their (b, 2) int64 rows of source and destination.
+    """An integer or a row of them for each of E edges; ``table[numbers]``, with int64 numbers (b,), is (b, ...) int64.
 
-    A pickled table is its path, opened anew; a forked one goes on with the map it has.
+    Of ends, (E, 2), a row is that of the source and that of the destination; of relations, (E,), it is their places
+    among the names. A pickled table is its path, opened anew; a forked one goes on with the map it has.
 
     Args:
-        path: a .npy file of (E, 2) integers, as :class:`EdgeWriter` leaves.
+        path: a .npy file of (E, ...) integers.
     """
 
     def __init__(self, path: str | Path):
@@ -24,13 +26,13 @@ class EdgeTable:
             np.lib.format.read_magic(file)
             shape, _, kind = np.lib.format.read_array_header_1_0(file)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._rows = np.frombuffer(self._map, kind, shape[0] * 2, file.tell()).reshape(shape)
+            self._rows = np.frombuffer(self._map, kind, math.prod(shape), file.tell()).reshape(shape)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(numbers), 2), dtype=np.int64)
+        rows = np.empty((len(numbers), *self._rows.shape[1:]), dtype=np.int64)
         for start in range(0, len(numbers), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             rows[part] = self._rows[numbers[part]]
@@ -39,6 +41,23 @@ class EdgeTable:
 
     def __reduce__(self) -> tuple[type["EdgeTable"], tuple[Path]]:
         return EdgeTable, (self.path,)
+
+
+class RemainingEdges:
+    """The entries of an :class:`EdgeTable` without those of some edges; indexed as one, by their place among the rest.
+
+    Args:
+        left_out: (M,) int64 numbers of edges, ascending; 8 bytes of memory each.
+    """
+
+    def __init__(self, table: EdgeTable, left_out: np.ndarray):
+        self.table, self._before = table, left_out - np.arange(len(left_out))  # how many of the rest precede each
+
+    def __len__(self) -> int:
+        return len(self.table) - len(self._before)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        return self.table[numbers + np.searchsorted(self._before, numbers, side="right")]
 
 
 class EdgeWriter:

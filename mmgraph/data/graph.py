@@ -1,19 +1,30 @@
 """The graph of a run: its checked tables, edges as rows, and the source of its images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from mmgraph.config import DEFAULT_TABLES, Config
-from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import ImageFiles, ImageSource
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
-from mmgraph.data.split import HeldOut, read_held_out, split_edges
+from mmgraph.data.split import HeldOut, read_held_out, relation_names, split_edges
 from mmgraph.data.table_cache import open_edges, open_nodes
 from mmgraph.errors import UserError
+
+
+class TrainingEdges(NamedTuple):
+    """The edges that a run trains on, and those that it does not."""
+
+    rows: EdgeTable  # (E, 2) rows of nodes: source, destination
+    relations: EdgeTable | RemainingEdges | None  # (E,) places in names
+    names: list[str]  # of relations
+    fingerprint: str  # of the edge table
+    held_out: HeldOut | None
 
 
 class Graph(NamedTuple):
@@ -23,6 +34,8 @@ class Graph(NamedTuple):
     nodes_fingerprint: str
     edges_fingerprint: str
     held_out: HeldOut | None  # edges to evaluate on
+    relations: EdgeTable | RemainingEdges | None = None  # (E,) of the edges to train on, places in relation_names
+    relation_names: Sequence[str] = ()
 
 
 def load_graph(config: Config) -> Graph:
@@ -39,22 +52,33 @@ def load_graph(config: Config) -> Graph:
         )
     nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
-    rows, held_out, edges_fingerprint = load_edges(config, nodes, nodes_fingerprint)
+    edges = load_edges(config, nodes, nodes_fingerprint)
     images = find_images(nodes, config, config.seed)
-    return Graph(nodes, rows, images, nodes_fingerprint, edges_fingerprint, held_out)
+    return Graph(
+        nodes,
+        edges.rows,
+        images,
+        nodes_fingerprint,
+        edges.fingerprint,
+        edges.held_out,
+        edges.relations,
+        edges.names,
+    )
 
 
-def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> tuple[EdgeTable, HeldOut | None, str]:
-    """The edges to train on, those to evaluate on, and the edge table's fingerprint; errors as :func:`load_graph`."""
+def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> TrainingEdges:
+    """The edges to train on, and those to evaluate on; errors as :func:`load_graph`."""
     digest = fingerprint(config.edges)
     edges = open_edges(config.edges, digest, nodes, nodes_fingerprint)
-    if config.eval_edges is not None:
-        return edges.rows, read_held_out(config.eval_edges, nodes, nodes_fingerprint), digest
+    edges = edges._replace(names=relation_names(config.edges, edges.names))
     if config.eval_fraction:
         digests = digest, nodes_fingerprint
-        rows, held_out = split_edges(config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed)
-        return rows, held_out, digest
-    return edges.rows, None, digest
+        rows, relations, held_out = split_edges(
+            config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed
+        )
+        return TrainingEdges(rows, relations, edges.names, digest, held_out)
+    other = None if config.eval_edges is None else read_held_out(config.eval_edges, nodes, nodes_fingerprint)
+    return TrainingEdges(edges.rows, edges.relations, edges.names, digest, other)
 
 
 def find_images(nodes: NodeTable, config: Config, seed: int) -> ImageSource:

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.edge_table import EdgeTable, EdgeWriter, RemainingEdges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.sampler import permuted
@@ -57,10 +57,13 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
 
 def split_edges(
     path: str | Path, edges: Edges, digests: Sequence[str], num_nodes: int, fraction: float, seed: int
-) -> tuple[EdgeTable, HeldOut]:
-    """The edges to train on and those held out, split once and kept beside the edge table.
+) -> tuple[EdgeTable, RemainingEdges | None, HeldOut]:
+    """The edges to train on, their relations, and those held out; split once and kept beside the edge table.
+
+    The relations are read from the edge table, so a split that was kept by an older version has them too.
 
     Args:
+        edges: with the names that their relations are to have.
         digests: the fingerprints of edge and node table.
 
     Raises:
@@ -74,9 +77,9 @@ def split_edges(
         log(f"{len(numbers):,} edges are held out, not {asked:,}: more would leave a node without an edge to train on")
     if not len(numbers):
         raise UserError(f"--eval_fraction {fraction:g}: no edge of {path} can be held out; give --eval_edges")
-    relations = None if edges.relations is None else edges.relations[numbers].astype(np.int64)
-    held_out = HeldOut(edges.rows[numbers], relations, relation_names(path, edges.names), name)
-    return EdgeTable(kept), held_out
+    relations = None if edges.relations is None else edges.relations[numbers]
+    held_out = HeldOut(edges.rows[numbers], relations, edges.names, name)
+    return EdgeTable(kept), None if edges.relations is None else RemainingEdges(edges.relations, numbers), held_out
 
 
 def _write_split(file: BinaryIO, target: Path, edges: Edges, num_nodes: int, fraction: float, seed: int) -> None:
@@ -96,13 +99,15 @@ def read_held_out(path: str | Path, nodes: NodeTable, nodes_digest: str) -> Held
     """
     digest = fingerprint(path)
     edges = open_edges(path, digest, nodes, nodes_digest)
-    rows = edges.rows[np.arange(len(edges.rows))]
-    relations = None if edges.relations is None else edges.relations.astype(np.int64)
+    every = np.arange(len(edges.rows))
+    rows, relations = edges.rows[every], None if edges.relations is None else edges.relations[every]
     return HeldOut(rows, relations, relation_names(path, edges.names), digest)
 
 
 def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:
     """What ``relations.csv`` beside an edge table calls its relations, by ``rel_id`` or the row; else the ids."""
+    if not ids:
+        return []
     path = Path(edges_path).parent / "relations.csv"
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)

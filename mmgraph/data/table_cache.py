@@ -44,7 +44,7 @@ class Edges(NamedTuple):
     """An edge table's edges whose two ends are nodes, in its order."""
 
     rows: EdgeTable  # E edges
-    relations: np.ndarray | None  # (E,) int32, memory-mapped: the place of each edge's relation among the names
+    relations: EdgeTable | None  # (E,) the place of each edge's relation among the names
     names: list[str]  # of relations, as ``rel_id`` has them; empty where the table has none
 
 
@@ -81,7 +81,7 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
 
     def opened(path_made: Path) -> tuple[Edges, list[Any]]:
         told = json.loads(path_made.with_suffix(".json").read_text())
-        relations = np.load(path_made.with_suffix(".relations.npy"), mmap_mode="r") if told["relations"] else None
+        relations = EdgeTable(path_made.with_suffix(".relations.npy")) if told["relations"] else None
         return Edges(EdgeTable(path_made), relations, told["relations"]), told["dropped"]
 
     edges, dropped = _open(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), opened)

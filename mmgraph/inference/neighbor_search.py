@@ -187,11 +187,11 @@ def plain(text: str) -> str:
 def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
     """The edges of some nodes; None where the edge table is not there any more."""
     try:
-        trained, held_out, _ = load_edges(config, inference.nodes, inference.nodes_fingerprint)
+        edges = load_edges(config, inference.nodes, inference.nodes_fingerprint)
     except UserError as error:
         log(f"edges are not shown: {error}")
         return None
-    return Links(rows, trained, held_out)
+    return Links(rows, edges.rows, edges.held_out)
 
 
 def asked_for(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
