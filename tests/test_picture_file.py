@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmgraph.cli import train_main
+from mmgraph.data import image_cache
 from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
 from mmgraph.data.graph import load_graph
 from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
@@ -55,7 +56,7 @@ def tokenize(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
 
 
 def source_signature(path: str) -> bytes | None:
-    return file_signature(path, picture_file.TICK_NS)
+    return file_signature(path, image_cache.TICK_NS)
 
 
 def settle() -> None:

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from itertools import count
@@ -10,75 +9,69 @@ from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
-_caches: "weakref.WeakSet[ShardedLRU[Any]]" = weakref.WeakSet()
+SHARDS = 16
+# One of each shard, of all caches; never held while a value is made. A fork waits for them: in the child no thread would
+# release them, and an entry might be half moved.
+_locks = [threading.Lock() for _ in range(SHARDS)]
+
+
+def _acquire_all() -> None:
+    for lock in _locks:
+        lock.acquire()
+
+
+def _release_all() -> None:
+    for lock in _locks:
+        lock.release()
+
+
+os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_child=_release_all)
 
 
 class ShardedLRU(Generic[Value]):
-    """Keeps the ``capacity`` entries used last, over all its shards together.
+    """Keeps the ``capacity`` entries used last, over all its shards together. A pickled cache starts empty.
 
-    An entry belongs to a shard by the hash of its key; each shard has a lock and an order of use of its own, so that
-    threads rarely wait for each other. Every use is numbered, and the entry that goes is the oldest of the shards'
-    oldest: exactly the one that a single list would drop. A copy in another process (fork or pickle) has its own locks;
-    a pickled one starts empty.
+    An entry belongs to a shard by the hash of its key, so that threads rarely wait for each other. Every use is
+    numbered, and the entry that goes is the oldest of the shards' oldest: the one that a single list would drop.
+    Written here because cachetools has one list, without locks, and forks and pickles with what it holds.
     """
 
-    def __init__(self, capacity: int, shards: int = 16):
+    def __init__(self, capacity: int):
         self.capacity = capacity
-        self.shards = max(1, min(shards, capacity))
-        self._reset()
-        _caches.add(self)
+        self._clock = count()
+        self._shards: list[OrderedDict[Hashable, tuple[int, Value]]] = [OrderedDict() for _ in range(SHARDS)]
 
     def get(self, key: Hashable, read: Callable[[], Value]) -> Value:
         """The value of ``key``; on a miss ``read()`` makes it, outside of any lock."""
-        lock, entries = self._shards[hash(key) % self.shards]
-        with lock:
-            if key in entries:
-                value = entries.pop(key)[1]
-                entries[key] = (next(self._clock), value)  # pop and set: to the end of the order
-                return value
+        number = hash(key) % SHARDS
+        with _locks[number]:
+            if key in self._shards[number]:
+                return self._use(number, key, self._shards[number][key][1])
         value = read()
         if self.capacity:
-            with lock:
-                entries.pop(key, None)
-                entries[key] = (next(self._clock), value)
+            with _locks[number]:
+                self._use(number, key, value)
             while len(self) > self.capacity:
                 self._drop_oldest()
         return value
 
-    def __len__(self) -> int:
-        return sum(len(entries) for _, entries in self._shards)
+    def _use(self, number: int, key: Hashable, value: Value) -> Value:
+        self._shards[number][key] = next(self._clock), value
+        self._shards[number].move_to_end(key)
+        return value
 
     def _drop_oldest(self) -> None:
-        oldest = min(self._shards, key=self._last_use_of_oldest)
-        with oldest[0]:
-            if oldest[1] and len(self) > self.capacity:  # another thread may have been here first
-                oldest[1].popitem(last=False)
+        number = min(range(SHARDS), key=self._oldest_use)
+        with _locks[number]:
+            if self._shards[number] and len(self) > self.capacity:  # another thread may have been here first
+                self._shards[number].popitem(last=False)
 
-    @staticmethod
-    def _last_use_of_oldest(shard: tuple[Any, OrderedDict[Hashable, tuple[int, Any]]]) -> float:
-        lock, entries = shard
-        with lock:
-            return next(iter(entries.values()))[0] if entries else float("inf")
+    def _oldest_use(self, number: int) -> float:
+        with _locks[number]:
+            return next(iter(self._shards[number].values()))[0] if self._shards[number] else float("inf")
 
-    def _reset(self) -> None:
-        self._clock = count()
-        self._shards: list[tuple[Any, OrderedDict[Hashable, tuple[int, Value]]]] = [
-            (threading.Lock(), OrderedDict()) for _ in range(self.shards)
-        ]
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
 
-    def _renew_locks(self) -> None:
-        self._shards = [(threading.Lock(), entries) for _, entries in self._shards]
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"capacity": self.capacity, "shards": self.shards}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-
-def _renew_locks_after_fork() -> None:
-    for cache in list(_caches):
-        cache._renew_locks()  # a thread of the parent may have held one
-
-
-os.register_at_fork(after_in_child=_renew_locks_after_fork)
+    def __reduce__(self) -> tuple[type["ShardedLRU[Any]"], tuple[int]]:
+        return ShardedLRU, (self.capacity,)
