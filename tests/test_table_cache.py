@@ -102,7 +102,7 @@ def test_rows_are_those_of_the_csv(tmp_path: Path, small_chunks: None, encoding:
     with path.open(newline="", encoding="utf-8-sig") as file:
         plain = list(csv.DictReader(file))
     assert len(table) == len(plain) == 40
-    assert table.column("node_id").to_pylist() == frame["node_id"].tolist() == [row["node_id"] for row in plain]
+    assert table.ids(range(len(table))) == frame["node_id"].tolist() == [row["node_id"] for row in plain]
     for i in (*range(40), -1):
         row = {name: value for name, value in plain[i].items() if name != "node_id"}
         assert table[i] == row == frame.drop(columns="node_id").iloc[i].to_dict()
@@ -130,7 +130,7 @@ def test_rows_of_other_formats(tmp_path: Path, small_chunks: None, kind: str) ->
             writer.write_table(arrow, max_chunksize=7)
     table = open_nodes(path)
     assert (table.path == path) == (kind in ("arrow", "stream"))
-    assert table.column("node_id").to_pylist() == frame["node_id"].tolist() == read_nodes(path)["node_id"].tolist()
+    assert table.ids(range(len(table))) == frame["node_id"].tolist() == read_nodes(path)["node_id"].tolist()
     expected = frame.drop(columns="node_id").astype(object)
     expected = expected.where(frame.notna(), None)
     for i in range(len(frame)):
@@ -166,7 +166,8 @@ def test_edges_are_rows_of_known_nodes(
     expected = known_edges(read_nodes(nodes_path), read_edges(path), path)
     told = capsys.readouterr().out.splitlines()
     edges = open_edges(path, nodes_path)
-    rows = {node_id: row for row, node_id in enumerate(open_nodes(nodes_path).column("node_id").to_pylist())}
+    nodes = open_nodes(nodes_path)
+    rows = {node_id: row for row, node_id in enumerate(nodes.ids(range(len(nodes))))}
     plain = [[rows.get(a, -1), rows.get(b, -1)] for a, b in zip(frame["src_id"], frame["dst_id"], strict=True)]
     assert all_edges(edges) == expected.tolist() == [ends for ends in plain if min(ends) >= 0]
     assert 0 < len(edges) < 100 and np.load(edges.path).dtype == np.int32

@@ -36,7 +36,7 @@ class EdgeTable:
         for start in range(0, len(numbers), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             rows[part] = self._rows[numbers[part]]
-            self._map.madvise(mmap.MADV_DONTNEED)  # as NodeTable.release; each of these may have mapped 64 KiB
+            self._map.madvise(mmap.MADV_DONTNEED)  # as NodeTable._release; each of these may have mapped 64 KiB
         return rows
 
     def __reduce__(self) -> tuple[type["EdgeTable"], tuple[Path]]:

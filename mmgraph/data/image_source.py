@@ -66,8 +66,8 @@ class ImageFiles:
 
     def check(self, nodes: NodeTable, seed: int) -> None:
         if self.paths is not None:
-            self.paths.check(nodes.column("image_path"), seed)
-            nodes.release()
+            with nodes.column("image_path") as image_paths:
+                self.paths.check(image_paths, seed)
 
 
 AS_GIVEN = ImageFiles()

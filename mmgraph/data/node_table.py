@@ -2,7 +2,8 @@
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,16 @@ class NodeTable(Dataset[dict[str, Any]]):
         self._buffer = pa.py_buffer(self._map)
         batches = [self._mapped(batch) for batch in arrow_batches(self._buffer)]
         self._length = sum(batch.num_rows for batch in batches)
-        self.table = pa.Table.from_batches(batches)
+        self._table = pa.Table.from_batches(batches)
         self._starts = list(accumulate((batch.num_rows for batch in batches[:-1]), initial=0))
         self._batches = [
             {name: batch.column(name) for name in batch.schema.names if name != "node_id"} for batch in batches
         ]
-        self.release()
+        self._release()
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._table.schema
 
     def __len__(self) -> int:
         return self._length
@@ -52,21 +57,30 @@ class NodeTable(Dataset[dict[str, Any]]):
         number = bisect_right(self._starts, row) - 1
         columns, place = self._batches[number], row - self._starts[number]
         values = {name: column[place].as_py() for name, column in columns.items()}
-        self.release()
+        self._release()
         return values
 
     def scan(self, rows: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Some columns of consecutive rows; many times as fast as row by row."""
-        table = self.table.select(list(columns))
+        table = self._table.select(list(columns))
         for start in range(rows.start, rows.stop, SCANNED_AT_ONCE):
             yield from table.slice(start, min(SCANNED_AT_ONCE, rows.stop - start)).to_pylist()
-            self.release()
+            self._release()
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """A whole column, to be scanned; call :meth:`release` when that is done."""
-        return self.table[name]
+    @contextmanager
+    def column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """A whole column, to be scanned in a ``with`` block."""
+        try:
+            yield self._table[name]
+        finally:
+            self._release()
 
-    def release(self) -> None:
+    def ids(self, rows: Iterable[int]) -> list[Any]:
+        """The ``node_id`` of each row: text, or of the type that an Arrow file has."""
+        with self.column("node_id") as column:  # one by one: take() may put all of its chunks together
+            return [column[int(row)].as_py() for row in rows]
+
+    def _release(self) -> None:
         """Let go of the pages that were read.
 
         The kernel maps 64 KiB around every place that is read, and counts them to this process until memory is short:

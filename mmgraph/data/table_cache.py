@@ -63,7 +63,6 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
     name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
         made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
-        table.release()
         return table
     return _open(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
 
@@ -168,7 +167,7 @@ def _in_place(path: str | Path) -> NodeTable | None:
     """An Arrow file of the user's as it is; None where it has to be converted, or an error told."""
     try:
         table = NodeTable(path)
-        kinds = {field.name: field.type for field in table.table.schema}
+        kinds = {field.name: field.type for field in table.schema}
     except (OSError, ValueError, pa.ArrowException):
         return None
     as_needed = (
@@ -183,11 +182,8 @@ def _in_place(path: str | Path) -> NodeTable | None:
 def _check_nodes(path: str | Path, table: NodeTable) -> None:
     for _ in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
         pass
-    check_unique(path, _ids(table))
-
-
-def _ids(nodes: NodeTable) -> pa.ChunkedArray:
-    return nodes.column("node_id").cast(pa.large_string())
+    with table.column("node_id") as ids:
+        check_unique(path, ids.cast(pa.large_string()))
 
 
 def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
@@ -224,14 +220,15 @@ def _plain(path: str | Path, table: pa.Table) -> pa.Table:
 
 def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, nodes: NodeTable) -> None:
     start = time.monotonic()
-    ids, writer, relations = _ids(nodes), EdgeWriter(file, len(nodes)), _Relations()
+    writer, relations = EdgeWriter(file, len(nodes)), _Relations()
     total, unknown = 0, None
     # Each look-up indexes the ids anew: fewer edges than this at once, and that would be most of the work.
     for part in _gathered(
-        read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROWS_AT_ONCE), max(EDGES_AT_ONCE, len(ids) // 4)
+        read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROWS_AT_ONCE), max(EDGES_AT_ONCE, len(nodes) // 4)
     ):
         both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
-        ends = find_ids(ids, both).reshape(2, -1).T
+        with nodes.column("node_id") as ids:
+            ends = find_ids(ids.cast(pa.large_string()), both).reshape(2, -1).T
         known = np.all(ends >= 0, axis=1)
         if unknown is None and not known.all():
             first = int(np.argmin(known))
@@ -240,7 +237,6 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
         if RELATION in part.column_names:
             relations.add(path, part[RELATION], known)
         total += len(part)
-    nodes.release()
     writer.finish()
     dropped = total - writer.count, total, unknown
     if not writer.count:

@@ -101,10 +101,10 @@ def _features_of(path: Path, graph: Graph, nodes_path: str) -> torch.Tensor:
         raise UserError(f"{path} has {len(vectors):,} vectors, and {nodes_path} has {count:,} nodes")
     if ids is None:
         return vectors
-    column = graph.nodes.column("node_id").cast(pa.large_string())
-    rows = find_ids(pa.chunked_array([pa.array(ids, pa.large_string())]), column)
+    with graph.nodes.column("node_id") as column:
+        rows = find_ids(pa.chunked_array([pa.array(ids, pa.large_string())]), column.cast(pa.large_string()))
     if (rows < 0).any():
-        raise UserError(f"{path} has no vector of node '{column[int(rows.argmin())]}'")
+        raise UserError(f"{path} has no vector of node '{graph.nodes.ids([int(rows.argmin())])[0]}'")
     return vectors[torch.from_numpy(rows)]
 
 

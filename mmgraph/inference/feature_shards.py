@@ -194,7 +194,6 @@ class Blocks:
             return file.get_tensor(name)
 
     def _ids(self) -> Iterator[pa.ChunkedArray]:
-        nodes = self.inference.nodes
         for number in range(len(self)):
-            yield nodes.column("node_id").slice(BLOCK * number, BLOCK)
-            nodes.release()
+            with self.inference.nodes.column("node_id") as ids:  # of a block at a time, which is written meanwhile
+                yield ids.slice(BLOCK * number, BLOCK)

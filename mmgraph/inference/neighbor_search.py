@@ -97,23 +97,24 @@ def find_node(nodes: NodeTable, name: str) -> int:
     Raises:
         UserError: there is none, or several nodes have the name.
     """
-    ids, names = (_text(nodes.column(column)) for column in ("node_id", "short_name"))
-    try:
-        row = pc.index(ids, pa.scalar(name, ids.type)).as_py()
-        if row >= 0:
-            return int(row)
-        rows = _where(pc.equal(names, pa.scalar(name, names.type)))
-        if len(rows) == 1:
-            return int(rows[0])
-        if len(rows):
-            shown = ", ".join(str(ids[int(row)]) for row in rows[:SHOWN])
-            raise UserError(
-                f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
-                + (", ..." if len(rows) > SHOWN else "")
-            )
-        like = [f"'{name_of(nodes, row)}' ({ids[row]})" for row in _alike(ids, names, name)]
-    finally:
-        nodes.release()
+    with nodes.column("node_id") as ids, nodes.column("short_name") as names:
+        return _find(nodes, _text(ids), _text(names), name)
+
+
+def _find(nodes: NodeTable, ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> int:
+    row = pc.index(ids, pa.scalar(name, ids.type)).as_py()
+    if row >= 0:
+        return int(row)
+    rows = _where(pc.equal(names, pa.scalar(name, names.type)))
+    if len(rows) == 1:
+        return int(rows[0])
+    if len(rows):
+        shown = ", ".join(str(ids[int(row)]) for row in rows[:SHOWN])
+        raise UserError(
+            f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
+            + (", ..." if len(rows) > SHOWN else "")
+        )
+    like = [f"'{name_of(nodes, row)}' ({ids[row]})" for row in _alike(ids, names, name)]
     hint = f"; did you mean {' or '.join(like)}?" if like else ""
     raise UserError(f"--node '{name}': no node has this node_id or short_name{hint}")
 
@@ -169,7 +170,12 @@ class Links:
 
 def name_of(nodes: NodeTable, row: int) -> str:
     """A node's ``short_name``, else its id."""
-    return name_in(nodes[row], str(nodes.column("node_id")[row]))
+    return name_in(nodes[row], id_of(nodes, row))
+
+
+def id_of(nodes: NodeTable, row: int) -> str:
+    """A node's id as text."""
+    return str(nodes.ids([row])[0])
 
 
 def name_in(node: Mapping[str, Any], node_id: str) -> str:
@@ -242,7 +248,7 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
 
 
 def _title(query: Query, row: int | None, nodes: NodeTable, checkpoint: Path, kind: str) -> str:
-    asked = str(query) if row is None else f"'{name_of(nodes, row)}' ({nodes.column('node_id')[row]})"
+    asked = str(query) if row is None else f"'{name_of(nodes, row)}' ({id_of(nodes, row)})"
     return f"nearest to {asked} among {len(nodes):,} nodes, by cosine similarity of {kind} ({checkpoint})"
 
 
@@ -251,7 +257,7 @@ def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: L
     cells = [header]
     for place, match in enumerate(matches, 1):
         edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
-        node_id = plain(str(nodes.column("node_id")[match.row]))
+        node_id = plain(id_of(nodes, match.row))
         cells.append((str(place), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
     # Numbers to the right, words to the left. The name is last and is not padded: its script may have wide characters.
     return text_table(cells, ">>" + "<" * (len(header) - 3) + "-")

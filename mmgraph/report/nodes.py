@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -156,13 +156,13 @@ def arrange(vectors: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
-    nodes, ids = graph.nodes, graph.nodes.column("node_id")
-    values = [nodes[row] for row in rows]
+    ids = [str(node_id) for node_id in graph.nodes.ids(rows)]
+    values = [graph.nodes[row] for row in rows]
     references = [graph.images.locate(value) for value in values]
     pictures = thumbnails(graph.images, references, side, graph.truncated_images)
     return [
-        Node(row, _short(str(ids[row])), _short(name_in(value, str(ids[row]))), _short(node_text(value)), picture)
-        for row, value, picture in zip(rows, values, pictures, strict=True)
+        Node(row, _short(node_id), _short(name_in(value, node_id)), _short(node_text(value)), picture)
+        for row, node_id, value, picture in zip(rows, ids, values, pictures, strict=True)
     ]
 
 
@@ -196,16 +196,16 @@ def _neighbor(one: Asked, match: Match, node: Node, links: Links | None) -> Neig
 
 
 def _causes(graph: NodesOfRun) -> list[Cause]:
-    causes, ids = graph.found.causes, graph.nodes.column("node_id")
-    found = []
+    causes, found = graph.found.causes, []
     for number, name in enumerate(CAUSES):
         rows = np.flatnonzero(causes == number)
         if len(rows):
-            examples = [_example(graph, int(row), ids) for row in rows[:EXAMPLES]] if number else []
+            examples = [_example(graph, int(row)) for row in rows[:EXAMPLES]] if number else []
             found.append(Cause(name or "whole", len(rows), examples))
     return found
 
 
-def _example(graph: NodesOfRun, row: int, ids: Any) -> str:
+def _example(graph: NodesOfRun, row: int) -> str:
     image = graph.images.describe(graph.nodes[row])
-    return _short(f"{ids[row]}: {image}" if image else str(ids[row]))
+    [node_id] = graph.nodes.ids([row])
+    return _short(f"{node_id}: {image}" if image else str(node_id))

@@ -95,9 +95,7 @@ class NonfiniteSteps:
     def _write(self, row: dict[str, Any], ranks: list[int], start: int) -> None:
         size, graph = self.config.global_batch_size, self.graph
         edges = permuted(np.arange(start, start + size), len(graph.rows), self.config.seed, row["epoch"])
-        column = graph.nodes.column("node_id")  # one by one: take() may put all of its chunks together
-        ids = [column[int(row)].as_py() for row in graph.rows[edges].ravel()]  # 2 * size
-        graph.nodes.release()
+        ids = graph.nodes.ids(graph.rows[edges].ravel())  # 2 * size
         told = {
             "step": row["step"],
             "epoch": row["epoch"],

@@ -75,7 +75,7 @@ def joined(folder: Path, suffix: str) -> tuple[list[dict[str, str]], list[tuple[
     nodes = open_nodes(str(paths[0]), prints[0])
     edges = open_edges(str(paths[1]), prints[1], nodes, prints[0])
     rows = edges.rows[pd.RangeIndex(len(edges.rows)).to_numpy()]
-    ids = nodes.column("node_id").cast(pa.large_string()).to_pylist()
+    ids = map(str, nodes.ids(range(len(nodes))))
     return [{"node_id": name, **nodes[row]} for row, name in enumerate(ids)], [tuple(row) for row in rows.tolist()]
 
 
