@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mmgraph.cli import leave
-from mmgraph.data.adjacency import Neighbors
+from mmgraph.data.adjacency import Adjacency
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.losses import contrastive as losses
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
@@ -31,7 +31,7 @@ for at_once in (1 << 24, 30):  # whole, and in parts
     losses.LOGITS_AT_ONCE = at_once
     for same, linked, missing in given["cases"]:
         z = [own(tensor).requires_grad_() for tensor in given["z"]]
-        neighbors = Neighbors(given["keys"], given["num_nodes"]) if linked else None
+        neighbors = Adjacency(given["keys"], given["num_nodes"]) if linked else None
         masks = FalseNegatives(given["pictures"], same, neighbors, missing)
         nodes = BatchNodes(own(given["rows"]), own(given["missing"]))
         found = contrastive_losses(*z, 0.2, 0.7, masks, nodes)

@@ -11,7 +11,7 @@ from conftest import graph_files
 
 from mmgraph.config import Config
 from mmgraph.data import content_hashes, image_source
-from mmgraph.data.content_hashes import Contents, read_contents
+from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.utils.files import cache_folder, file_signature
@@ -34,10 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def hashes(nodes: str, image_root: str | None = None) -> Contents:
+def hashes(nodes: str, image_root: str | None = None) -> ContentHashes:
     config = Config(nodes=nodes, edges=str(Path(nodes).with_name("edges.csv")), image_root=image_root)
     graph = load_graph(config)
-    return read_contents(
+    return read_content_hashes(
         graph.nodes, graph.images, nodes, graph.nodes_fingerprint, cache_folder(nodes), build_accelerator()
     )
 

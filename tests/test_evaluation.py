@@ -21,7 +21,7 @@ from targets import RANKS_OF_EMBEDDINGS
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.evaluation.evaluator import Evaluation, cycle
 from mmgraph.towers.tokens import Tokens
@@ -346,7 +346,7 @@ class Outputs:
 def test_shuffled_images_show_a_shortcut() -> None:
     """An encoder that copies the image into z_text finds any image; one that knows pairs finds its own alone."""
     held_out = HeldOut(np.array([[0, 1], [2, 3]]), None, [], "")
-    known = Neighbors(torch.from_numpy(pair_keys(np.array([[4, 5]]), 12)), 12)
+    known = Adjacency(torch.from_numpy(pair_keys(np.array([[4, 5]]), 12)), 12)
     evaluation = Evaluation(Accelerator(cpu=True), known, held_out, seed=1)
 
     def shortcut(tokens: Tokens) -> dict[str, torch.Tensor]:
@@ -374,7 +374,7 @@ def test_a_graph_of_12842_nodes_in_seconds() -> None:
     """Full ranking of 8,900 held-out edges by vectors of 256, with neighbours of 80,000 edges removed."""
     generator = np.random.default_rng(0)
     rows = (12_842 * generator.random((89_000, 2)) ** 2).astype(np.int64)
-    known = Neighbors(torch.from_numpy(pair_keys(rows[8_900:], 12_842)), 12_842)
+    known = Adjacency(torch.from_numpy(pair_keys(rows[8_900:], 12_842)), 12_842)
     evaluation = Evaluation(Accelerator(cpu=True), known, HeldOut(rows[:8_900], None, [], ""), seed=0)
     vectors = torch.randn(12_842, 256, generator=torch.Generator().manual_seed(0))
     begun = time.perf_counter()

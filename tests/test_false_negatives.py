@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import LOSSES, launch, launch_command, loss_difference, read_metrics, run, settings
 
-from mmgraph.data.content_hashes import HASH, Contents, image_hash
+from mmgraph.data.content_hashes import HASH, ContentHashes, image_hash
 from mmgraph.data.images import CAUSES
 from mmgraph.losses.negative_mask import picture_numbers
 
@@ -104,7 +104,7 @@ def test_pictures_are_told_by_their_bytes() -> None:
     """Files of the same bytes are one picture; nodes without a file are no two of the same."""
     hashes = [image_hash(b"a", 0), image_hash(b"b", 0), image_hash(b"a", 0)]
     hashes += [image_hash(None, cause) for cause in (1, 1, CAUSES.index("file not found"))]
-    numbers = picture_numbers(Contents(np.zeros(6, HASH), np.array(hashes, HASH))).tolist()
+    numbers = picture_numbers(ContentHashes(np.zeros(6, HASH), np.array(hashes, HASH))).tolist()
     assert numbers[0] == numbers[2] and len(set(numbers)) == 5
 
 

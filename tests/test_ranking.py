@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from targets import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, SAMPLED_NEGATIVES
 
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation
@@ -18,8 +18,8 @@ from mmgraph.evaluation.ranking import on_grid, sampled_ranks
 Edges = list[tuple[int, int]]
 
 
-def neighbors(edges: Edges, nodes: int) -> Neighbors:
-    return Neighbors(torch.from_numpy(pair_keys(np.array(edges).reshape(-1, 2), nodes)), nodes)
+def neighbors(edges: Edges, nodes: int) -> Adjacency:
+    return Adjacency(torch.from_numpy(pair_keys(np.array(edges).reshape(-1, 2), nodes)), nodes)
 
 
 def exact_scores(vectors: torch.Tensor) -> list[list[Fraction]]:

@@ -493,10 +493,10 @@ def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.Monke
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
-def contents_of(graph: Path) -> tower_cache.Contents:
+def contents_of(graph: Path) -> tower_cache.ContentHashes:
     config = parse_config(flags(graph))
     data = load_graph(config)
-    return tower_cache.read_contents(
+    return tower_cache.read_content_hashes(
         data.nodes, data.images, config.nodes, data.nodes_fingerprint, graph / "mmgraph_cache", build_accelerator()
     )
 

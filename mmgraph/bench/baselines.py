@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmgraph.config import Config
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
@@ -97,7 +97,7 @@ class Baselines:
         source = open_store(config, self.accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
         if source is None or held_out is None:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
-        self.neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+        self.neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
         outputs = NodeOutputs(graph.nodes, graph.images, inputs, source, 0, config.collective_timeout)
         pooled = [(o.tokens.text_pooled, o.tokens.image_pooled) for o in outputs.of([range(len(graph.nodes))])]

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmgraph.config import Config
 from mmgraph.data.batches import BatchCollator, EdgeCollator, EdgeRows
-from mmgraph.data.content_hashes import Contents, read_contents
+from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.errors import UserError
@@ -102,7 +102,7 @@ class Steps:
     def prepare_store(self, folder: Path, precision: str) -> None:
         """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
         config, graph, accelerator = self.config, self.graph, self.accelerator
-        contents = read_contents(
+        contents = read_content_hashes(
             graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
         made_by = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
@@ -121,7 +121,7 @@ class Steps:
             self.build_seconds = (time.perf_counter() - begun) * self.entries / sum(len(shard.rows) for shard in shards)
             store = TowerStore(folder)
             measured = np.isin(np.arange(len(graph.nodes)), rows)  # nobody reads the others
-            contents = Contents(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in contents))
+            contents = ContentHashes(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in contents))
         self.stored = CachedTowers(store, contents, accelerator.device, resident=accelerator.device.type == "cuda")
         edges = EdgeCollator()
         self.stored_batches = self.stored.batches(self._to_device(edges(items)) for items in self._endless())

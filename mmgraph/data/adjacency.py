@@ -11,7 +11,7 @@ EDGES_AT_ONCE = 1 << 20
 PAIRS_AT_ONCE = 1 << 21  # looked up together, 16 MB
 
 
-class Neighbors:
+class Adjacency:
     """The pairs of nodes with an edge, whatever its direction; 16 bytes of memory a distinct pair.
 
     Args:
@@ -22,8 +22,8 @@ class Neighbors:
     def __init__(self, keys: torch.Tensor, num_nodes: int):
         self.keys, self.num_nodes = keys, num_nodes
 
-    def to(self, device: torch.device) -> "Neighbors":
-        return Neighbors(self.keys.to(device), self.num_nodes)
+    def to(self, device: torch.device) -> "Adjacency":
+        return Adjacency(self.keys.to(device), self.num_nodes)
 
     def of(self, nodes: torch.Tensor, first: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The neighbours of (Q,) nodes in rows ``first`` to ``stop``: whose each is, and its row; (T,) int64 both."""

@@ -25,7 +25,7 @@ AT_ONCE = 4096  # image files that are looked at together
 SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
 
 
-class Contents(NamedTuple):
+class ContentHashes(NamedTuple):
     """Two equal hashes are of equal texts, or images."""
 
     texts: np.ndarray  # (N,) HASH of each node's text
@@ -44,13 +44,13 @@ def image_hash(data: bytes | None, cause: int) -> bytes:
 
 
 def without_file(images: np.ndarray) -> np.ndarray:
-    """Which of :class:`Contents`' image hashes are of no file's bytes: (N,) bool."""
+    """Which of :class:`ContentHashes`' image hashes are of no file's bytes: (N,) bool."""
     return np.isin(images, np.array([image_hash(None, cause) for cause in range(len(CAUSES))], HASH))
 
 
-def read_contents(
+def read_content_hashes(
     nodes: NodeTable, images: ImageSource, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
-) -> Contents:
+) -> ContentHashes:
     """Hash all nodes, each rank its share. Called by all ranks; every rank gets all hashes.
 
     Texts are those of the table's bytes, and hashed once for each ``fingerprint``. An image file is looked at each
@@ -80,7 +80,7 @@ def read_contents(
             if not known:
                 save_array(kept, texts)
             save_array(seen, found)
-    return Contents(texts, found["hash"])
+    return ContentHashes(texts, found["hash"])
 
 
 def _texts(nodes: NodeTable, rows: range) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 Value = TypeVar("Value")
 
 SHARDS = 16
-# One of each shard, of all caches; never held while a value is made. A fork waits for them: in the child no thread would
-# release them, and an entry might be half moved.
+# One of each shard, of all caches; never held while a value is made. A fork waits for them: in the child no thread
+# would release them, and an entry might be half moved.
 _locks = [threading.Lock() for _ in range(SHARDS)]
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from mmgraph.checkpoints.files import final_file, load_safely
 from mmgraph.config import Config
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.tables import find_ids
 from mmgraph.distributed.collectives import on_main_process, together
@@ -77,7 +77,7 @@ def evaluate(
         raise UserError("which edges? give --eval_edges FILE, or --eval_fraction as the run had it")
     graph = together(accelerator, lambda: load_graph(config))
     assert graph.held_out is not None
-    trained = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+    trained = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
     evaluation = Evaluation(accelerator, trained, graph.held_out, config.seed)
     if checkpoint is not None:
         inference = open_checkpoint(checkpoint, config, accelerator)

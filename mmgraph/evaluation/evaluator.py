@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.sampler import permuted
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
@@ -51,7 +51,7 @@ class Evaluation:
         UserError: nothing is held out but self-loops.
     """
 
-    def __init__(self, accelerator: Accelerator, trained: Neighbors, held_out: HeldOut, seed: int):
+    def __init__(self, accelerator: Accelerator, trained: Adjacency, held_out: HeldOut, seed: int):
         self.accelerator, self.num_nodes, self.seed = accelerator, trained.num_nodes, seed
         self.names, self.held_out = held_out.names, held_out.fingerprint
         relations = np.zeros(len(held_out.rows), np.int64) if held_out.relations is None else held_out.relations
@@ -66,7 +66,7 @@ class Evaluation:
                 f"warning: {leaked:,} of {len(asking):,} held-out edges link nodes that are also linked in training, "
                 "which flatters every figure"
             )
-        others = Neighbors(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
+        others = Adjacency(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
         self.known = [neighbors.to(accelerator.device) for neighbors in (trained, others)]
         self.fixed: dict[str, Ranks] = {}  # once they are known
 

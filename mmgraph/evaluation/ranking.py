@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmgraph.data.adjacency import Neighbors
+from mmgraph.data.adjacency import Adjacency
 from mmgraph.errors import UserError
 
 GRID = 2.0**24
@@ -38,7 +38,7 @@ def filtered_ranks(
     vectors: torch.Tensor,
     queries: torch.Tensor,
     targets: torch.Tensor,
-    known: Sequence[Neighbors],
+    known: Sequence[Adjacency],
     asked_with: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rank of each target among all nodes, by similarity to its query; the best is 1.

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from mmgraph.config import Config
-from mmgraph.data.adjacency import Neighbors
-from mmgraph.data.content_hashes import Contents, without_file
+from mmgraph.data.adjacency import Adjacency
+from mmgraph.data.content_hashes import ContentHashes, without_file
 
 
 class Square:
@@ -33,7 +33,7 @@ class Square:
         own: tuple[torch.Tensor, ...],
         columns: torch.Tensor,
         labels: torch.Tensor,
-        linked: tuple[Neighbors, torch.Tensor, torch.Tensor] | None = None,
+        linked: tuple[Adjacency, torch.Tensor, torch.Tensor] | None = None,
         absent: torch.Tensor | None = None,
     ):
         self.own, self.columns, self.labels, self.linked, self.absent = own, columns, labels, linked, absent
@@ -59,7 +59,7 @@ class FalseNegatives(NamedTuple):
 
     pictures: torch.Tensor  # (N,) int64, from picture_numbers
     same: bool  # leave out the queries' own nodes, and nodes of the same image
-    neighbors: Neighbors | None  # leave these out of the graph loss
+    neighbors: Adjacency | None  # leave these out of the graph loss
     missing_images: bool  # leave nodes without an image out of the text-image loss
 
     def graph_squares(
@@ -93,7 +93,7 @@ class FalseNegatives(NamedTuple):
         return Square(pictures, self.pictures[every], labels, absent=absent)
 
 
-def picture_numbers(contents: Contents) -> torch.Tensor:
+def picture_numbers(contents: ContentHashes) -> torch.Tensor:
     """Numbers that are equal for nodes whose image files are: (N,) int64. A node without a file has one of its own."""
     _, numbers = np.unique(contents.images, return_inverse=True)
     own = len(numbers) + np.arange(len(numbers))
@@ -101,7 +101,7 @@ def picture_numbers(contents: Contents) -> torch.Tensor:
 
 
 def false_negatives_of(
-    config: Config, num_nodes: int, contents: Contents | None, neighbors: Neighbors | None, device: torch.device
+    config: Config, num_nodes: int, contents: ContentHashes | None, neighbors: Adjacency | None, device: torch.device
 ) -> FalseNegatives | None:
     """What a run leaves out of its losses; None where that is nothing, as in the original.
 

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from mmgraph.config import Config
 from mmgraph.data.batches import EdgeBatch
-from mmgraph.data.content_hashes import Contents, read_contents
+from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import describe_causes
@@ -48,7 +48,7 @@ class CachedTowers:
         resident: keep all of them in the device's memory.
     """
 
-    def __init__(self, store: TowerStore, contents: Contents, device: torch.device, resident: bool = False):
+    def __init__(self, store: TowerStore, contents: ContentHashes, device: torch.device, resident: bool = False):
         self.store, self.device = store, device
         self.texts, self.images = store.texts.find(contents.texts), store.images.find(contents.images)  # (N,) places
         if min(self.texts.min(), self.images.min()) < 0:
@@ -104,17 +104,17 @@ class CachedTowers:
         return tokens.map(lambda tensor: tensor.to(self.device))
 
 
-def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> Contents:
-    """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_contents`."""
+def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
+    """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_content_hashes`."""
     folder = cache_folder(config.nodes)
-    return read_contents(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
+    return read_content_hashes(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
 
 def open_store(
     config: Config,
     accelerator: Accelerator,
     graph: Graph,
-    contents: Contents,
+    contents: ContentHashes,
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
@@ -158,7 +158,7 @@ def open_store(
     return together(accelerator, lambda: CachedTowers(store, contents, accelerator.device, resident))
 
 
-def _built(folder: Path, contents: Contents) -> TowerStore:
+def _built(folder: Path, contents: ContentHashes) -> TowerStore:
     """The store after it was built. A network file system may take a minute to show what other hosts wrote."""
     deadline = time.monotonic() + SHOWN_SECONDS
     while missing_shards(store := TowerStore(folder), contents):
@@ -187,7 +187,7 @@ def existing_store(
     made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
     if not all(gather_object([made_by.folder.is_dir()])):
         return None  # and nothing is hashed for it
-    contents = read_contents(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
+    contents = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
     store = together(accelerator, lambda: TowerStore(made_by.folder))
     if any(gather_object([bool(missing_shards(store, contents))])):
         return None

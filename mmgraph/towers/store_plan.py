@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmgraph.config import Config
-from mmgraph.data.content_hashes import Contents
+from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.towers.load import tower_shapes
@@ -81,7 +81,7 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
     return Recipe(root / f"towers-{key}", description, DTYPES[dtype])
 
 
-def missing_shards(store: TowerStore, contents: Contents, among: np.ndarray | None = None) -> list[Shard]:
+def missing_shards(store: TowerStore, contents: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
     """What a store lacks of some nodes: each text and image once, in the order of the nodes.
 
     Where some shards of a build are there, the rest are those that it would have made: all but the last are full.

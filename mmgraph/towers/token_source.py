@@ -4,7 +4,7 @@ from accelerate import Accelerator
 
 from mmgraph.config import Config
 from mmgraph.data.batches import shared_pictures
-from mmgraph.data.content_hashes import Contents
+from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.collectives import together
@@ -21,7 +21,7 @@ def open_source(
     config: Config,
     accelerator: Accelerator,
     graph: Graph,
-    contents: Contents | None,
+    contents: ContentHashes | None,
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,

@@ -16,7 +16,7 @@ from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.resume import find_state, read_start
 from mmgraph.checkpoints.state import identity
 from mmgraph.config import Config
-from mmgraph.data.adjacency import Neighbors, pair_keys
+from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import SeenImages
@@ -142,7 +142,7 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
     if config.tower_cache != "off" or config.false_negatives != "keep":
         contents = contents_of(config, accelerator, graph)
     if config.false_negatives == "mask_neighbors" or graph.held_out is not None:
-        neighbors = Neighbors(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
+        neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
     masked = false_negatives_of(config, len(graph.nodes), contents, neighbors, accelerator.device)
     objective = Objective(config.temperature, config.graph_loss_weight, masked, config.truncated_images)
     evaluation: Evaluation | None = None
