@@ -29,6 +29,8 @@ def convert(source: Path, target: Path) -> None:
         raise UserError(f"{source} -> {target}: one must end in .pt, the other in .safetensors")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: no such folder")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give the name of a file")
     if source.suffix == ".pt":
         checkpoint = read_checkpoint(source)
         tensors, metadata = _to_safetensors(checkpoint)

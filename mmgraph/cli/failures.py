@@ -21,6 +21,7 @@ ENVIRONMENT_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS,  # not permitted
     errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # disks, also of a network
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,  # limits on files, memory and processes
+    errno.ENAMETOOLONG, errno.ELOOP,  # paths that a user gave
     errno.EPIPE,  # nobody reads what is printed
 }  # fmt: skip
 

@@ -4,10 +4,11 @@ A new loss is a function, a weight among the flags, and an entry in :data:`LABEL
 lines, charts and trackers follow.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from mmgraph.config import Config
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.images import is_black
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
@@ -36,26 +37,21 @@ class Objective:
     """Computes the losses of a batch.
 
     Args:
-        temperature: divides the cosine similarities.
-        graph_loss_weight: weight of the graph loss; the text-image loss has weight 1.
+        config: has the temperature, the weights, and what counts as a missing image.
         false_negatives: what leaves the denominators; None is the original's loss.
-        truncated_images: whether an image file that ends early counts as an image.
     """
 
-    def __init__(
-        self,
-        temperature: float,
-        graph_loss_weight: float,
-        false_negatives: FalseNegatives | None,
-        truncated_images: Literal["partial", "black"],
-    ):
-        self.temperature, self.graph_loss_weight = temperature, graph_loss_weight
-        self.false_negatives, self.truncated_images = false_negatives, truncated_images
+    def __init__(self, config: Config, false_negatives: FalseNegatives | None):
+        self.config, self.false_negatives = config, false_negatives
 
     def __call__(self, embeddings: Embeddings, batch: EdgeBatch) -> Losses:
         """The losses of a rank's embeddings, compared with those of all ranks. Called by all ranks."""
         total, text_image, graph, left_out = contrastive_losses(
-            *embeddings, self.temperature, self.graph_loss_weight, self.false_negatives, self._nodes(batch)
+            *embeddings,
+            self.config.temperature,
+            self.config.graph_loss_weight,
+            self.false_negatives,
+            self._nodes(batch),
         )
         losses = {TOTAL: total, "loss_mm": text_image, "loss_graph": graph}
         counters = dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
@@ -64,5 +60,5 @@ class Objective:
     def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:
         if self.false_negatives is None or batch.image_status is None:
             return None
-        black = torch.from_numpy(is_black(batch.image_status, self.truncated_images))  # (U,)
+        black = torch.from_numpy(is_black(batch.image_status, self.config.truncated_images))  # (U,)
         return BatchNodes(batch.rows, black.to(batch.rows.device)[batch.inverse])

@@ -144,7 +144,7 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
     if config.false_negatives == "mask_neighbors" or graph.held_out is not None:
         neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
     masked = false_negatives_of(config, len(graph.nodes), contents, neighbors, accelerator.device)
-    objective = Objective(config.temperature, config.graph_loss_weight, masked, config.truncated_images)
+    objective = Objective(config, masked)
     evaluation: Evaluation | None = None
     if graph.held_out is not None and neighbors is not None:
         evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)

@@ -1,5 +1,6 @@
 """Writing so that nothing half-written is ever found under its final name, and where caches lie."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -40,7 +41,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.save(file, array)
+            try:
+                np.save(file, array)
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                # NumPy counts what was written, and does not know why it is less.
+                raise OSError(errno.EIO, "NumPy could not write all of it, as on a full disk", str(path)) from error
 
     write_durably(path, save, shared=True)
 
