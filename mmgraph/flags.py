@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from mmgraph.config import COMMON, DEMO_FOLDER, GROUPS, Config
+from mmgraph.config import COMMON, DEMO_FOLDER, Config
 from mmgraph.errors import UserError
+from mmgraph.utils.fields import GROUPS
 from mmgraph.utils.log import is_main_process
 
 DEMO_SETTINGS: dict[str, Any] = {

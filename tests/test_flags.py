@@ -11,9 +11,10 @@ import pytest
 from mmgraph.checkpoints import resume
 from mmgraph.checkpoints.state import identity
 from mmgraph.cli import verbs
-from mmgraph.config import COMMON, FIXED_ON_RESUME, GROUPS, INHERITED, Config, Range
+from mmgraph.config import COMMON, FIXED_ON_RESUME, INHERITED, Config
 from mmgraph.errors import UserError
 from mmgraph.flags import parse_config
+from mmgraph.utils.fields import GROUPS, Range
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FIXED = [
