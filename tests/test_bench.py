@@ -57,7 +57,7 @@ def test_the_plain_module_is_the_original() -> None:
     trained = TrainedModule(24, 40, 32, 16)
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
     tokens = Tokens(torch.randn(3, 9, 24), mask, torch.randn(3, 5, 40))
-    for ours, plain in zip(trained(tokens), PlainModule(trained)(*tokens), strict=True):
+    for ours, plain in zip(trained(tokens), PlainModule(trained)(*tokens[:3]), strict=True):
         assert torch.allclose(ours, plain, atol=1e-6)
 
 

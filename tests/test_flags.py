@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mmgraph.checkpoints import resume
-from mmgraph.checkpoints.state import identity
+from mmgraph.checkpoints import run_start
+from mmgraph.checkpoints.resume_state import identity
 from mmgraph.cli import verbs
 from mmgraph.config import COMMON, FIXED_ON_RESUME, INHERITED, Config
 from mmgraph.errors import UserError
@@ -121,10 +121,10 @@ def test_flags_fixed_on_resume() -> None:
 def test_a_state_older_than_a_flag_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = identity(Config(), "n", "e")
     older = {key: value for key, value in now.items() if key != name}
-    monkeypatch.setattr(resume, "read_record", lambda state: {"identity": older})
-    resume.check_identity(Path("state"), now, "another run")
+    monkeypatch.setattr(run_start, "read_record", lambda state: {"identity": older})
+    run_start.check_identity(Path("state"), now, "another run")
     with pytest.raises(UserError, match=rf"^another run: {name} {now[name]} -> changed; "):
-        resume.check_identity(Path("state"), {**now, name: "changed"}, "another run")
+        run_start.check_identity(Path("state"), {**now, name: "changed"}, "another run")
 
 
 def test_flags_that_other_verbs_take_from_the_run() -> None:

@@ -86,7 +86,7 @@ def test_forward_and_losses(d_text: int, d_vis: int, fused_dim: int, proj_dim: i
     module = TrainedModule(d_text, d_vis, fused_dim, proj_dim)
     state = {name: tensor.double() for name, tensor in module.state_dict().items()}
     with torch.no_grad():
-        fused, text_pool, vis_pool = module.fusion(*tokens)
+        fused, text_pool, vis_pool = module.fusion(*tokens[:3])
         z = dict(zip(("z_graph", "z_text", "z_vis"), module(tokens), strict=True))
     found = {"fused": fused, "text_pool": text_pool, "vis_pool": vis_pool, **z}
     rows = [

@@ -13,8 +13,8 @@ from torch import nn
 from mmgraph.checkpoints.consolidate import restore, set_loss_scale
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.resume import find_state, read_start
-from mmgraph.checkpoints.state import identity
+from mmgraph.checkpoints.resume_state import identity
+from mmgraph.checkpoints.run_start import find_state, read_start
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader

@@ -21,7 +21,7 @@ from mmgraph.checkpoints.files import (
     write_checkpoint,
 )
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.state import write_state
+from mmgraph.checkpoints.resume_state import write_state
 from mmgraph.config import Config
 from mmgraph.distributed.collectives import write_on_main_process
 from mmgraph.distributed.signals import StopRequest

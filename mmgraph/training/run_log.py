@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mmgraph.checkpoints.files import final_file
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.state import gone_on
+from mmgraph.checkpoints.resume_state import gone_on
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import describe_causes

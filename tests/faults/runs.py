@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from conftest import read_metrics
 
-from mmgraph.checkpoints.state import read_record, state_folders
+from mmgraph.checkpoints.resume_state import read_record, state_folders
 from mmgraph.errors import UserError
 
 Case = TypeVar("Case")

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from mmgraph import load_pretrained_encoder
 from mmgraph.checkpoints.files import read_checkpoint
-from mmgraph.checkpoints.resume import read_start
-from mmgraph.checkpoints.state import newest_state, read_record, state_folders
+from mmgraph.checkpoints.resume_state import newest_state, read_record, state_folders
+from mmgraph.checkpoints.run_start import read_start
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.errors import UserError
 from mmgraph.evaluation.command import find_features

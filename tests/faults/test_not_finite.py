@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, error_of, lines_with, read_metrics
 from runs import Fault, brief, check_same, each, run, steady
 
-from mmgraph.checkpoints.state import read_record
+from mmgraph.checkpoints.resume_state import read_record
 from mmgraph.data.sampler import GlobalBatchSampler
 
 Cases = Callable[[int], None]

@@ -8,7 +8,7 @@ import torch
 
 from mmgraph.checkpoints.files import TrainedState, best_file, check_fit, read_checkpoint, trained_state
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.state import newest_state, read_record, read_state
+from mmgraph.checkpoints.resume_state import newest_state, read_record, read_state
 from mmgraph.config import FIXED_ON_RESUME, Config
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
