@@ -81,7 +81,8 @@ def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path,
                 stopped = run(brief(graph, output), ranks=ranks)
                 assert all(code in (1, 2) for code in stopped.codes), stopped
                 told = one_line(stopped.said)  # by the check at the start, or by the disk
-                assert str(output) in told and (NO_SPACE in told or re.search(r"--output_dir .*\d MB", told)), told
+                known = NO_SPACE in told or re.search(r"--output_dir .*\d MB|\.pt\.", told)  # torch.save knows no errno
+                assert str(output) in told and known, told
                 assert set(valid_steps(output)) & set(states) or max(valid_steps(output)) > max(states)
                 assert all(path.read_bytes() == content for path, content in files.items())
                 assert not list(output.rglob("*.tmp*"))
