@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and asking for one costs its retries
 
@@ -17,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
+from mmgraph.data.image_source import read_file
+from mmgraph.data.images import decode_picture
 from mmgraph.demo.towers import build_towers
 
 REPOSITORY = Path(__file__).parent.parent
@@ -176,3 +179,8 @@ def zero3(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
     """Called with the number of cases that a test tried, for the table of tests/faults/table.py."""
     return lambda count: request.node.user_properties.append(("cases", count))
+
+
+def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
+    """A picture as towers see it before it is resized, and an index into CAUSES."""
+    return decode_picture(*read_file(path), truncated)

@@ -4,10 +4,10 @@ import sys
 
 import torch
 
+from mmgraph.arguments import parse_config
 from mmgraph.cli import leave
 from mmgraph.data.graph import load_graph
 from mmgraph.distributed.launch import build_accelerator
-from mmgraph.flags import parse_config
 from mmgraph.losses.contrastive import contrastive_losses
 from mmgraph.training.build import build_run
 

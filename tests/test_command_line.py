@@ -11,10 +11,10 @@ import pytest
 import targets
 from conftest import REPOSITORY, graph_files, read_metrics, run, settings
 
+from mmgraph.arguments import parse_config
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.flags import parse_config
 from mmgraph.training.lr_schedule import lr_at
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from mmgraph.arguments import parse_config
 from mmgraph.checkpoints import run_start
 from mmgraph.checkpoints.resume_state import identity
 from mmgraph.cli import verbs
 from mmgraph.config import COMMON, FIXED_ON_RESUME, INHERITED, Config
 from mmgraph.errors import UserError
-from mmgraph.flags import parse_config
 from mmgraph.utils.fields import GROUPS, Range
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_image
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgraph.data.images import CAUSES, read_image
+from mmgraph.data.images import CAUSES
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.errors import UserError

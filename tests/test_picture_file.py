@@ -23,6 +23,7 @@ from conftest import read_metrics, settings
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from mmgraph.arguments import parse_config
 from mmgraph.cli import train_main
 from mmgraph.data import image_cache
 from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
@@ -35,7 +36,6 @@ from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import build_accelerator
-from mmgraph.flags import parse_config
 from mmgraph.loader.nodes_dataset import NodesDataset
 from mmgraph.towers.clip import load_tokenizer_and_processor
 from mmgraph.training.build import build_run

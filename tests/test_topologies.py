@@ -68,7 +68,7 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
 
 PERSISTENT = """
 import sys
-from mmgraph.flags import parse_config
+from mmgraph.arguments import parse_config
 from mmgraph.data.graph import load_graph
 from mmgraph.training.build import build_run
 from mmgraph.distributed.launch import build_accelerator

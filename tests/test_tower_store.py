@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
 
+from mmgraph.arguments import parse_config
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
@@ -33,7 +34,6 @@ from mmgraph.data.readers import fingerprint
 from mmgraph.distributed.collectives import STRIDE_SECONDS, work_together
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
-from mmgraph.flags import parse_config
 from mmgraph.towers import cached as tower_cache
 from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import CachedTowers

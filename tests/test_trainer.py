@@ -34,13 +34,13 @@ from conftest import (
     stop_lines,
 )
 
+from mmgraph.arguments import parse_config
 from mmgraph.cli import main, train_main
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import CAUSES
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
-from mmgraph.flags import parse_config
 from mmgraph.training.build import build_run
 from mmgraph.training.train_step import StepResult
 from mmgraph.utils.log import log

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmgraph.arguments import as_arguments
 from mmgraph.config import Config
 from mmgraph.errors import UserError
-from mmgraph.flags import as_arguments
 from mmgraph.utils.files import write_durably
 
 SCRIPT = """import sys

@@ -66,7 +66,7 @@ def _bench(given: argparse.Namespace) -> None:
             raise UserError(f"unknown argument {given.flags[0]} (see mmgraph bench graph --help)")
         build_graph(given.folder, given.structure, given.num_nodes, given.num_edges, given.num_images)
         return
-    from mmgraph.flags import parse_config
+    from mmgraph.arguments import parse_config
 
     config = parse_config(given.flags)
     if given.what == "scale":

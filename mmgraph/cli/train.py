@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 def run_training(arguments: list[str]) -> int:
     """Train. Returns the exit code."""
+    from mmgraph.arguments import parse_config
     from mmgraph.distributed.signals import follow_launcher
-    from mmgraph.flags import parse_config
 
     follow_launcher()
     config = parse_config(arguments)

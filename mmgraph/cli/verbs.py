@@ -104,7 +104,7 @@ def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache(given: argparse.Namespace) -> None:
-    from mmgraph.flags import parse_config
+    from mmgraph.arguments import parse_config
 
     config = parse_config(given.flags)
 

@@ -1,13 +1,17 @@
 """Where the images of a graph's nodes are read from."""
 
+import os
+import stat
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from mmgraph.data.image_paths import ImagePaths, as_path
-from mmgraph.data.images import read_file
+from mmgraph.data.images import CAUSES, OUTSIDE
 from mmgraph.data.node_table import NodeTable
 from mmgraph.utils.files import file_signature
+
+MAX_FILE_BYTES = 1 << 30  # of an image file; a larger one is not read
 
 
 class ImageSource(Protocol):
@@ -68,6 +72,23 @@ class ImageFiles:
         if self.paths is not None:
             with nodes.column("image_path") as image_paths:
                 self.paths.check(image_paths, seed)
+
+
+def read_file(path: str | None) -> tuple[bytes | None, int]:
+    """An image file's bytes, or None; and an index into ``CAUSES``."""
+    if path is None or path == OUTSIDE:
+        return None, CAUSES.index("no image path" if path is None else "outside the image root")
+    try:
+        status = os.stat(path)  # noqa: PTH116 - of millions of pictures
+        if not stat.S_ISREG(status.st_mode):  # a folder; or a pipe or device, which may never end
+            return None, CAUSES.index("file not found")
+        if status.st_size > MAX_FILE_BYTES:
+            return None, CAUSES.index("file too large")
+        return Path(path).read_bytes(), 0
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a NUL byte
+        return None, CAUSES.index("file not found")
+    except OSError:
+        return None, CAUSES.index("unreadable")
 
 
 AS_GIVEN = ImageFiles()

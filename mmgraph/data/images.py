@@ -2,13 +2,11 @@
 
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,7 +21,6 @@ NO_PATH = CAUSES.index("no image path")
 OUTSIDE = "/dev/null/outside the image root"  # instead of a path that is not to be opened; nothing can lie there
 # What Pillow may open. Others are for no picture of a node, and some run other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
-MAX_FILE_BYTES = 1 << 30
 
 
 class _Switch:
@@ -69,41 +66,23 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
-def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
-    """Read a picture as RGB, as ``PIL.Image.open(path).convert("RGB")`` would (EXIF rotation is not applied).
-
-    JPEG is decoded by torchvision, whose pixels are the same; everything else (PNG, GIF, WebP, CMYK, files that end
-    early) by Pillow, if it is of :data:`FORMATS`: torchvision's PNG decoder dies of a flipped bit (SIGSEGV). Files of
-    more than :data:`MAX_FILE_BYTES` are not read, and pictures of more than twice Pillow's ``MAX_IMAGE_PIXELS`` not
-    decoded.
-
-    Returns:
-        (3, H, W) uint8 and an index into ``CAUSES``. A picture that cannot be read is black, 224x224.
-    """
-    return decode_picture(*read_file(path), truncated)
-
-
-def read_file(path: str | None) -> tuple[bytes | None, int]:
-    """An image file's bytes, or None; and an index into ``CAUSES``."""
-    if path is None or path == OUTSIDE:
-        return None, CAUSES.index("no image path" if path is None else "outside the image root")
-    try:
-        status = os.stat(path)  # noqa: PTH116 - of millions of pictures
-        if not stat.S_ISREG(status.st_mode):  # a folder; or a pipe or device, which may never end
-            return None, CAUSES.index("file not found")
-        if status.st_size > MAX_FILE_BYTES:
-            return None, CAUSES.index("file too large")
-        return Path(path).read_bytes(), 0
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a NUL byte
-        return None, CAUSES.index("file not found")
-    except OSError:
-        return None, CAUSES.index("unreadable")
-
-
 def decode_picture(
     data: bytes | None, cause: int, truncated: Literal["partial", "black"] = "partial"
 ) -> tuple[torch.Tensor, int]:
-    """What :func:`read_image` gives, from what :func:`read_file` gave."""
+    """Decode a picture as RGB, as ``PIL.Image.open(...).convert("RGB")`` would (EXIF rotation is not applied).
+
+    JPEG is decoded by torchvision, whose pixels are the same; everything else (PNG, GIF, WebP, CMYK, files that end
+    early) by Pillow, if it is of :data:`FORMATS`: torchvision's PNG decoder dies of a flipped bit (SIGSEGV). Pictures
+    of more than twice Pillow's ``MAX_IMAGE_PIXELS`` are not decoded.
+
+    Args:
+        data: the encoded picture; None where there is none.
+        cause: index into :data:`CAUSES` of why there is none.
+        truncated: what a file that ends early gives: the part that is there, or black.
+
+    Returns:
+        (3, H, W) uint8 and an index into :data:`CAUSES`. A picture that cannot be decoded is black, 224x224.
+    """
     if data is None:
         return black_image(), cause
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from mmgraph.arguments import config_of
 from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
@@ -20,7 +21,6 @@ from mmgraph.data.readers import fingerprint as file_fingerprint
 from mmgraph.data.table_cache import open_nodes
 from mmgraph.distributed.collectives import together
 from mmgraph.errors import UserError
-from mmgraph.flags import config_of
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
 from mmgraph.towers.cached import existing_store

@@ -20,12 +20,13 @@ import pandas as pd
 import pytest
 import targets
 import torch
-from conftest import error_of, graph_files, line_with, lines_with
+from conftest import error_of, graph_files, line_with, lines_with, read_image
 from PIL import Image, ImageFile
 from runs import brief, run
 
 from mmgraph.data.image_paths import ImagePaths
-from mmgraph.data.images import CAUSES, MAX_FILE_BYTES, OUTSIDE, decode_picture, read_image
+from mmgraph.data.image_source import MAX_FILE_BYTES, read_file
+from mmgraph.data.images import CAUSES, OUTSIDE, decode_picture
 from mmgraph.distributed.launch import peak_memory_gb
 
 Cases = Callable[[int], None]
@@ -205,8 +206,8 @@ def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
 MEMORY = f"""
 import sys
 import torch
-{targets.imports(read_image, peak_memory_gb)}
-read_image(sys.argv[1])
+{targets.imports(decode_picture, read_file, peak_memory_gb)}
+decode_picture(*read_file(sys.argv[1]))
 before = peak_memory_gb(torch.device("cpu"))
 for path in sys.argv[2:]:
     assert not read_image(path)[0].any()

@@ -26,13 +26,13 @@ from runs import brief, check_same, each, run
 from safetensors.torch import load_file, save_file
 
 from mmgraph import load_pretrained_encoder
+from mmgraph.arguments import config_of
 from mmgraph.checkpoints.files import read_checkpoint
 from mmgraph.checkpoints.resume_state import newest_state, read_record, state_folders
 from mmgraph.checkpoints.run_start import read_start
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.errors import UserError
 from mmgraph.evaluation.command import find_features
-from mmgraph.flags import config_of
 from mmgraph.towers.clip import read_tower_state
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
