@@ -9,6 +9,7 @@ import torch
 from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
 from transformers import CLIPImageProcessor
 
+from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.clip import random_towers
@@ -48,11 +49,13 @@ def test_any_number_of_nodes_splits(nodes: int) -> None:
     """Also into more parts than there are nodes, which leaves some empty."""
     towers = random_towers(*tiny_configs())
     generator = torch.Generator().manual_seed(0)
-    batch = {
+    inputs = {
         "input_ids": torch.randint(60, (nodes, 7), generator=generator),
         "attention_mask": torch.ones(nodes, 7, dtype=torch.int64),
         "pictures": torch.randint(256, (nodes, 3, 32, 32), dtype=torch.uint8, generator=generator),
     }
+    rows = torch.arange(nodes)
+    batch = EdgeBatch(rows, rows, rows, rows.numpy(), inputs=inputs)
     source = LiveTowers(towers, Preprocessing(CLIPImageProcessor()), torch.device("cpu"))
     module = TrainedModule(32, 48, 24, 16)
     results = []
