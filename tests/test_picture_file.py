@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from mmgraph.arguments import parse_config
 from mmgraph.cli import train_main
 from mmgraph.data import image_cache
-from mmgraph.data.batches import BatchCollator, EdgeRows, shared_pictures
+from mmgraph.data.batches import BatchCollator, EdgeBatch, EdgeRows, shared_pictures
 from mmgraph.data.graph import load_graph
 from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
@@ -406,7 +406,7 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
     graph = load_graph(config)
     tokenizer, processor = load_tokenizer_and_processor(config.model_name)
 
-    def batches(file: PictureFile | None, worker: bool) -> list[dict[str, Any]]:
+    def batches(file: PictureFile | None, worker: bool) -> list[EdgeBatch]:
         inputs = NodeInputs(tokenizer, processor, 0, picture_file=file)
         collator = BatchCollator(graph.nodes, graph.images, inputs)
         start = {"num_workers": 1, "multiprocessing_context": method} if worker else {}
@@ -417,7 +417,9 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
     for worker, decoded in ((True, 40), (False, 0)):
         found = batches(file, worker)
         assert sum(batch.decoded for batch in found) == decoded
-        assert all(torch.equal(a["pictures"], b["pictures"]) for a, b in zip(found, expected, strict=True))
+        assert all(
+            torch.equal(a.inputs["pictures"], b.inputs["pictures"]) for a, b in zip(found, expected, strict=True)
+        )
 
 
 def read_as_a_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile | None, barrier: Any, out: Any) -> None:
