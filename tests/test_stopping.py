@@ -172,7 +172,7 @@ with stop.listening():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1)
     stop.step_finished()
-    with stop.unhurried():
+    with stop.pause_watchdog():
         time.sleep(2)
     print("saved", flush=True)
     time.sleep(20)
