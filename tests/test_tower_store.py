@@ -30,7 +30,6 @@ from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import CAUSES
-from mmgraph.data.readers import fingerprint
 from mmgraph.distributed.collectives import STRIDE_SECONDS, work_together
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
@@ -38,6 +37,7 @@ from mmgraph.towers import cached as tower_cache
 from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
+from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.training.build import build_run
 
@@ -147,7 +147,7 @@ def test_no_tower_is_loaded_where_the_store_is_whole(
     final = torch.load(tmp_path / "run/checkpoints/multimodal_encoder_final.pt")
     towers = tower_state(load_towers(str(own_graph / "towers")))
     assert all(torch.equal(final[key], tensor) for key, tensor in towers.items())
-    assert fingerprint(towers) == fingerprint(read_tower_state(str(own_graph / "towers")))
+    assert towers_fingerprint(towers) == towers_fingerprint(read_tower_state(str(own_graph / "towers")))
 
 
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
