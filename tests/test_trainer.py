@@ -153,7 +153,7 @@ def test_another_run_in_the_same_folder_is_refused(
     shutil.copytree(graph, other)
     edges = (other / "edges.csv").read_text().splitlines()
     (other / "edges.csv").write_text("\n".join(edges[:-1]) + "\n")
-    changed = ("seed", 42, 1, "temperature", 0.07, 0.1)
+    changed = ("temperature", 0.07, 0.1, "seed", 42, 1)  # in the order of the settings
     named = run40 / "state/step-00000036"
     for flags, facts in (
         (settings(graph, output, "--seed=1", "--temperature=0.1"), (output, *changed, "--run_name")),
