@@ -210,7 +210,7 @@ import torch
 decode_picture(*read_file(sys.argv[1]))
 before = peak_memory_gb(torch.device("cpu"))
 for path in sys.argv[2:]:
-    assert not read_image(path)[0].any()
+    assert not decode_picture(*read_file(path))[0].any()
 print(1e3 * (peak_memory_gb(torch.device("cpu")) - before))
 """
 
