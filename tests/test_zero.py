@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from mmgraph.distributed import deepspeed as zero
+from mmgraph.checkpoints import zero_partitions as zero
 
 
 def engine(scaler: object) -> SimpleNamespace:
