@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO: how it is set up here, and its partitions as one state that any other launch can read.
+"""The set-up of DeepSpeed's ZeRO.
 
-DeepSpeed is imported by these functions alone: it costs seconds and prints, and most runs do without it.
+DeepSpeed is imported inside the functions: it costs seconds and prints, and most runs do without it.
 """
 
 import logging

@@ -31,6 +31,8 @@ from mmgraph.towers.load import empty_towers, load_tokenizer_and_processor
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
 
+HEADS = 8  # of the fusion's attention
+
 
 def newest_run() -> Path:
     """The folder below ``runs/`` whose run ended last. Raises :class:`UserError` where none has."""
@@ -151,9 +153,6 @@ def _fingerprint(towers: str, module: TrainedModule) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-HEADS = 8  # of the fusion's attention
 
 
 def load_pretrained_encoder(

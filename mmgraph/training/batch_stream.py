@@ -7,8 +7,7 @@ from mmgraph.checkpoints.progress import Progress
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.images import SeenImages
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.towers.cached import CachedTowers
-from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.schedule import Schedule
 from mmgraph.utils.log import log
 
@@ -33,7 +32,7 @@ class BatchStream:
         self,
         loader: Iterable[EdgeBatch],
         sampler: GlobalBatchSampler,
-        source: CachedTowers | LiveTowers,
+        source: TokenSource,
         progress: Progress,
         schedule: Schedule,
         images: SeenImages,

@@ -31,12 +31,12 @@ from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.negative_mask import false_negatives_of
 from mmgraph.losses.objective import Objective
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.cached import CachedTowers, contents_of
+from mmgraph.towers.cached import contents_of
 from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.live import LiveTowers
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state, tower_shapes
 from mmgraph.towers.store_plan import nodes_seen
-from mmgraph.towers.token_source import open_source
+from mmgraph.towers.token_source import TokenSource, open_source
 from mmgraph.training.batch_stream import BatchStream
 from mmgraph.training.checkpointer import Checkpointer
 from mmgraph.training.early_stopping import EarlyStopping
@@ -129,7 +129,7 @@ class _Data(NamedTuple):
     """What a run knows of its nodes, and where their tokens come from."""
 
     inputs: NodeInputs
-    source: CachedTowers | LiveTowers
+    source: TokenSource
     objective: Objective
     outputs: NodeOutputs
     evaluation: Evaluation | None

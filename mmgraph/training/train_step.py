@@ -12,8 +12,7 @@ from torch import nn
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.losses.objective import TOTAL, Embeddings, Objective
-from mmgraph.towers.cached import CachedTowers
-from mmgraph.towers.live import LiveTowers
+from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.nonfinite import poison_if_nonfinite, skip_if_nonfinite
 
 UNKNOWN_NORM = -1.0  # where the backend does not give it
@@ -47,7 +46,7 @@ class TrainStep:
         module: nn.Module,
         optimizer: AcceleratedOptimizer,
         objective: Objective,
-        source: CachedTowers | LiveTowers,
+        source: TokenSource,
         accelerator: Accelerator,
         progress: Progress,
         edges: int,
