@@ -220,10 +220,11 @@ finally:
 
 @pytest.mark.slow
 def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -> None:
-    """40,000 nodes, whose features are 88 MB, against 2,000; live towers."""
+    """40,000 nodes, whose features are 88 MB, against 10,000; live towers. Of fewer than those the peak is lower: the
+    allocator's own ups and downs are 20 MB, and their highest needs half a minute."""
     (tmp_path / "run.py").write_text(MEMORY)
     image, peaks = str(graph / "images/0.png"), []
-    for count in (2_000, 40_000):
+    for count in (10_000, 40_000):
         folder = tmp_path / str(count)
         folder.mkdir()
         table = pd.DataFrame({"node_id": range(count), "short_name": "a node", "summary": "", "image_path": image})
@@ -233,5 +234,5 @@ def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(float(done.stdout.split()[-1]))
         assert torch.load(folder / "out/features_concat.pt", mmap=True).shape == (count, 256)
-    print(f"peak of 2,000 nodes {peaks[0]:.0f} MB, of 40,000 {peaks[1]:.0f} MB")
+    print(f"peak of 10,000 nodes {peaks[0]:.0f} MB, of 40,000 {peaks[1]:.0f} MB")
     assert peaks[1] - peaks[0] < 30
