@@ -23,7 +23,7 @@ from mmgraph.data.images import decode_picture
 from mmgraph.demo.towers import build_towers
 
 REPOSITORY = Path(__file__).parent.parent
-PACKAGE = f"{REPOSITORY / 'mmgraph'}/"  # in every line of a traceback through it
+PACKAGE = f"{REPOSITORY / 'mmgraph'}/"  # how the paths of its files begin in a traceback
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]
 
 

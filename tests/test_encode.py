@@ -220,8 +220,8 @@ finally:
 
 @pytest.mark.slow
 def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -> None:
-    """40,000 nodes, whose features are 88 MB, against 10,000; live towers. Of fewer than those the peak is lower: the
-    allocator's own ups and downs are 20 MB, and their highest needs half a minute."""
+    """40,000 nodes, whose features are 88 MB, against 10,000; live towers. The allocator's memory goes up and down by
+    20 MB, so a run over fewer nodes may end before its peak."""
     (tmp_path / "run.py").write_text(MEMORY)
     image, peaks = str(graph / "images/0.png"), []
     for count in (10_000, 40_000):

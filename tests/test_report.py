@@ -477,8 +477,8 @@ def test_wrong_usage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_what_is_not_there_any_more_is_told_on_the_page(
     runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run's folder that was copied without its data, or before it wrote a checkpoint or a step. Its path, which the
-    page names, is a word too long for a phone."""
+    """A run's folder that was copied without its data, or before it wrote a checkpoint or a step. The page shows the
+    folder's path, which is wider than a phone's screen."""
     copy = tmp_path / ("run" * 30)
     shutil.copytree(runs / "evaluated", copy)
     assert main(["report", str(copy), "--nodes", str(tmp_path / "gone.csv")]) == 0
@@ -633,9 +633,9 @@ def test_long_names_and_links_as_output(graph: Path, runs: Path, browser: Browse
     with Opened(browser, tmp_path / "page.html", 390) as opened:
         assert opened.page.evaluate("document.documentElement.scrollHeight") < 20_000
         opened.check()
-    shutil.copytree(runs / "plain", tmp_path / ("run" * 30))  # its name stands in legends, headings and tables too
-    output = tmp_path / "two.html"
-    assert main(["report", str(runs / "plain"), str(tmp_path / ("run" * 30)), f"--output={output}"]) == 0
+    copy, output = tmp_path / ("run" * 30), tmp_path / "two.html"
+    shutil.copytree(runs / "plain", copy)  # the page of two runs shows its name in legends, headings and tables
+    assert main(["report", str(runs / "plain"), str(copy), f"--output={output}"]) == 0
     check_page(browser, output)
 
 
