@@ -169,7 +169,7 @@ def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
         fault = after(place)
         if place > STEPS:  # a call that changes files; only the main process makes any
             fault = ("at_file_call", {"inside": SAVING, "number": place, "action": "SIGKILL", "rank": 0})
-        ended = run(brief(graph, output), fault, ranks=2, timeout=20)
+        ended = run(brief(graph, output), fault, ranks=2, timeout=60)  # not --collective_timeout, which is 600 s
         assert -signal.SIGKILL in ended.codes and None not in ended.codes, ended.said
         assert run(brief(graph, output), ranks=2).codes == [0, 0]
         check_same(output, whole)

@@ -17,6 +17,9 @@ from runs import STEPS, Fault, brief, check_same, each, run, valid_steps
 Cases = Callable[[int], None]
 LIVE = ("--tower_cache=off", "--num_workers=2")
 FLAGS = ("--eval_fraction=0.1", "--eval_every=4", "--batch_size=44")
+# Seconds for --collective_timeout=8. Where rank 0 ends before it opens its store, PyTorch tries to connect twice, with
+# a random delay between: that alone takes 8 to 24 s.
+ENDS_WITHIN = 60
 PLACES = {  # function, number of its call
     "dataset": (targets.EDGE_ROWS, 3),
     "collator": (targets.COLLATE_EDGES, 3),
@@ -50,11 +53,10 @@ def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases:
         target, number = PLACES[place]
         output = tmp_path / f"{place}-{rank}".replace(" ", "")
         fault = ("at_call", {"target": target, "number": number, "action": "raise", "rank": rank})
-        begun = time.monotonic()
         # A launcher would end the other rank at once; here it has to find out by itself.
         flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
-        ended = run(flags, fault, ranks=2, timeout=20)
-        assert time.monotonic() - begun < 20 and all(code in (1, 2) for code in ended.codes), (place, rank, ended)
+        ended = run(flags, fault, ranks=2, timeout=ENDS_WITHIN)
+        assert all(code in (1, 2) for code in ended.codes), (place, rank, ended)
         assert "ValueError: injected by the test" in ended.said
         # The other one's: whom it has lost or waited for, or what the first one has told it.
         [told] = [line for line in ended.said.splitlines() if "mmgraph: error: " in line]
@@ -131,7 +133,7 @@ def test_signals(graph: Path, reference: Path, tmp_path: Path, cases: Cases, nam
         kind, settings = SIGNAL_PLACES[place]
         faults: list[Fault] = [(kind, {**settings, "action": name, "rank": rank}) for rank in ranks]
         flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
-        ended = run(flags, *faults, ranks=2, timeout=25, environment=cache)
+        ended = run(flags, *faults, ranks=2, timeout=ENDS_WITHIN, environment=cache)
         assert None not in ended.codes and "Traceback" not in ended.said, (case, ended)
         if place in ("start", "build"):  # nothing to write yet
             assert -getattr(signal, name) in ended.codes and 0 not in ended.codes, (case, ended)
