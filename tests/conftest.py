@@ -183,5 +183,5 @@ def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
 
 
 def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
-    """A picture as towers see it before it is resized, and an index into CAUSES."""
+    """A picture as towers see it before it is resized, and an index into IMAGE_STATUS."""
     return decode_picture(*read_file(path), truncated)

@@ -28,7 +28,7 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
 
 results = {}
 for at_once in (1 << 24, 30):  # whole, and in parts
-    losses.LOGITS_AT_ONCE = at_once
+    losses.LOGIT_CHUNK = at_once
     for same, linked, missing in given["cases"]:
         z = [own(tensor).requires_grad_() for tensor in given["z"]]
         neighbors = Adjacency(given["keys"], given["num_nodes"]) if linked else None

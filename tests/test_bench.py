@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, launch_command, run, settings
-from targets import LOGITS_AT_ONCE, TOWERS_OF_BENCH_GRAPH
+from targets import LOGIT_CHUNK, TOWERS_OF_BENCH_GRAPH
 
 from mmgraph.bench.loss import compare_losses
 from mmgraph.bench.report import shown
@@ -72,11 +72,11 @@ def test_data(graph: Path, tmp_path: Path) -> None:
 
 
 def test_loss(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LOGITS_AT_ONCE, 4096)
+    monkeypatch.setattr(LOGIT_CHUNK, 4096)
     found = bench(graph, tmp_path, "loss", "--sizes", "64", "300", "--repeats=2")
     assert [row["edges"] for row in found["rows"]] == [64, 300]
     assert all(row["difference"] < 1e-5 and row["time ratio"] > 0 for row in found["rows"])
-    assert resolve_name(LOGITS_AT_ONCE) == 4096
+    assert resolve_name(LOGIT_CHUNK) == 4096
 
 
 def test_scale(graph: Path, tmp_path: Path) -> None:

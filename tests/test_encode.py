@@ -17,7 +17,7 @@ import torch
 from conftest import launch_command, run
 from PIL import Image
 from safetensors.torch import load_file
-from targets import MAKE_BLOCKS, NODES_OF_A_BLOCK
+from targets import MAKE_FEATURE_SHARDS, NODES_OF_A_FEATURE_SHARD
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from mmgraph.cli import main
@@ -81,7 +81,7 @@ def test_over_ranks_and_in_every_format(
     """40 nodes in blocks of 6, so that ranks have different numbers of them."""
     script = tmp_path / "run.py"
     script.write_text(
-        f"import runpy, pytest\npytest.MonkeyPatch().setattr({NODES_OF_A_BLOCK!r}, 6)\n"
+        f"import runpy, pytest\npytest.MonkeyPatch().setattr({NODES_OF_A_FEATURE_SHARD!r}, 6)\n"
         "runpy.run_module('mmgraph', run_name='__main__')\n"
     )
     command = [*launch_command("cpu_2proc.yaml")[:-1], str(script)]
@@ -107,13 +107,13 @@ def test_over_ranks_and_in_every_format(
 KILLED = f"""import pkgutil, runpy, time
 import pytest
 patch = pytest.MonkeyPatch()
-patch.setattr({NODES_OF_A_BLOCK!r}, 4)
-make = pkgutil.resolve_name({MAKE_BLOCKS!r})
+patch.setattr({NODES_OF_A_FEATURE_SHARD!r}, 4)
+make = pkgutil.resolve_name({MAKE_FEATURE_SHARDS!r})
 def slow(self, numbers):
     for count in make(self, numbers):
         time.sleep(0.2)
         yield count
-patch.setattr({MAKE_BLOCKS!r}, slow)
+patch.setattr({MAKE_FEATURE_SHARDS!r}, slow)
 runpy.run_module("mmgraph", run_name="__main__")
 """
 
@@ -126,7 +126,7 @@ def test_a_second_start_goes_on(
     for image in (folder / "images").iterdir():
         image.touch()
     time.sleep(2.1)  # files that changed a moment ago are not trusted
-    monkeypatch.setattr(NODES_OF_A_BLOCK, 4)
+    monkeypatch.setattr(NODES_OF_A_FEATURE_SHARD, 4)
     assert main(given(folder, original, tmp_path / "once")) == 0
     (tmp_path / "run.py").write_text(KILLED)
     process = subprocess.Popen(
@@ -146,8 +146,8 @@ def test_a_second_start_goes_on(
     damaged[-9] ^= 1
     block.write_bytes(damaged)
     made: list[int] = []
-    make = resolve_name(MAKE_BLOCKS)
-    monkeypatch.setattr(MAKE_BLOCKS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    make = resolve_name(MAKE_FEATURE_SHARDS)
+    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
     Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # of the first block
     capsys.readouterr()
     assert main(given(folder, original, tmp_path / "out")) == 0

@@ -23,7 +23,7 @@ from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.split import HeldOut
-from mmgraph.evaluation.evaluator import Evaluation, cycle
+from mmgraph.evaluation.evaluator import Evaluation, derangement
 from mmgraph.towers.tokens import Tokens
 from mmgraph.training.early_stopping import EarlyStopping
 
@@ -332,9 +332,9 @@ class Outputs:
     class inputs:  # noqa: N801 - as NodeOutputs has it
         truncated_images = "partial"
 
-    def of(self, parts: list[range], partners: np.ndarray | None = None) -> Any:
+    def of(self, parts: list[range], image_rows: np.ndarray | None = None) -> Any:
         rows = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-        images = rows if partners is None else partners[rows]
+        images = rows if image_rows is None else image_rows[rows]
         mask = torch.full((len(rows), 4), 1)
         mask[5] = torch.tensor([1, 1, 0, 0])  # a node without words
         causes = np.where(images == 7, 2, 0)  # and one without an image
@@ -366,8 +366,8 @@ def test_shuffled_images_show_a_shortcut() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 12_842])
 def test_cycle_leaves_nothing_in_its_place(count: int) -> None:
-    partners = cycle(count, seed=4)
-    assert np.array_equal(np.sort(partners), np.arange(count)) and not (partners == np.arange(count)).any()
+    image_rows = derangement(count, seed=4)
+    assert np.array_equal(np.sort(image_rows), np.arange(count)) and not (image_rows == np.arange(count)).any()
 
 
 def test_a_graph_of_12842_nodes_in_seconds() -> None:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from conftest import LOSSES, launch, launch_command, loss_difference, read_metrics, run, settings
 
 from mmgraph.data.content_hashes import HASH, ContentHashes, image_hash
-from mmgraph.data.images import CAUSES
-from mmgraph.losses.negative_mask import picture_numbers
+from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.losses.negative_mask import image_numbers
 
 EDGES, NODES = 12, 14  # a global batch with repeated nodes
 CASES = [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)]
@@ -103,8 +103,8 @@ def test_losses_are_brute_forces(tmp_path: Path, config: str) -> None:
 def test_pictures_are_told_by_their_bytes() -> None:
     """Files of the same bytes are one picture; nodes without a file are no two of the same."""
     hashes = [image_hash(b"a", 0), image_hash(b"b", 0), image_hash(b"a", 0)]
-    hashes += [image_hash(None, cause) for cause in (1, 1, CAUSES.index("file not found"))]
-    numbers = picture_numbers(ContentHashes(np.zeros(6, HASH), np.array(hashes, HASH))).tolist()
+    hashes += [image_hash(None, cause) for cause in (1, 1, IMAGE_STATUS.index("file not found"))]
+    numbers = image_numbers(ContentHashes(np.zeros(6, HASH), np.array(hashes, HASH))).tolist()
     assert numbers[0] == numbers[2] and len(set(numbers)) == 5
 
 

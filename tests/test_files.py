@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraph.utils.files import claimed, make_once, write_durably
+from mmgraph.utils.files import claim_file, make_once, write_durably
 
 
 def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
@@ -56,9 +56,9 @@ def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(
             "os.open", lambda p, *more: (_ for _ in ()).throw(refused) if p == makers_own else opened(p, *more)
         )
-    with claimed(path) as first:
+    with claim_file(path) as first:
         assert first is not None
-        with claimed(path) as second:
+        with claim_file(path) as second:
             assert second is not None
             second.write(b"done first")
         inode = path.stat().st_ino
@@ -69,10 +69,10 @@ def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_lock_that_fails_removes_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a process that got one: such as where a table of locks is full."""
     path = tmp_path / "made"
-    with claimed(path) as first:
+    with claim_file(path) as first:
         assert first is not None
         monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
-        with claimed(path) as second:
+        with claim_file(path) as second:
             assert second is not None
             second.write(b"whole")
         first.write(b"whole")
@@ -84,7 +84,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
         path.write_text("half")
         raise RuntimeError
 
-    with pytest.raises(RuntimeError), claimed(tmp_path / "a") as file:
+    with pytest.raises(RuntimeError), claim_file(tmp_path / "a") as file:
         assert file is not None
         file.write(b"half")
         raise RuntimeError
@@ -96,6 +96,6 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("there")
-    with claimed(tmp_path / "a") as file:
+    with claim_file(tmp_path / "a") as file:
         assert file is None
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

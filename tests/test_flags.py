@@ -10,7 +10,7 @@ import pytest
 
 from mmgraph.arguments import parse_config
 from mmgraph.checkpoints import run_start
-from mmgraph.checkpoints.resume_state import identity
+from mmgraph.checkpoints.resume_state import compute_run_fingerprint
 from mmgraph.cli import verbs
 from mmgraph.config import COMMON, FIXED_ON_RESUME, INHERITED, Config
 from mmgraph.errors import UserError
@@ -111,20 +111,20 @@ def test_numbers_without_a_range() -> None:
 
 def test_flags_fixed_on_resume() -> None:
     assert set(FIXED_ON_RESUME) == set(FIXED)
-    known = identity(Config(seed=7), "n", "e")
+    known = compute_run_fingerprint(Config(seed=7), "n", "e")
     assert set(known) == {*FIXED, "nodes table", "edges table"} and known["seed"] == 7
-    cosine = identity(Config(lr_schedule="cosine"), "n", "e")
+    cosine = compute_run_fingerprint(Config(lr_schedule="cosine"), "n", "e")
     assert set(cosine) == {*FIXED, "epochs", "max_steps", "nodes table", "edges table"}
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_state_older_than_a_flag_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = identity(Config(), "n", "e")
+    now = compute_run_fingerprint(Config(), "n", "e")
     older = {key: value for key, value in now.items() if key != name}
     monkeypatch.setattr(run_start, "read_record", lambda state: {"identity": older})
-    run_start.check_identity(Path("state"), now, "another run")
+    run_start.check_run_fingerprint(Path("state"), now, "another run")
     with pytest.raises(UserError, match=rf"^another run: {name} {now[name]} -> changed; "):
-        run_start.check_identity(Path("state"), {**now, name: "changed"}, "another run")
+        run_start.check_run_fingerprint(Path("state"), {**now, name: "changed"}, "another run")
 
 
 def test_flags_that_other_verbs_take_from_the_run() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.errors import UserError
@@ -83,10 +83,10 @@ def test_a_truncated_file_is_used_in_part_and_counted(name: str, tmp_path: Path)
     path = tmp_path / name
     path.write_bytes(pictures()[name][: len(pictures()[name]) // 2])
     tensor, cause = read_image(str(path))
-    assert CAUSES[cause] == "truncated" and tensor.shape == (3, 60, 83)
+    assert IMAGE_STATUS[cause] == "truncated" and tensor.shape == (3, 60, 83)
     assert tensor[:, :10].float().std() > 0 and tensor[:, -5:].float().std(dim=(1, 2)).max() == 0
     black, cause = read_image(str(path), truncated="black")
-    assert CAUSES[cause] == "truncated" and black.shape == (3, 224, 224) and not black.any()
+    assert IMAGE_STATUS[cause] == "truncated" and black.shape == (3, 224, 224) and not black.any()
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ def test_bad_files_are_black_and_counted(content: bytes | None, cause: str, tmp_
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     tensor, code = read_image(str(tmp_path / "a.png"))
-    assert CAUSES[code] == cause and tensor.shape == (3, 224, 224) and not tensor.any()
-    assert CAUSES[read_image(None)[1]] == "no image path"
-    assert CAUSES[read_image(str(tmp_path))[1]] == "file not found"  # a folder
+    assert IMAGE_STATUS[code] == cause and tensor.shape == (3, 224, 224) and not tensor.any()
+    assert IMAGE_STATUS[read_image(None)[1]] == "no image path"
+    assert IMAGE_STATUS[read_image(str(tmp_path))[1]] == "file not found"  # a folder
 
 
 def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(pictures()["rgb.png"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 83 // 2 - 1)  # Pillow refuses above twice this
-    assert CAUSES[read_image(str(tmp_path / "a.png"))[1]] == "too many pixels"
+    assert IMAGE_STATUS[read_image(str(tmp_path / "a.png"))[1]] == "too many pixels"
 
 
 def test_a_picture_too_thin_to_resize_is_black(tmp_path: Path) -> None:
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
     inputs = NodeInputs(None, CLIPImageProcessor(), 1)
     pictures, causes = inputs.pictures([str(tmp_path / "thin.png")])
-    assert pictures.shape == (1, 3, 224, 224) and [CAUSES[cause] for cause in causes] == ["too many pixels"]
+    assert pictures.shape == (1, 3, 224, 224) and [IMAGE_STATUS[cause] for cause in causes] == ["too many pixels"]

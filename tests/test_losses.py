@@ -34,7 +34,7 @@ def float64_losses(z: list[torch.Tensor], temperature: float, weight: float) -> 
 @pytest.mark.parametrize("at_once", [1, 40, 333, 1 << 30], ids=["a row", "2 rows", "16 rows", "whole"])
 def test_in_parts_is_exact(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Losses and gradients, 10 edges; also where the last part is smaller."""
-    monkeypatch.setattr(targets.LOGITS_AT_ONCE, at_once)
+    monkeypatch.setattr(targets.LOGIT_CHUNK, at_once)
     z = leaves(embeddings(20, 8))
     exact = leaves([tensor.detach().double() for tensor in z])
     found = losses.contrastive_losses(*z, 0.07, 0.5)
@@ -51,7 +51,7 @@ def test_ranks_shares_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = embeddings(12, 8, torch.float64)[:2]
     info_nce, ends = pkgutil.resolve_name(targets.INFO_NCE), {}
     for at_once in (1 << 30, 20):
-        monkeypatch.setattr(targets.LOGITS_AT_ONCE, at_once)
+        monkeypatch.setattr(targets.LOGIT_CHUNK, at_once)
         own, everyone = leaves([left, right]), leaves([left, right])
         shares = [
             info_nce(
@@ -71,7 +71,7 @@ def test_ranks_shares_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_not_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor as large as the square of logits is made, forward or backward."""
-    monkeypatch.setattr(targets.LOGITS_AT_ONCE, 4096)
+    monkeypatch.setattr(targets.LOGIT_CHUNK, 4096)
     z = leaves(embeddings(512, 8))
     with torch.profiler.profile(profile_memory=True) as profile:
         losses.contrastive_losses(*z, 0.07, 1.0).total.backward()

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, launch, run, settings
 from PIL import Image
-from targets import MAKE_BLOCKS
+from targets import MAKE_FEATURE_SHARDS
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from mmgraph.cli import main
-from mmgraph.data.content_hashes import SETTLED_NS
-from mmgraph.inference.neighbor_search import nearest
+from mmgraph.data.content_hashes import MIN_AGE_NS
+from mmgraph.inference.neighbor_search import nearest_neighbors
 from mmgraph.loader.inference_collator import InferenceCollator
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder
 
@@ -90,7 +90,7 @@ def test_nearest_against_brute_force(count: int, dim: int, k: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     own = generator.permutation(count)[:50].tolist()
     queries = np.concatenate([vectors[own], -vectors[:1]])
-    found = nearest(vectors, queries, k, [*own, None])
+    found = nearest_neighbors(vectors, queries, k, [*own, None])
     scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
     for row, matches, score in zip([*own, None], found, scores, strict=True):
         order = [candidate for candidate in np.lexsort((np.arange(count), -score)) if candidate != row][:k]
@@ -104,7 +104,7 @@ def test_equal_vectors() -> None:
     vectors[100:] = vectors[100]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for own in (100, 250, 399):
-        [matches] = nearest(vectors, vectors[own : own + 1], 20, [own])
+        [matches] = nearest_neighbors(vectors, vectors[own : own + 1], 20, [own])
         rows = [match.row for match in matches]
         assert len(rows) == 20 and own not in rows and min(rows) >= 100 and rows == sorted(rows)
         [similarity] = {match.similarity for match in matches}
@@ -186,7 +186,7 @@ def test_what_cannot_be_asked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(MAKE_BLOCKS, lambda *_: pytest.fail("all nodes were embedded first"))
+    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda *_: pytest.fail("all nodes were embedded first"))
     shutil.rmtree(folder / "run/embeddings", ignore_errors=True)
     assert main(["neighbors", str(folder / "run"), *flags]) == 2
     [error] = capsys.readouterr().err.splitlines()
@@ -215,12 +215,12 @@ def test_nodes_are_embedded_once(
     copy = tmp_path / "graph"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("mmgraph_cache", "embeddings"))
     made: list[int] = []
-    make = resolve_name(MAKE_BLOCKS)
-    monkeypatch.setattr(MAKE_BLOCKS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    make = resolve_name(MAKE_FEATURE_SHARDS)
+    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
     ask = ["neighbors", str(copy / "run"), "--node", "001", "--nodes", str(copy / "nodes.csv")]
 
     def asked() -> list[int]:
-        time.sleep(SETTLED_NS / 1e9)  # of a file that changed a moment ago, nothing is believed
+        time.sleep(MIN_AGE_NS / 1e9)  # of a file that changed a moment ago, nothing is believed
         made.clear()
         assert main(ask) == 0
         return list(made)
@@ -295,10 +295,10 @@ def test_two_checkpoints_in_turns(
     weights = torch.load(final)
     weights["graph_proj.bias"] += 1
     torch.save(weights, final.with_name("multimodal_encoder_epoch_9.pt"))
-    time.sleep(SETTLED_NS / 1e9)
+    time.sleep(MIN_AGE_NS / 1e9)
     made: list[int] = []
-    make = resolve_name(MAKE_BLOCKS)
-    monkeypatch.setattr(MAKE_BLOCKS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
+    make = resolve_name(MAKE_FEATURE_SHARDS)
+    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
     for _ in range(2):
         for name in ("final", "epoch_9"):
             assert main(["neighbors", str(final.with_name(f"multimodal_encoder_{name}.pt")), "--node", "001",

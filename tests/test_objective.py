@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mmgraph.config import Config
 from mmgraph.data.batches import EdgeBatch
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.losses.negative_mask import FalseNegatives
 from mmgraph.losses.objective import LABELS, TOTAL, Embeddings, Objective
 
@@ -57,7 +57,7 @@ def test_losses_by_name_and_their_weighted_sum(weight: float) -> None:
 def test_nodes_without_an_image_leave_the_text_image_loss() -> None:
     """A truncated picture counts as one where it is used in part, and as none where it is black."""
     z, status = embeddings_of(1), [0] * 10
-    status[2], status[7] = CAUSES.index("file not found"), CAUSES.index("truncated")
+    status[2], status[7] = IMAGE_STATUS.index("file not found"), IMAGE_STATUS.index("truncated")
     masks = FalseNegatives(torch.zeros(10, dtype=torch.int64), same=False, neighbors=None, missing_images=True)
     for truncated, left_out in (("partial", {2}), ("black", {2, 7})):
         config = Config(temperature=0.5, missing_image="mask", truncated_images=truncated)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from mmgraph.data.graph import load_graph
 from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import AS_GIVEN, ImageFiles
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.data.sampler import GlobalBatchSampler
@@ -101,7 +101,7 @@ def test_what_is_kept_is_what_decoding_gives(inputs: NodeInputs, images: list[st
     again = PictureFile(inputs.picture_file.path, inputs.picture_file.slots, SHAPE)
     assert decoded_by(NodeInputs(tokenize, Processor(), 0, picture_file=again), paths) == 1
     causes = inputs.pictures(paths, range(12))[1]
-    assert CAUSES[causes[3]] == "truncated" and sum(cause > 0 for cause in causes) == 5
+    assert IMAGE_STATUS[causes[3]] == "truncated" and sum(cause > 0 for cause in causes) == 5
 
 
 def test_without_rows_and_without_a_slot_nothing_is_kept(images: list[str], tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from targets import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, SAMPLED_NEGATIVES
+from targets import CANDIDATE_CHUNK, QUERY_CHUNK, SAMPLED_NEGATIVES
 
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation
-from mmgraph.evaluation.ranking import on_grid, sampled_ranks
+from mmgraph.evaluation.ranking import round_to_grid, sampled_ranks
 
 Edges = list[tuple[int, int]]
 
@@ -62,8 +62,8 @@ def random_graph(seed: int, nodes: int = 23) -> tuple[torch.Tensor, Edges, list[
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (512, 8192)], ids=["one score", "5 x 7", "whole"])
 def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, tile: tuple[int, int]) -> None:
     """MRR and Hits, also by relation, in tiles of any size."""
-    monkeypatch.setattr(QUERIES_AT_ONCE, tile[0])
-    monkeypatch.setattr(CANDIDATES_AT_ONCE, tile[1])
+    monkeypatch.setattr(QUERY_CHUNK, tile[0])
+    monkeypatch.setattr(CANDIDATE_CHUNK, tile[1])
     vectors, train, held_out = random_graph(seed)
     rows = np.array(held_out)
     evaluation = Evaluation(
@@ -71,7 +71,7 @@ def test_table_is_brute_forces(monkeypatch: pytest.MonkeyPatch, seed: int, tile:
     )
     found = evaluation.table({"z": evaluation.ranks(vectors)})
 
-    scores = exact_scores(on_grid(vectors))
+    scores = exact_scores(round_to_grid(vectors))
     true = train + [(a, b) for a, b, _ in held_out]
     asked = sorted({edge for edge in held_out if edge[0] != edge[1]})
     expected = {
@@ -98,7 +98,7 @@ def test_scores_are_exact_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(301, 515, generator=generator)
     vectors[1::2] = vectors[0]
-    grid = on_grid(vectors)
+    grid = round_to_grid(vectors)
     scores = grid[:7].double() @ grid.double().T
     assert all(len(set(row[1::2].tolist())) == 1 for row in scores)
     shuffled = torch.randperm(515, generator=generator)
@@ -114,7 +114,7 @@ def test_scores_are_exact_in_any_order() -> None:
 def test_sampled_protocol() -> None:
     """Ranks among 100 drawn nodes: against the definition, whatever part begins where; the target is never drawn."""
     generator = torch.Generator().manual_seed(0)
-    grid = on_grid(torch.randn(50, 4, generator=generator))
+    grid = round_to_grid(torch.randn(50, 4, generator=generator))
     queries, targets = (torch.randint(50, (3000,), generator=generator) for _ in range(2))
     whole = sampled_ranks(grid, queries, targets, 0, seed=5)
     assert torch.equal(sampled_ranks(grid, queries[1500:2100], targets[1500:2100], 1500, seed=5), whole[1500:2100])
@@ -151,7 +151,7 @@ def test_neighbors_against_a_set() -> None:
 
 def test_what_cannot_be_ranked() -> None:
     with pytest.raises(UserError, match=r"\b1\b"):  # the row
-        on_grid(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
+        round_to_grid(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
 
     def evaluation_on(*edges: tuple[int, int]) -> Evaluation:
         held_out = HeldOut(np.array(edges), None, [], "")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mmgraph.data.readers import place, read_chunks
+from mmgraph.data.readers import location, read_chunks
 from mmgraph.data.tables import NODE_COLUMNS, read_nodes
 from mmgraph.errors import UserError
 
@@ -53,5 +53,5 @@ def test_every_row_that_pandas_reads_has_its_line(tmp_path: Path) -> None:
     assert ids == ["a", "b", "c", "d"] and read_nodes(path)["node_id"].tolist() == ids
     lines = text.split("\n")
     for row, node_id in enumerate(ids):
-        number = int(place(path, row, short=True).removeprefix("line "))
+        number = int(location(path, row, short=True).removeprefix("line "))
         assert lines[number - 1].startswith(f"{node_id},")

@@ -21,7 +21,7 @@ import torch
 from conftest import REPOSITORY, graph_files, launch, launch_command, read_metrics, run, settings
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-from targets import EMBED_SHARE_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
+from targets import EMBED_SHARD_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
 
 from mmgraph.cli import main, train_main
 from mmgraph.demo.towers import build_towers
@@ -546,7 +546,7 @@ def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Pat
         "import os, runpy, sys\nimport pytest\nwhat = sys.argv.pop(1)\n"
         "if os.environ['RANK'] == '1' and what == 'import':\n    sys.modules['bokeh'] = None\n"
         "if os.environ['RANK'] == '1' and what == 'embed':\n"
-        f"    pytest.MonkeyPatch().setattr({EMBED_SHARE_OF_REPORT!r}, lambda *_: 1 / 0)\n"
+        f"    pytest.MonkeyPatch().setattr({EMBED_SHARD_OF_REPORT!r}, lambda *_: 1 / 0)\n"
         f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
     )
     launcher = launch_command("cpu_2proc.yaml")[:-1]

@@ -49,9 +49,9 @@ def all_edges(edges: EdgeTable) -> list[list[int]]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of a few rows are read and looked up in several chunks."""
-    monkeypatch.setattr(targets.ROWS_AT_ONCE, 3)
-    monkeypatch.setattr(targets.EDGES_AT_ONCE, 4)
-    monkeypatch.setattr(targets.IDS_AT_ONCE, 5)
+    monkeypatch.setattr(targets.ROW_CHUNK, 3)
+    monkeypatch.setattr(targets.EDGE_CHUNK, 4)
+    monkeypatch.setattr(targets.ID_CHUNK, 5)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (folder := tmp_path / "stand_ins").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     yield folder
-    table_cache.remove_stand_ins()
+    table_cache.remove_temporary_folders()
     assert not list(folder.iterdir())
 
 
@@ -361,7 +361,7 @@ def test_a_cache_without_room(
     tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = nodes_csv(tmp_path)
-    claimed = pkgutil.resolve_name(targets.CLAIMED)
+    claim_file = pkgutil.resolve_name(targets.CLAIM_FILE)
 
     class Full:
         closed = False
@@ -373,10 +373,10 @@ def test_a_cache_without_room(
 
     @contextmanager
     def full(path: Path) -> Iterator[Any]:
-        with claimed(path) as file:
+        with claim_file(path) as file:
             yield file if stand_ins in path.parents or file is None else Full()
 
-    monkeypatch.setattr(targets.CLAIMED, full)
+    monkeypatch.setattr(targets.CLAIM_FILE, full)
     first, second = open_nodes(path), open_nodes(path)
     assert len(first) == len(second) == 40 and first.path == second.path and stand_ins in first.path.parents
     [told] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.ENOSPC) in line]
@@ -391,7 +391,7 @@ def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(targets.CLAIMED, refuse)
+    monkeypatch.setattr(targets.CLAIM_FILE, refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert open_nodes(path).path == converted
 

@@ -29,8 +29,8 @@ from mmgraph.arguments import parse_config
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
-from mmgraph.data.images import CAUSES
-from mmgraph.distributed.collectives import STRIDE_SECONDS, work_together
+from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.distributed.collectives import SYNC_SECONDS, work_on_all_ranks
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.towers import cached as tower_cache
@@ -290,13 +290,13 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
 ) -> None:
     age(own_graph)
     read = pkgutil.resolve_name(targets.READ_FILE)
-    failed = iter([(None, CAUSES.index("unreadable"))])
+    failed = iter([(None, IMAGE_STATUS.index("unreadable"))])
     monkeypatch.setattr(targets.READ_FILE, lambda file: next(failed, None) or read(file))
     assert main(["cache", *flags(own_graph)]) == 2
     assert re.search(rf"{re.escape(str(own_graph / 'images'))}/\d+\.png\b", error_line(capsys))
     monkeypatch.undo()
     assert main(["cache", *flags(own_graph)]) == 0
-    assert not open_stored(own_graph).image_causes.any() and CAUSES[3] not in capsys.readouterr().out
+    assert not open_stored(own_graph).image_status.any() and IMAGE_STATUS[3] not in capsys.readouterr().out
 
 
 def test_a_text_is_never_kept_as_another(
@@ -356,18 +356,18 @@ def test_a_rank_works_in_strides(monkeypatch: pytest.MonkeyPatch) -> None:
             yield count
 
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    met = [done[0] for _ in work_together(build_accelerator(), work())]
+    met = [done[0] for _ in work_on_all_ranks(build_accelerator(), work())]
     monkeypatch.undo()
     assert met[-3:] == [20 * 64, 20 * 64 + 3, 20 * 64 + 3]  # the 0, what is left, and that there is no more
     counts = np.diff([0, *met[:-1]])
-    assert 4 < len(counts) < 8 and counts.max() <= 64 * (STRIDE_SECONDS + 1)
+    assert 4 < len(counts) < 8 and counts.max() <= 64 * (SYNC_SECONDS + 1)
 
 
 def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path) -> None:
     assert main(["cache", *flags(own_graph)]) == 0
     for resident in (False, True):
         with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(str(tmp_path))}\b[^\n]*$"):
-            CachedTowers(TowerStore(tmp_path), contents_of(own_graph), torch.device("cpu"), resident)
+            CachedTowers(TowerStore(tmp_path), load_content_hashes(own_graph), torch.device("cpu"), resident)
 
 
 def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
@@ -485,7 +485,7 @@ def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(targets.SHARD_ENTRIES, 7)
     assert main(["cache", *flags(own_graph)]) == 0
     stored = open_stored(own_graph)
-    resident = CachedTowers(stored.store, contents_of(own_graph), torch.device("cpu"), resident=True)
+    resident = CachedTowers(stored.store, load_content_hashes(own_graph), torch.device("cpu"), resident=True)
     assert isinstance(resident.resident, ResidentTokens)
     for rows in (np.array([5]), np.array([39, 0, 7, 8, 6, 20]), np.arange(40)):
         found = zip(resident.pooled_tokens(rows, rows)[:3], stored.pooled_tokens(rows, rows)[:3], strict=True)
@@ -493,7 +493,7 @@ def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.Monke
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
-def contents_of(graph: Path) -> tower_cache.ContentHashes:
+def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
     config = parse_config(flags(graph))
     data = load_graph(config)
     return tower_cache.read_content_hashes(
@@ -508,7 +508,7 @@ def test_images_that_are_not_whole_are_counted(
     (own_graph / "images/2.png").write_bytes(b"no picture")
     assert main(["cache", *flags(own_graph)]) == 0
     told = capsys.readouterr().out
-    assert all(re.search(rf"\b1 {cause}\b", told) for cause in (CAUSES[2], CAUSES[3]))
+    assert all(re.search(rf"\b1 {cause}\b", told) for cause in (IMAGE_STATUS[2], IMAGE_STATUS[3]))
     shards = TowerStore(store_of(own_graph)).images
     assert int(shards.starts[-1]) == 40  # 38 pictures, a file that is none, and no file
     assert sorted(load_file(shards.files[0])["causes"].tolist())[-2:] == [2, 3]

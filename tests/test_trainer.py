@@ -38,7 +38,7 @@ from mmgraph.arguments import parse_config
 from mmgraph.cli import main, train_main
 from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.graph import load_graph
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
 from mmgraph.training.build import build_run
@@ -351,7 +351,7 @@ def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.Capture
     nodes.loc[3, "image_path"] = ""
     nodes.to_csv(folder / "nodes.csv", index=False)
     assert train_main(settings(folder, tmp_path / "run", "--max_steps=16")) == 0
-    counts = [f"1 {cause}" for cause in CAUSES[1:4]]
+    counts = [f"1 {cause}" for cause in IMAGE_STATUS[1:4]]
     for text in (capsys.readouterr().out, (tmp_path / "run/training_log.txt").read_text()):
         assert line_with(text, *counts)
 
@@ -491,8 +491,8 @@ def test_encode_checks_and_counts_images(
     nodes.loc[7, "image_path"] = "a" * 300 + ".png"  # too long a name for any file system
     nodes.to_csv(tmp_path / "nodes.csv", index=False)
     assert main([*arguments, f"--nodes={tmp_path / 'nodes.csv'}"]) == 0
-    line = line_with(capsys.readouterr().out, f"1 {CAUSES[3]}")
-    assert not any(cause in line for cause in CAUSES[1:] if cause != CAUSES[3])
+    line = line_with(capsys.readouterr().out, f"1 {IMAGE_STATUS[3]}")
+    assert not any(cause in line for cause in IMAGE_STATUS[1:] if cause != IMAGE_STATUS[3])
 
 
 def test_gradients_are_clipped_when_asked(graph: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from mmgraph.evaluation.evaluator import Evaluation, Ranks, Table
 from mmgraph.evaluation.ranking import filtered_ranks
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
-from mmgraph.losses.negative_mask import false_negatives_of
-from mmgraph.towers.cached import contents_of, open_store
+from mmgraph.losses.negative_mask import build_false_negatives
+from mmgraph.towers.cached import load_content_hashes, open_store
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
 from mmgraph.training.lr_schedule import lr_at
@@ -92,9 +92,9 @@ class Baselines:
         self.accelerator, self.graph = build_accelerator(config.collective_timeout), load_graph(config)
         graph, held_out = self.graph, self.graph.held_out
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
-        self.contents = contents_of(config, self.accelerator, graph)
+        self.content_hashes = load_content_hashes(config, self.accelerator, graph)
         towers = towers_fingerprint(read_tower_state(config.model_name))
-        source = open_store(config, self.accelerator, graph, self.contents, inputs, towers, planned_nodes=2**62)
+        source = open_store(config, self.accelerator, graph, self.content_hashes, inputs, towers, planned_nodes=2**62)
         if source is None or held_out is None:
             raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
         self.neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
@@ -112,7 +112,7 @@ class Baselines:
         """
         config, device = self.config, self.accelerator.device
         chosen = dataclasses.replace(config, false_negatives=false_negatives, missing_image="black")
-        masks = false_negatives_of(chosen, len(self.graph.nodes), self.contents, self.neighbors, device)
+        masks = build_false_negatives(chosen, len(self.graph.nodes), self.content_hashes, self.neighbors, device)
         torch.manual_seed(seed)
         text, vis = self._vectors(given)
         model = ConcatMLP(text.shape[1], vis.shape[1], config.fused_dim, config.proj_dim).to(device)

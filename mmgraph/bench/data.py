@@ -20,7 +20,7 @@ from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.distributed.collectives import from_main_process, together
+from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
 from mmgraph.distributed.launch import build_accelerator, check_batch_size
 from mmgraph.towers.load import load_tokenizer_and_processor
 
@@ -31,7 +31,7 @@ def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
     """Measure and report; all ranks of a launch take part. Pictures are cached in a folder that is removed."""
     accelerator = build_accelerator(config.collective_timeout)
     before, begun = resident_mb(), time.perf_counter()
-    graph = together(accelerator, lambda: load_graph(config))
+    graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
     figures: dict[str, Any] = {"nodes": len(graph.nodes), "edges": len(graph.rows)}
     figures["opening the tables, s"] = time.perf_counter() - begun
@@ -74,7 +74,7 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
     """Which share of an epoch's lookups (two an edge) decode nothing, in the first epoch and in the second."""
     figures = {}
     with tempfile.TemporaryDirectory() as own:
-        folder = Path(from_main_process(accelerator, lambda: own))
+        folder = Path(broadcast_from_main_process(accelerator, lambda: own))
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), config.cache_size)
         if config.image_cache_gb:
             inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, folder)

@@ -15,7 +15,7 @@ from mmgraph.demo.towers import build_towers
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
-WORDS, ROWS_AT_ONCE = 20_000, 100_000
+WORDS, ROW_CHUNK = 20_000, 100_000
 
 
 def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges: int, num_images: int | None) -> None:
@@ -46,8 +46,8 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         pq.write_table(pa.table({"src_id": ends[:, 0], "dst_id": ends[:, 1]}), folder / "edges.parquet")
     words = _words(generator)
     count = len(ids) if num_images is None else min(num_images, len(ids))
-    for start in tqdm(range(0, len(ids), ROWS_AT_ONCE), unit="part", disable=None):
-        _write_nodes(folder / "nodes.csv", ids[start : start + ROWS_AT_ONCE], start, count, words, generator)
+    for start in tqdm(range(0, len(ids), ROW_CHUNK), unit="part", disable=None):
+        _write_nodes(folder / "nodes.csv", ids[start : start + ROW_CHUNK], start, count, words, generator)
     for i in tqdm(range(count), unit="image", disable=None):
         (folder / f"images/{i}.jpg").write_bytes(_picture(generator))
     build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=True)

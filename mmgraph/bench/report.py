@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgraph.utils.environment import machine
-from mmgraph.utils.files import told_of_disk, write_durably
+from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.text_table import text_table
 
 Row = Mapping[str, Any]
@@ -23,7 +23,7 @@ def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> 
         print(f"{name}: {shown(value)}")
     if path is not None:
         content = {"title": title, "rows": list(rows), "figures": dict(figures), "machine": machine()}
-        with told_of_disk(path, "give --json a file in a folder that exists and has room"):
+        with explain_disk_errors(path, "give --json a file in a folder that exists and has room"):
             write_durably(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
         print(f"written: {path}")
 

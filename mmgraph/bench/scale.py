@@ -37,20 +37,20 @@ def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Pa
         settings = _sample(config, graph, place)
         finish(launch(place, "cache", ["cache", *settings], 1, threads=None), place / "cache.log")
         for count in range(1, largest + 1):
-            together, alone = [], []
+            raise_on_all_ranks, alone = [], []
             for repeat in range(repeats):
                 log(f"scale: {count} process(es), round {repeat + 1} of {repeats}")
                 runs = [_start(config, settings, place, f"alone-{count}-{repeat}-{i}", 1, steps) for i in range(count)]
                 alone.append(sum(_edges_per_s(*run) for run in runs))
                 name = f"together-{count}-{repeat}"
-                together.append(
+                raise_on_all_ranks.append(
                     alone[-1] if count == 1 else _edges_per_s(*_start(config, settings, place, name, count, steps))
                 )
-            efficiency = statistics.median(a / b for a, b in zip(together, alone, strict=True))
+            efficiency = statistics.median(a / b for a, b in zip(raise_on_all_ranks, alone, strict=True))
             rows.append(
                 {
                     "processes": count,
-                    "one run, edges/s": statistics.median(together),
+                    "one run, edges/s": statistics.median(raise_on_all_ranks),
                     "as many runs, edges/s": statistics.median(alone),
                     "efficiency": efficiency,
                 }

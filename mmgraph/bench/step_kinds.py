@@ -102,16 +102,18 @@ class Steps:
     def prepare_store(self, folder: Path, precision: str) -> None:
         """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
         config, graph, accelerator = self.config, self.graph, self.accelerator
-        contents = read_content_hashes(
+        content_hashes = read_content_hashes(
             graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
         made_by = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
-        self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), contents))  # of all nodes
+        self.entries = sum(
+            len(shard.rows) for shard in missing_shards(TowerStore(folder), content_hashes)
+        )  # of all nodes
         store, self.build_seconds = TowerStore(made_by.folder), float("nan")
-        shards = missing_shards(store, contents)
+        shards = missing_shards(store, content_hashes)
         if shards:
             rows = np.unique([ends for batch in self.edges for _, *ends in batch])
-            shards = missing_shards(TowerStore(folder), contents, rows)
+            shards = missing_shards(TowerStore(folder), content_hashes, rows)
             made_by = made_by._replace(folder=folder)
             expected = cost(config, made_by, graph, self.inputs, shards)
             if (reason := refusal(folder, expected.bytes)) is not None:
@@ -121,8 +123,10 @@ class Steps:
             self.build_seconds = (time.perf_counter() - begun) * self.entries / sum(len(shard.rows) for shard in shards)
             store = TowerStore(folder)
             measured = np.isin(np.arange(len(graph.nodes)), rows)  # nobody reads the others
-            contents = ContentHashes(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in contents))
-        self.stored = CachedTowers(store, contents, accelerator.device, resident=accelerator.device.type == "cuda")
+            content_hashes = ContentHashes(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in content_hashes))
+        self.stored = CachedTowers(
+            store, content_hashes, accelerator.device, resident=accelerator.device.type == "cuda"
+        )
         edges = EdgeCollator()
         self.stored_batches = self.stored.batches(self._to_device(edges(items)) for items in self._endless())
 

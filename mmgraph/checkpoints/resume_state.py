@@ -30,11 +30,11 @@ FORMAT = 1
 WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
 
-class NotDamagedError(UserError):
+class StateNotReadableError(UserError):
     """A state that a newer mmgraph wrote, or that cannot be read now: never to be passed over, nor to be removed."""
 
 
-def identity(config: Config, nodes: str, edges: str) -> dict[str, Any]:
+def compute_run_fingerprint(config: Config, nodes: str, edges: str) -> dict[str, Any]:
     """What may not change when a run goes on: data and all that enters the numbers. (Towers are added when loaded.)"""
     known: dict[str, Any] = {name: getattr(config, name) for name in FIXED_ON_RESUME}
     if config.lr_schedule != "constant":  # the rate of a step depends on the last one
@@ -46,7 +46,7 @@ def write_state(
     folder: Path,
     progress: Progress,
     trained: TrainedState,
-    run_identity: dict[str, Any],
+    run_fingerprint: dict[str, Any],
     config: Config,
     keep_last: int,
 ) -> Path:
@@ -61,7 +61,7 @@ def write_state(
             _remove(leftover)
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
     try:
-        hashes = _fill(temporary, progress, trained, run_identity, config)
+        hashes = _fill(temporary, progress, trained, run_fingerprint, config)
         if target.exists() and _same_tensors(target, hashes):  # evaluated since, or under raised limits
             (temporary / RECORD).replace(target / RECORD)
         else:
@@ -79,7 +79,7 @@ def write_state(
 
 
 def _fill(
-    folder: Path, progress: Progress, trained: TrainedState, run_identity: dict[str, Any], config: Config
+    folder: Path, progress: Progress, trained: TrainedState, run_fingerprint: dict[str, Any], config: Config
 ) -> dict[str, str]:
     """Make a state's files in a new folder, synced. Returns the SHA-256 of each."""
     folder.mkdir()
@@ -90,7 +90,7 @@ def _fill(
     record: dict[str, Any] = {
         "format": FORMAT,
         **progress.to_record(),
-        "identity": run_identity,
+        "identity": run_fingerprint,
         "config": dataclasses.asdict(config),
         "versions": versions(("mmgraph", "torch", "accelerate", "transformers"))
         | {"python": platform.python_version()},
@@ -119,7 +119,7 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
     for path in state_folders(folder):
         try:
             keep = path == newest or (0 < kept < keep_last and bool(read_record(path)))
-        except NotDamagedError:
+        except StateNotReadableError:
             continue
         except UserError:
             keep = False
@@ -149,14 +149,14 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
         try:
             read_record(path)
             return path
-        except NotDamagedError:
+        except StateNotReadableError:
             raise
         except UserError as error:
             tell(f"ignored: {error}")
     return None
 
 
-def gone_on(folder: Path, start: Path | None, progress: Progress) -> Path | None:
+def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | None:
     """The newest valid state, where it is not the one that a run begins with, as it was read: somebody went on."""
     newest = newest_state(folder, tell=lambda line: None)
     if newest is None or start is None or newest.resolve() != start.resolve():
@@ -179,7 +179,7 @@ def read_record(path: Path) -> dict[str, Any]:
         if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # whatever the format
             raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
         if record["format"] > FORMAT:
-            raise NotDamagedError(
+            raise StateNotReadableError(
                 f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
             )
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
@@ -209,7 +209,7 @@ def _read(path: Path, how: Callable[[Path], Result]) -> Result:
     except OSError as error:
         if error.errno == errno.EIO:
             raise UserError(f"{path}: damaged, the disk cannot read it ({error.strerror})") from None
-        raise NotDamagedError(
+        raise StateNotReadableError(
             f"{path}: cannot be read now ({error.strerror or error}); start again, or remove {path.parent.name} to "
             "go on from the state before it"
         ) from None

@@ -15,54 +15,55 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.load import tower_shapes
 from mmgraph.utils.log import log
 
-ELSEWHERE = "choose another --run_name (or --output_dir) for a new run"
+NEW_RUN_HINT = "choose another --run_name (or --output_dir) for a new run"
 
 
-def find_state(config: Config, identity: Mapping[str, Any]) -> Path | None:
+def find_state(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
     """The state to go on from, or None for a new run.
 
     Raises:
         UserError: the output folder holds another run, or one that ``--resume`` says not to touch; the state that was
             named is not valid.
     """
-    state = _find(config, identity)
+    state = _find(config, run_fingerprint)
     if state is None and config.init_from is not None and not Path(config.init_from).is_file():
         raise UserError(f"--init_from {config.init_from}: no such file")
     return state
 
 
-def _find(config: Config, identity: Mapping[str, Any]) -> Path | None:
+def _find(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
     output = config.output_folder
     if config.resume not in ("auto", "never"):
-        return _named_state(Path(config.resume), output, identity)
+        return _named_state(Path(config.resume), output, run_fingerprint)
     if config.resume == "never":
         if _used(output) or (output / "metrics.jsonl").exists():
-            raise UserError(f"--resume never: {output} holds a run; {ELSEWHERE}")
+            raise UserError(f"--resume never: {output} holds a run; {NEW_RUN_HINT}")
         return None
     state = newest_state(output / "state", tell=log)
     if state is None:
         if _used(output):
-            raise UserError(f"{output} holds checkpoints but no valid state to go on from; {ELSEWHERE}")
+            raise UserError(f"{output} holds checkpoints but no valid state to go on from; {NEW_RUN_HINT}")
         return None
-    check_identity(state, identity, f"{output} holds another run")
+    check_run_fingerprint(state, run_fingerprint, f"{output} holds another run")
     return state
 
 
-def _named_state(state: Path, output: Path, identity: Mapping[str, Any]) -> Path:
+def _named_state(state: Path, output: Path, run_fingerprint: Mapping[str, Any]) -> Path:
     read_record(state)
     newest = newest_state(output / "state", tell=log)
     if newest is not None and newest.resolve() != state.resolve():
         raise UserError(
-            f"--resume {state}: {output} has gone on to {newest.name}; --resume auto goes on from there, or {ELSEWHERE}"
+            f"--resume {state}: {output} has a newer state, {newest.name}; use --resume auto to continue from it, or "
+            f"{NEW_RUN_HINT}"
         )
     if newest is None and _used(output):
-        raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {ELSEWHERE}")
-    check_identity(state, identity, f"--resume {state} is of another run")
+        raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {NEW_RUN_HINT}")
+    check_run_fingerprint(state, run_fingerprint, f"--resume {state} is of another run")
     return state
 
 
 def read_start(
-    config: Config, state: Path | None, identity: Mapping[str, Any], frozen: Mapping[str, torch.Tensor]
+    config: Config, state: Path | None, run_fingerprint: Mapping[str, Any], frozen: Mapping[str, torch.Tensor]
 ) -> tuple[Progress, TrainedState | None]:
     """Where a run begins, and with what, if not with random weights.
 
@@ -72,7 +73,7 @@ def read_start(
         frozen: the towers' tensors under the original's keys, to compare with those of ``--init_from``.
     """
     if state is not None:
-        check_identity(state, identity, f"{state} was made with other towers")
+        check_run_fingerprint(state, run_fingerprint, f"{state} was made with other towers")
         progress, trained = read_state(state)
         check_fit(trained, _empty_module(config), state)
         if state.parent.resolve() != (config.output_folder / "state").resolve():
@@ -115,17 +116,17 @@ def _used(output: Path) -> bool:
     return bool(made) or any((output / "state").glob("step-*/state.json"))
 
 
-def check_identity(state: Path, identity: Mapping[str, Any], what: str) -> None:
-    """Raise :class:`UserError` with the differences where a state is not of the run that ``identity`` describes."""
+def check_run_fingerprint(state: Path, run_fingerprint: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`UserError` with the differences if a state belongs to a run with another fingerprint."""
     defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # a state may be older than a flag
     before = {**defaults, **read_record(state)["identity"]}
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"
-        for name, value in identity.items()
+        for name, value in run_fingerprint.items()
         if before.get(name) != value
     ]
     if differences:
-        raise UserError(f"{what}: {', '.join(differences)}; {ELSEWHERE}")
+        raise UserError(f"{what}: {', '.join(differences)}; {NEW_RUN_HINT}")
 
 
 def _short(value: object) -> str:

@@ -31,9 +31,9 @@ def leave(code: int) -> NoReturn:
     Where a hook of another package may hang, only the clean-ups of mmgraph are done.
     """
     if hooks_may_hang():
-        from mmgraph.data.table_cache import remove_stand_ins
+        from mmgraph.data.table_cache import remove_temporary_folders
 
-        end_process(code, end_workers, remove_stand_ins, flush_log)
+        end_process(code, end_workers, remove_temporary_folders, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
     # No public function runs the hooks without the teardown. A first hook that ends the process would run last, but

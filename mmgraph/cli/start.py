@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.demo.graph import build_demo
-from mmgraph.distributed.collectives import on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.distributed.launch import build_accelerator
 
 
@@ -20,4 +20,4 @@ def open_graph(config: Config) -> tuple[Accelerator, Graph]:
     accelerator = build_accelerator(config.collective_timeout)
     if config.demo:
         on_main_process(accelerator, lambda: build_demo(Path(config.nodes).parent))
-    return accelerator, together(accelerator, lambda: load_graph(config))
+    return accelerator, raise_on_all_ranks(accelerator, lambda: load_graph(config))

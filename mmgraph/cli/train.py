@@ -35,7 +35,7 @@ def write_report(run: "Run") -> None:
 
     All is saved by then: whatever fails here is a line.
     """
-    from mmgraph.distributed.collectives import together
+    from mmgraph.distributed.collectives import raise_on_all_ranks
     from mmgraph.utils.log import log
 
     nodes, edges_seen = len(run.graph.nodes), run.progress.step * run.config.global_batch_size
@@ -46,7 +46,7 @@ def write_report(run: "Run") -> None:
     log(f"report: embedding {nodes:,} nodes; Ctrl-C leaves it out")
     try:
         with run.signals.interruptible():
-            make = together(run.accelerator, _import_report)
+            make = raise_on_all_ranks(run.accelerator, _import_report)
             module = run.checkpointer.whole_module()
             figures = make.end_of_run(run.config, run.accelerator, run.graph, module, run.outputs)
             if figures is not None:

@@ -176,7 +176,7 @@ def _add_neighbors_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _neighbors(given: argparse.Namespace) -> None:
-    from mmgraph.distributed.collectives import from_main_process
+    from mmgraph.distributed.collectives import broadcast_from_main_process
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES
     from mmgraph.inference.neighbor_search import neighbors, query_of
@@ -188,7 +188,7 @@ def _neighbors(given: argparse.Namespace) -> None:
     source = given.source or newest_run()
     accelerator = build_accelerator()
     find = last_checkpoint if source.is_dir() else find_checkpoint
-    checkpoint = from_main_process(accelerator, lambda: find(source))  # a run may be writing them
+    checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))  # a run may be writing them
     config = settings_of(checkpoint, _of_run(given))
     neighbors(checkpoint, config, accelerator, query, given.embedding, given.top_k)
     accelerator.end_training()

@@ -7,8 +7,8 @@ import torch
 
 from mmgraph.data.edge_table import EdgeTable
 
-EDGES_AT_ONCE = 1 << 20
-PAIRS_AT_ONCE = 1 << 21  # looked up together, 16 MB
+EDGE_CHUNK = 1 << 20
+PAIR_CHUNK = 1 << 21  # looked up together, 16 MB
 
 
 class Adjacency:
@@ -43,7 +43,7 @@ class Adjacency:
         found = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
         if not len(self.keys):
             return found
-        for start in range(0, len(left), size := max(1, PAIRS_AT_ONCE // max(1, len(right)))):
+        for start in range(0, len(left), size := max(1, PAIR_CHUNK // max(1, len(right)))):
             pairs = left[start : start + size, None] * self.num_nodes + right  # (a, B)
             places = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
             torch.eq(self.keys[places], pairs, out=found[start : start + size])
@@ -60,5 +60,5 @@ def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
 
 
 def _parts(rows: np.ndarray | EdgeTable) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), EDGES_AT_ONCE):
-        yield rows[np.arange(start, min(start + EDGES_AT_ONCE, len(rows)))]
+    for start in range(0, len(rows), EDGE_CHUNK):
+        yield rows[np.arange(start, min(start + EDGE_CHUNK, len(rows)))]

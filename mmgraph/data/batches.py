@@ -57,7 +57,7 @@ class EdgeBatch(NamedTuple):
     # For live towers, of the unique nodes: input_ids and attention_mask (U, L) int64, L of the longest text; pictures
     # (U, 3, S, S) uint8, a quarter of what float32 would be to send.
     inputs: dict[str, torch.Tensor] | None = None
-    image_status: np.ndarray | None = None  # (U,) indices into CAUSES; stays on the host
+    image_status: np.ndarray | None = None  # (U,) indices into IMAGE_STATUS; stays on the host
     decoded: int = 0  # pictures that were decoded, not found in a cache
     cache_failure: str = ""  # why the shared image cache keeps no more pictures
     prefetched: Any = None  # what a token source has read ahead

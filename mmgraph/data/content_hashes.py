@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
-from mmgraph.distributed.collectives import together
+from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
 SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
 AT_ONCE = 4096  # image files that are looked at together
-SETTLED_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
+MIN_AGE_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
 
 
 class ContentHashes(NamedTuple):
@@ -36,16 +36,16 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH.itemsize).digest()
 
 
-def image_hash(data: bytes | None, cause: int) -> bytes:
+def image_hash(data: bytes | None, status: int) -> bytes:
     """Of what :meth:`mmgraph.data.image_source.ImageSource.read` gave."""
     if data is None:
-        return hashlib.blake2b(CAUSES[cause].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
+        return hashlib.blake2b(IMAGE_STATUS[status].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
     return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()
 
 
 def without_file(images: np.ndarray) -> np.ndarray:
     """Which of :class:`ContentHashes`' image hashes are of no file's bytes: (N,) bool."""
-    return np.isin(images, np.array([image_hash(None, cause) for cause in range(len(CAUSES))], HASH))
+    return np.isin(images, np.array([image_hash(None, status) for status in range(len(IMAGE_STATUS))], HASH))
 
 
 def read_content_hashes(
@@ -63,11 +63,11 @@ def read_content_hashes(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
     kept = folder / f"texts-{fingerprint[:16]}.npy"
-    place = f"{Path(table).resolve()}\n{images.place}"
-    seen = folder / f"images-{text_hash(place).hex()[:16]}.npy"
+    location = f"{Path(table).resolve()}\n{images.location}"
+    seen = folder / f"images-{text_hash(location).hex()[:16]}.npy"
     texts = _read(kept, HASH)
     known = all(gather_object([len(texts) == len(nodes)]))  # on every host
-    own = together(
+    own = raise_on_all_ranks(
         accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, seen))
     )
     parts: list[tuple[np.ndarray, np.ndarray]] = gather_object([own])
@@ -113,13 +113,13 @@ def _look(
     found["hash"][same] = before["hash"][places[same]]
 
     def hash_of(number: int) -> tuple[bytes, int]:  # in a reader, so that the bytes of one image each are in memory
-        data, cause = images.read(references[number])
-        return image_hash(data, cause), cause
+        data, status = images.read(references[number])
+        return image_hash(data, status), status
 
     others = np.flatnonzero(~same).tolist()
-    for i, (found_hash, cause) in zip(others, readers.map(hash_of, others), strict=True):
+    for i, (found_hash, status) in zip(others, readers.map(hash_of, others), strict=True):
         found["hash"][i] = found_hash
-        passing = CAUSES[cause] == "unreadable"  # perhaps not at the next start
+        passing = IMAGE_STATUS[status] == "unreadable"  # perhaps not at the next start
         if passing or _signature(images, references[i]) != found["signature"][i]:
             found["signature"][i] = b""  # to be read again then
     return found
@@ -127,7 +127,7 @@ def _look(
 
 def _signature(images: ImageSource, reference: Hashable) -> bytes:
     """As SEEN holds it, which strips zeros; empty where the image is to be read at each start."""
-    return (images.signature(reference, SETTLED_NS) or b"").rstrip(b"\0")
+    return (images.signature(reference, MIN_AGE_NS) or b"").rstrip(b"\0")
 
 
 def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:

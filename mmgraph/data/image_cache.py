@@ -16,7 +16,7 @@ import torchvision
 
 from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 
 FORMAT = 2
 DIGEST_BYTES = 16
@@ -24,14 +24,14 @@ DIGEST_BYTES = 16
 # every 1 to 10 ms. Its picture is kept at a later reading.
 TICK_NS = 10_000_000
 # Not kept: there is nothing to save, or the reason may pass (a lost mount, no memory).
-PASSING = {CAUSES.index(cause) for cause in ("no image path", "file not found", "unreadable")}
+PASSING = {IMAGE_STATUS.index(status) for status in ("no image path", "file not found", "unreadable")}
 
 
 class PictureFile:
     """Keeps pictures, and why they are not whole, on disk; the page cache above it is what processes share.
 
-    A slot holds a digest, an index into ``CAUSES``, and the pixels. The digest is over the image file's signature, the
-    cause and the pixels: what is half written, damaged, or of another state of the image file does not match, and is
+    A slot holds a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest is over the image file's
+    signature, the status and the pixels: what is half written, damaged, or of another state of the image file does not match, and is
     as if it were not there. So nothing is locked or ordered: several may write one slot (the same bytes, if the image
     file has not changed), and may be killed at any point. Copies in other processes (fork or pickle) work on the same
     file.
@@ -71,10 +71,10 @@ class PictureFile:
         found = self.get(row, signature)
         if found is not None:
             return found
-        picture, cause = decode()
-        if cause not in PASSING and images.signature(reference, TICK_NS) == signature:  # else it changed in between
-            self.put(row, signature, picture, cause)
-        return picture, cause
+        picture, status = decode()
+        if status not in PASSING and images.signature(reference, TICK_NS) == signature:  # else it changed in between
+            self.put(row, signature, picture, status)
+        return picture, status
 
     def get(self, row: int, signature: bytes) -> tuple[torch.Tensor, int] | None:
         """What was put of a row (which has a slot) under this signature; None where it is not there, or not whole."""
@@ -84,19 +84,19 @@ class PictureFile:
             count = os.preadv(self._descriptor, [header, pixels.data], int(self.slots[row]) * self.slot_bytes)
         except OSError:
             return None
-        cause = header[DIGEST_BYTES]
-        if count < self.slot_bytes or header[:DIGEST_BYTES] != _digest(signature, cause, pixels):
+        status = header[DIGEST_BYTES]
+        if count < self.slot_bytes or header[:DIGEST_BYTES] != _digest(signature, status, pixels):
             return None
-        return picture, cause
+        return picture, status
 
-    def put(self, row: int, signature: bytes, picture: torch.Tensor, cause: int) -> None:
+    def put(self, row: int, signature: bytes, picture: torch.Tensor, status: int) -> None:
         """Keep a row's picture, in its slot. An error sets ``failure``, and nothing is kept from there."""
         if self.failure:
             return
         pixels = picture.contiguous().numpy()
         if pixels.shape != self.shape or pixels.dtype != np.uint8:
             raise ValueError(f"a picture of {pixels.shape} {pixels.dtype}, not {self.shape} uint8")
-        entry = _digest(signature, cause, pixels) + bytes([cause]) + pixels.tobytes()
+        entry = _digest(signature, status, pixels) + bytes([status]) + pixels.tobytes()
         try:
             os.pwrite(self._descriptor, entry, int(self.slots[row]) * self.slot_bytes)
         except OSError as error:
@@ -116,9 +116,9 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _digest(signature: bytes, cause: int, pixels: np.ndarray) -> bytes:
+def _digest(signature: bytes, status: int, pixels: np.ndarray) -> bytes:
     digest = hashlib.blake2b(signature, digest_size=DIGEST_BYTES)
-    digest.update(bytes([cause]))
+    digest.update(bytes([status]))
     digest.update(pixels.data)
     return digest.digest()
 

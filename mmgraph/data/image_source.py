@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmgraph.data.image_paths import ImagePaths, as_path
-from mmgraph.data.images import CAUSES, OUTSIDE
+from mmgraph.data.images import IMAGE_STATUS, OUTSIDE
 from mmgraph.data.node_table import NodeTable
 from mmgraph.utils.files import file_signature
 
@@ -23,7 +23,7 @@ class ImageSource(Protocol):
     """
 
     columns: tuple[str, ...]
-    place: str
+    location: str
 
     def locate(self, node: Mapping[str, Any]) -> Hashable:
         """Where a row says that its image is; equal for equal images, so that caches find them. None without one."""
@@ -32,9 +32,9 @@ class ImageSource(Protocol):
         """What a row says of its image, for people; empty where it has none."""
 
     def read(self, reference: Any) -> tuple[bytes | None, int]:
-        """The encoded image, or None; and an index into :data:`mmgraph.data.images.CAUSES`. Raises nothing."""
+        """The encoded image, or None; and an index into :data:`mmgraph.data.images.IMAGE_STATUS`. Raises nothing."""
 
-    def signature(self, reference: Any, settled_ns: int) -> bytes | None:
+    def signature(self, reference: Any, min_age_ns: int) -> bytes | None:
         """The state of an image, as :func:`mmgraph.utils.files.file_signature`; ``b""`` where there is none."""
 
     def check(self, nodes: NodeTable, seed: int) -> None:
@@ -53,7 +53,7 @@ class ImageFiles:
     def __init__(self, paths: ImagePaths | None = None):
         self.paths = paths
         # Not the working directory, which may be a second root: a start from elsewhere finds the same hashes.
-        self.place = "" if paths is None else str(Path(paths.roots[0]).resolve())
+        self.location = "" if paths is None else str(Path(paths.roots[0]).resolve())
 
     def locate(self, node: Mapping[str, Any]) -> str | None:
         image_path = node.get("image_path")
@@ -65,8 +65,8 @@ class ImageFiles:
     def read(self, reference: str | None) -> tuple[bytes | None, int]:
         return read_file(reference)
 
-    def signature(self, reference: str | None, settled_ns: int) -> bytes | None:
-        return b"" if reference is None else file_signature(reference, settled_ns)
+    def signature(self, reference: str | None, min_age_ns: int) -> bytes | None:
+        return b"" if reference is None else file_signature(reference, min_age_ns)
 
     def check(self, nodes: NodeTable, seed: int) -> None:
         if self.paths is not None:
@@ -75,20 +75,20 @@ class ImageFiles:
 
 
 def read_file(path: str | None) -> tuple[bytes | None, int]:
-    """An image file's bytes, or None; and an index into ``CAUSES``."""
+    """An image file's bytes, or None; and an index into ``IMAGE_STATUS``."""
     if path is None or path == OUTSIDE:
-        return None, CAUSES.index("no image path" if path is None else "outside the image root")
+        return None, IMAGE_STATUS.index("no image path" if path is None else "outside the image root")
     try:
         status = os.stat(path)  # noqa: PTH116 - of millions of pictures
         if not stat.S_ISREG(status.st_mode):  # a folder; or a pipe or device, which may never end
-            return None, CAUSES.index("file not found")
+            return None, IMAGE_STATUS.index("file not found")
         if status.st_size > MAX_FILE_BYTES:
-            return None, CAUSES.index("file too large")
+            return None, IMAGE_STATUS.index("file too large")
         return Path(path).read_bytes(), 0
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a NUL byte
-        return None, CAUSES.index("file not found")
+        return None, IMAGE_STATUS.index("file not found")
     except OSError:
-        return None, CAUSES.index("unreadable")
+        return None, IMAGE_STATUS.index("unreadable")
 
 
 AS_GIVEN = ImageFiles()

@@ -15,9 +15,11 @@ from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
 # Why a node's picture is not (all of) its file. A batch carries the index; 0 is a picture read in full.
-CAUSES = ("", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
-          "file too large")  # fmt: skip
-NO_PATH = CAUSES.index("no image path")
+IMAGE_STATUS = (
+    "", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
+    "file too large",
+)  # fmt: skip
+NO_PATH = IMAGE_STATUS.index("no image path")
 OUTSIDE = "/dev/null/outside the image root"  # instead of a path that is not to be opened; nothing can lie there
 # What Pillow may open. Others are for no picture of a node, and some run other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
@@ -67,7 +69,7 @@ os.register_at_fork(after_in_child=_renew)
 
 
 def decode_picture(
-    data: bytes | None, cause: int, truncated: Literal["partial", "black"] = "partial"
+    data: bytes | None, status: int, truncated: Literal["partial", "black"] = "partial"
 ) -> tuple[torch.Tensor, int]:
     """Decode a picture as RGB, as ``PIL.Image.open(...).convert("RGB")`` would (EXIF rotation is not applied).
 
@@ -77,14 +79,14 @@ def decode_picture(
 
     Args:
         data: the encoded picture; None where there is none.
-        cause: index into :data:`CAUSES` of why there is none.
+        cause: index into :data:`IMAGE_STATUS` of why there is none.
         truncated: what a file that ends early gives: the part that is there, or black.
 
     Returns:
-        (3, H, W) uint8 and an index into :data:`CAUSES`. A picture that cannot be decoded is black, 224x224.
+        (3, H, W) uint8 and an index into :data:`IMAGE_STATUS`. A picture that cannot be decoded is black, 224x224.
     """
     if data is None:
-        return black_image(), cause
+        return black_image(), status
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large pictures and of palettes: the original decoded them too
         return _decode_safely(data, truncated)
@@ -95,9 +97,9 @@ def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
         with _accept_truncated.off():
             header = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
-        return black_image(), CAUSES.index("too many pixels")
+        return black_image(), IMAGE_STATUS.index("too many pixels")
     except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
-        return black_image(), CAUSES.index("unreadable")
+        return black_image(), IMAGE_STATUS.index("unreadable")
     return _decode(data, header, truncated)
 
 
@@ -112,14 +114,14 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
             return _to_tensor(picture), 0
     except Exception as error:
         if not (isinstance(error, OSError) and "truncated" in str(error)):
-            return black_image(), CAUSES.index("unreadable")
+            return black_image(), IMAGE_STATUS.index("unreadable")
     if truncated == "black":
-        return black_image(), CAUSES.index("truncated")
+        return black_image(), IMAGE_STATUS.index("truncated")
     try:
         with _accept_truncated.on():
-            return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), CAUSES.index("truncated")
+            return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), IMAGE_STATUS.index("truncated")
     except Exception:
-        return black_image(), CAUSES.index("unreadable")
+        return black_image(), IMAGE_STATUS.index("unreadable")
 
 
 @cache
@@ -133,40 +135,40 @@ def _to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def describe_causes(codes: Sequence[int]) -> str:
+def describe_image_status(codes: Sequence[int]) -> str:
     """How many of some nodes lack their whole picture, by cause, such as ``3 file not found, 1 truncated``."""
-    return ", ".join(f"{codes.count(i):,} {cause}" for i, cause in enumerate(CAUSES) if cause and i in codes)
+    return ", ".join(f"{codes.count(i):,} {status}" for i, status in enumerate(IMAGE_STATUS) if status and i in codes)
 
 
-class SeenImages:
+class ImageCounter:
     """The image files that this rank has seen, and why some were not whole.
 
     Args:
         nodes: how many there are.
 
     Attributes:
-        causes: (nodes,) int8, indices into ``CAUSES``; 0 also where a node was not seen.
+        causes: (nodes,) int8, indices into ``IMAGE_STATUS``; 0 also where a node was not seen.
         read: image files so far, each once.
         bad: those of them that were not there, or not whole.
     """
 
     def __init__(self, nodes: int):
-        self.causes, self._seen = np.zeros(nodes, dtype=np.int8), np.zeros(nodes, dtype=bool)
+        self.image_status, self._seen = np.zeros(nodes, dtype=np.int8), np.zeros(nodes, dtype=bool)
         self.read, self.bad = 0, 0
 
-    def note(self, rows: np.ndarray, causes: np.ndarray) -> None:
-        """Note distinct nodes of a batch: (U,) rows, and (U,) indices into ``CAUSES``."""
-        with_path = causes != NO_PATH
+    def note(self, rows: np.ndarray, image_status: np.ndarray) -> None:
+        """Note distinct nodes of a batch: (U,) rows, and (U,) indices into ``IMAGE_STATUS``."""
+        with_path = image_status != NO_PATH
         new = with_path & ~self._seen[rows]
-        self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & (causes != 0)).sum())
+        self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & (image_status != 0)).sum())
         self._seen[rows[with_path]] = True
-        self.causes[rows] = causes
+        self.image_status[rows] = image_status
 
 
-def is_black(causes: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:
-    """Whether nodes have no picture at all, from their indices into ``CAUSES``; bool of the same shape."""
-    partial = (causes == CAUSES.index("truncated")) & (truncated == "partial")
-    return (causes != 0) & ~partial
+def is_black(image_status: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:
+    """Whether nodes have no picture at all, from their indices into ``IMAGE_STATUS``; bool of the same shape."""
+    partial = (image_status == IMAGE_STATUS.index("truncated")) & (truncated == "partial")
+    return (image_status != 0) & ~partial
 
 
 def black_image() -> torch.Tensor:

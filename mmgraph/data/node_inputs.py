@@ -10,7 +10,7 @@ import torch
 
 from mmgraph.data.image_cache import PictureFile
 from mmgraph.data.image_source import AS_GIVEN, ImageSource
-from mmgraph.data.images import CAUSES, black_image, decode_picture
+from mmgraph.data.images import IMAGE_STATUS, black_image, decode_picture
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.preprocessing import Preprocessing
 
@@ -82,7 +82,7 @@ class NodeInputs:
         rows: Sequence[int] | np.ndarray | None = None,
         images: ImageSource = AS_GIVEN,
     ) -> tuple[torch.Tensor, list[int]]:
-        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``CAUSES`` for each.
+        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``IMAGE_STATUS`` for each.
 
         Args:
             references: what ``images.locate`` gave of the nodes.
@@ -94,8 +94,8 @@ class NodeInputs:
             self.cache.get(reference, partial(self._read, images, reference, row))
             for reference, row in zip(references, numbers, strict=rows is not None)
         ]
-        pictures, causes = zip(*found, strict=True)
-        return torch.stack(pictures), list(causes)
+        pictures, image_status = zip(*found, strict=True)
+        return torch.stack(pictures), list(image_status)
 
     def _read(self, images: ImageSource, reference: Hashable, row: int | None) -> tuple[torch.Tensor, int]:
         def decode() -> tuple[torch.Tensor, int]:
@@ -105,10 +105,10 @@ class NodeInputs:
             return decode()
         return self.picture_file.read(row, images, reference, decode)
 
-    def picture_of(self, data: bytes | None, cause: int) -> tuple[torch.Tensor, int]:
+    def picture_of(self, data: bytes | None, status: int) -> tuple[torch.Tensor, int]:
         """What :meth:`ImageSource.read` gave, decoded and resized: (3, S, S) uint8, and its cause."""
-        picture, cause = decode_picture(data, cause, self.truncated_images)
-        self.decoded += data is not None or CAUSES[cause] == "unreadable"
+        picture, status = decode_picture(data, status, self.truncated_images)
+        self.decoded += data is not None or IMAGE_STATUS[status] == "unreadable"
         if not self.preprocessing.fits(picture):
-            picture, cause = black_image(), CAUSES.index("too many pixels")
-        return self.preprocessing.resize(picture), cause
+            picture, status = black_image(), IMAGE_STATUS.index("too many pixels")
+        return self.preprocessing.resize(picture), status

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmgraph.data.readers import arrow_batches
 
-SCANNED_AT_ONCE = 1024  # rows
+SCAN_CHUNK = 1024  # rows
 
 
 class NodeTable(Dataset[dict[str, Any]]):
@@ -63,8 +63,8 @@ class NodeTable(Dataset[dict[str, Any]]):
     def scan(self, rows: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Some columns of consecutive rows; many times as fast as row by row."""
         table = self._table.select(list(columns))
-        for start in range(rows.start, rows.stop, SCANNED_AT_ONCE):
-            yield from table.slice(start, min(SCANNED_AT_ONCE, rows.stop - start)).to_pylist()
+        for start in range(rows.start, rows.stop, SCAN_CHUNK):
+            yield from table.slice(start, min(SCAN_CHUNK, rows.stop - start)).to_pylist()
             self._release()
 
     @contextmanager

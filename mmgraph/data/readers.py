@@ -42,7 +42,7 @@ def read_chunks(
         for name in id_columns:
             empty = pc.equal(pc.fill_null(table[name], ""), "").to_numpy()
             if empty.any():
-                raise UserError(f"{place(path, count + int(empty.argmax()))}: {name} is empty")
+                raise UserError(f"{location(path, count + int(empty.argmax()))}: {name} is empty")
         count += len(table)
         yield table
     if not count:
@@ -177,7 +177,7 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def place(path: str | Path, row: int, short: bool = False) -> str:
+def location(path: str | Path, row: int, short: bool = False) -> str:
     """Where row ``row`` (from 0) stands: the file's line in a CSV, whose quoted fields may span lines."""
     if Path(path).suffix in ROW_FORMATS:
         return f"row {row}" if short else f"{path}, row {row}"

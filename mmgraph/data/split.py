@@ -12,7 +12,7 @@ from mmgraph.data.edge_table import EdgeTable, EdgeWriter, RemainingEdges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.sampler import permuted
-from mmgraph.data.table_cache import FORMAT, Edges, made, open_edges
+from mmgraph.data.table_cache import FORMAT, Edges, convert_once, open_edges
 from mmgraph.errors import UserError
 from mmgraph.utils.files import save_array
 from mmgraph.utils.log import log
@@ -70,7 +70,7 @@ def split_edges(
         UserError: no edge can be held out.
     """
     name = f"split{FORMAT}-{fraction!r}-{seed}-{'-'.join(digest[:16] for digest in digests)}.npy"
-    kept = made(path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed))
+    kept = convert_once(path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed))
     numbers = np.load(kept.parent / f"{name}.held_out.npy")
     asked = int(fraction * len(edges.rows))
     if len(numbers) < 0.9 * asked:

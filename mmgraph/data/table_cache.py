@@ -36,8 +36,8 @@ Opened = TypeVar("Opened")
 FORMAT = 2  # raised where the same table would be converted otherwise
 RELATION = "rel_id"
 ATTEMPTS = 3  # to open what was made
-ROWS_AT_ONCE = 1 << 16  # of a table, in memory and in a record batch
-EDGES_AT_ONCE = 1 << 20  # looked up in one go
+ROW_CHUNK = 1 << 16  # of a table, in memory and in a record batch
+EDGE_CHUNK = 1 << 20  # looked up in one go
 
 
 class Edges(NamedTuple):
@@ -48,7 +48,7 @@ class Edges(NamedTuple):
     names: list[str]  # of relations, as ``rel_id`` has them; empty where the table has none
 
 
-_stand_ins: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
+_temporary_folders: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
 
 
 def open_nodes(path: str | Path, digest: str) -> NodeTable:
@@ -62,7 +62,7 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
     """
     name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
-        made(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
+        convert_once(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
         return table
     return _open(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
 
@@ -92,9 +92,9 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
 def _open(
     table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], opened: Callable[[Path], Opened]
 ) -> Opened:
-    """What :func:`made` makes, opened; made anew where it is damaged: cut short, or another's."""
+    """What :func:`convert_once` makes, opened; made anew where it is damaged: cut short, or another's."""
     for _ in range(ATTEMPTS):
-        path = made(table, name, write)
+        path = convert_once(table, name, write)
         found = _identity(path)
         try:
             return opened(path)
@@ -105,7 +105,7 @@ def _open(
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                _stand_in(path.parent, error)
+                _temporary_folder(path.parent, error)
     raise RunError(reason)
 
 
@@ -120,24 +120,24 @@ def _hash(*digests: str) -> str:
     return hashlib.sha256(" ".join([str(FORMAT), *digests]).encode()).hexdigest()[:16]
 
 
-def made(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
+def convert_once(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
     """The file ``name`` of a table's cache, which ``write`` (given the file, open, and its path) fills where it is new.
 
     Where the cache cannot be written, it is made in a temporary folder that is removed at the exit.
     """
     folder = cache_folder(table) / "tables"
     try:
-        return _make(_stand_ins.get(folder, folder) / name, write)
+        return _make(_temporary_folders.get(folder, folder) / name, write)
     except OSError as error:
-        if folder in _stand_ins:
+        if folder in _temporary_folders:
             raise
-        _stand_in(folder, error)
-    return _make(_stand_ins[folder] / name, write)
+        _temporary_folder(folder, error)
+    return _make(_temporary_folders[folder] / name, write)
 
 
-def _stand_in(folder: Path, error: OSError) -> None:
+def _temporary_folder(folder: Path, error: OSError) -> None:
     log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
-    _stand_ins[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
+    _temporary_folders[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
@@ -153,14 +153,14 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def remove_stand_ins() -> None:
+def remove_temporary_folders() -> None:
     """Remove the temporary folders of this process; called at its exit."""
-    while _stand_ins:
-        shutil.rmtree(_stand_ins.popitem()[1], ignore_errors=True)
+    while _temporary_folders:
+        shutil.rmtree(_temporary_folders.popitem()[1], ignore_errors=True)
 
 
-atexit.register(remove_stand_ins)
-os.register_at_fork(after_in_child=_stand_ins.clear)  # they are the parent's
+atexit.register(remove_temporary_folders)
+os.register_at_fork(after_in_child=_temporary_folders.clear)  # they are the parent's
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
@@ -180,7 +180,7 @@ def _in_place(path: str | Path) -> NodeTable | None:
 
 
 def _check_nodes(path: str | Path, table: NodeTable) -> None:
-    for _ in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
+    for _ in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROW_CHUNK):
         pass
     with table.column("node_id") as ids:
         check_unique(path, ids.cast(pa.large_string()))
@@ -191,7 +191,7 @@ def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
     writer: pa.RecordBatchWriter | None = None
     ids: list[pa.Array] = []
     try:
-        for table in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROWS_AT_ONCE):
+        for table in read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], ROW_CHUNK):
             table = _plain(path, table)
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
@@ -223,9 +223,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     writer, relations = EdgeWriter(file, len(nodes)), _Relations()
     total, unknown = 0, None
     # Each look-up indexes the ids anew: fewer edges than this at once, and that would be most of the work.
-    for part in _gathered(
-        read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROWS_AT_ONCE), max(EDGES_AT_ONCE, len(nodes) // 4)
-    ):
+    for part in _gathered(read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROW_CHUNK), max(EDGE_CHUNK, len(nodes) // 4)):
         both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
         with nodes.column("node_id") as ids:
             ends = find_ids(ids.cast(pa.large_string()), both).reshape(2, -1).T

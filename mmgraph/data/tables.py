@@ -8,13 +8,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmgraph.data.readers import place, read_chunks
+from mmgraph.data.readers import location, read_chunks
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")
-IDS_AT_ONCE = 10_000_000
+ID_CHUNK = 10_000_000
 
 
 def read_nodes(path: str | Path) -> pd.DataFrame:
@@ -73,8 +73,8 @@ def check_unique(path: str | Path, ids: pa.ChunkedArray) -> None:
     if repeated.any():
         second = int(repeated.argmax())
         raise UserError(
-            f"{place(path, second)}: node_id '{ids[second]}' is already used in "
-            f"{place(path, int(first[second]), short=True)}; every node needs an id of its own"
+            f"{location(path, second)}: node_id '{ids[second]}' is already used in "
+            f"{location(path, int(first[second]), short=True)}; every node needs an id of its own"
         )
 
 
@@ -84,7 +84,7 @@ def find_ids(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
     Both are of one type. The index of 10^7 ids or fewer is in memory while it works, whatever the number of ids.
     """
     rows = np.full(len(wanted), -1, dtype=np.int64)
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        found = pc.index_in(wanted, value_set=ids.slice(start, IDS_AT_ONCE)).fill_null(-1).to_numpy()
+    for start in range(0, len(ids), ID_CHUNK):
+        found = pc.index_in(wanted, value_set=ids.slice(start, ID_CHUNK)).fill_null(-1).to_numpy()
         rows = np.where((rows < 0) & (found >= 0), found + np.int64(start), rows)
     return rows

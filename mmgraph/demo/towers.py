@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from mmgraph.towers.clip import STAND_IN
+from mmgraph.towers.clip import RANDOM_WEIGHTS_MARK
 
 SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 4096
 
@@ -44,7 +44,9 @@ def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> Non
     # Not model.save_pretrained: it imports DeepSpeed where that is installed, which costs seconds and prints.
     (folder / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
     tokenizer.save_pretrained(folder)
-    (folder / STAND_IN).write_text("Random weights: these towers stand in for real ones in mmgraph's demo.\n")
+    (folder / RANDOM_WEIGHTS_MARK).write_text(
+        "Random weights: these towers stand in for real ones in mmgraph's demo.\n"
+    )
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
 
 

@@ -13,15 +13,15 @@ from accelerate.utils import (
 )
 
 from mmgraph.errors import RunError, UserError
-from mmgraph.utils.files import told_of_disk
+from mmgraph.utils.files import explain_disk_errors
 
 Result = TypeVar("Result")
 
 
-STRIDE_SECONDS = 5
+SYNC_SECONDS = 5
 
 
-def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     """Call ``function`` on every rank; where it fails on one, fail on all, so that none waits for ever.
 
     Raises:
@@ -43,34 +43,36 @@ def together(accelerator: Accelerator, function: Callable[[], Result]) -> Result
     return result
 
 
-def from_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+def broadcast_from_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     """What ``function`` returns on the main process, on every rank; its failure is every rank's."""
-    result = [together(accelerator, function if accelerator.is_main_process else lambda: None)]
+    result = [raise_on_all_ranks(accelerator, function if accelerator.is_main_process else lambda: None)]
     if accelerator.num_processes > 1:
         broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:
-    """Call ``function`` on the main process alone; its failure is every rank's (see :func:`together`)."""
-    together(accelerator, function if accelerator.is_main_process else lambda: None)
+    """Call ``function`` on the main process alone; its failure is every rank's (see :func:`raise_on_all_ranks`)."""
+    raise_on_all_ranks(accelerator, function if accelerator.is_main_process else lambda: None)
 
 
 def write_on_main_process(accelerator: Accelerator, folder: Path, write: Callable[[], object]) -> None:
-    """Have the main process write to a run's ``folder``; its failure is every rank's (see :func:`together`).
+    """Have the main process write to a run's ``folder``; its failure is every rank's (see :func:`raise_on_all_ranks`).
 
     Raises:
         RunError: what is to be done where the disk is full, or fails.
     """
 
     def told() -> None:
-        with told_of_disk(folder, "what was there stands. Make room, and the same command goes on from the last state"):
+        with explain_disk_errors(
+            folder, "what was there stands. Make room, and the same command goes on from the last state"
+        ):
             write()
 
     on_main_process(accelerator, told)
 
 
-def work_together(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[int]:
+def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[int]:
     """Have each rank do work of its own, a few seconds between meetings, so that all learn of a failure at once.
 
     Args:
@@ -80,25 +82,25 @@ def work_together(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[i
         How much of their work the other ranks have done since, until all are done.
 
     Raises:
-        UserError: a rank fails; as :func:`together`.
+        UserError: a rank fails; as :func:`raise_on_all_ranks`.
     """
-    with closing(_in_strides(counts)) as work:  # type: ignore[type-var]
+    with closing(_sums_between_syncs(counts)) as work:  # type: ignore[type-var]
         done: list[int | None] = [0]
         while any(count is not None for count in done):
-            own = together(accelerator, lambda: next(work, None))
+            own = raise_on_all_ranks(accelerator, lambda: next(work, None))
             done = gather_object([own])
             yield sum(filter(None, done)) - (own or 0)
 
 
-def _in_strides(counts: Iterator[int]) -> Iterator[int]:
-    """Sums of counts over ``STRIDE_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
+def _sums_between_syncs(counts: Iterator[int]) -> Iterator[int]:
+    """Sums of counts over ``SYNC_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
 
     Whole shards or blocks would be too long: with large towers one takes minutes where another rank's takes seconds.
     """
     total, begun = 0, time.monotonic()
     for count in counts:
         total += count
-        if count == 0 or time.monotonic() - begun > STRIDE_SECONDS:
+        if count == 0 or time.monotonic() - begun > SYNC_SECONDS:
             yield total
             total, begun = 0, time.monotonic()
     yield total

@@ -15,16 +15,16 @@ from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.tables import find_ids
-from mmgraph.distributed.collectives import on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.feature_files import FORMATS, read_features
 from mmgraph.inference.pretrained import open_checkpoint
-from mmgraph.utils.files import told_of_disk, write_durably
+from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
-MOST_RELATIONS = 20  # in the printed table
+MAX_RELATIONS = 20  # in the printed table
 
 
 def find_features(sources: Sequence[Path]) -> list[Path]:
@@ -75,7 +75,7 @@ def evaluate(
     """
     if not config.evaluates:
         raise UserError("which edges? give --eval_edges FILE, or --eval_fraction as the run had it")
-    graph = together(accelerator, lambda: load_graph(config))
+    graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
     assert graph.held_out is not None
     trained = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
     evaluation = Evaluation(accelerator, trained, graph.held_out, config.seed)
@@ -86,7 +86,7 @@ def evaluate(
         ranks = {}
         names = [file.stem.removeprefix("features_") for file in features]
         for name, file in zip(names, features, strict=True):
-            vectors = together(accelerator, partial(_features_of, file, graph, config.nodes))
+            vectors = raise_on_all_ranks(accelerator, partial(_features_of, file, graph, config.nodes))
             alone = names.count(name) == 1 and name != "random"
             ranks[name if alone else str(file)] = evaluation.ranks(vectors)
         table = evaluation.table({**ranks, "random": evaluation.random_ranks()})
@@ -127,15 +127,15 @@ def _tell(table: Table, path: Path | None) -> None:
         by_size = sorted(table["relations"].items(), key=lambda item: -item[1]["edges"])
         columns = list(by_size[0][1])
         shown = [
-            (name, f"{v['edges']:,}", *_digits([v[c] for c in columns[1:]])) for name, v in by_size[:MOST_RELATIONS]
+            (name, f"{v['edges']:,}", *_digits([v[c] for c in columns[1:]])) for name, v in by_size[:MAX_RELATIONS]
         ]
         for line in text_table([("MRR by relation", *columns), *shown], "<" + ">" * len(columns)):
             log(line)
-        if len(by_size) > MOST_RELATIONS:
-            log(f"and {len(by_size) - MOST_RELATIONS:,} relations of fewer edges (--json has all)")
+        if len(by_size) > MAX_RELATIONS:
+            log(f"and {len(by_size) - MAX_RELATIONS:,} relations of fewer edges (--json has all)")
     if path is not None:
         content = json.dumps(table, indent=1) + "\n"
-        with told_of_disk(path, "give --json a file in a folder that exists and has room"):
+        with explain_disk_errors(path, "give --json a file in a folder that exists and has room"):
             write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         log(f"written: {path}")
 

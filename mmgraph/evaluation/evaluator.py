@@ -12,16 +12,16 @@ from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.sampler import permuted
 from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
-from mmgraph.evaluation.ranking import filtered_ranks, matching_ranks, on_grid, sampled_ranks, summary
+from mmgraph.evaluation.ranking import filtered_ranks, matching_ranks, round_to_grid, sampled_ranks, summary
 from mmgraph.inference.node_outputs import NodeOutputs
-from mmgraph.inference.node_sharding import Embeddings, embed_share, gather_shares, share
+from mmgraph.inference.node_sharding import Embeddings, embed_shard, gather_shards, rank_range
 from mmgraph.utils.log import log
 
 TRAINED = ("z_graph", "fused")
 ALIGNED = ("z_text", "z_vis")  # what the text-image loss compares
 FIXED = ("text_only", "image_only", "concat")  # what training does not change
 RANDOM_WIDTH = 128
-MOST_TEXTS = 10_000  # queries of the retrieval, drawn by the seed
+MAX_TEXTS = 10_000  # queries of the retrieval, drawn by the seed
 
 Table = dict[str, Any]
 
@@ -78,14 +78,14 @@ class Evaluation:
             outputs: of the graph's nodes.
         """
         kinds = (*ALIGNED, *TRAINED, *(() if self.fixed else FIXED))
-        own = embed_share(self.accelerator, embeddings, outputs, kinds)
+        own = embed_shard(self.accelerator, embeddings, outputs, kinds)
         retrieval = self._retrieval(own)
         ranks = {name: self.ranks(self._gathered(own.pop(name))) for name in TRAINED}
         if not self.fixed:
             self.fixed = {name: self.ranks(self._gathered(own.pop(name))) for name in FIXED}
             self.fixed["random"] = self.random_ranks()
-        shuffled = embed_share(
-            self.accelerator, embeddings, outputs, ALIGNED, partners=cycle(self.num_nodes, self.seed)
+        shuffled = embed_shard(
+            self.accelerator, embeddings, outputs, ALIGNED, image_rows=derangement(self.num_nodes, self.seed)
         )
         return {
             **self.table({**ranks, **self.fixed}),
@@ -94,12 +94,12 @@ class Evaluation:
         }
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
-        return gather_shares(self.accelerator, own, self.num_nodes)
+        return gather_shards(self.accelerator, own, self.num_nodes)
 
     def ranks(self, vectors: torch.Tensor) -> Ranks:
         """Of the held-out edges, by (N, d) embeddings that every rank has."""
-        vectors = on_grid(vectors.to(self.accelerator.device))
-        mine = share(self.accelerator, len(self.rows))
+        vectors = round_to_grid(vectors.to(self.accelerator.device))
+        mine = rank_range(self.accelerator, len(self.rows))
         source, destination = self.rows[mine.start : mine.stop].to(vectors.device).T  # (m,) each
         found = [
             filtered_ranks(vectors, source, destination, self.known),
@@ -128,12 +128,12 @@ class Evaluation:
 
     def _retrieval(self, own: dict[str, torch.Tensor]) -> Table:
         """How often a text finds, among the images of all nodes that have both, the one that it was fused with."""
-        z_text, z_vis = (on_grid(self._gathered(own.pop(name))) for name in ALIGNED)
+        z_text, z_vis = (round_to_grid(self._gathered(own.pop(name))) for name in ALIGNED)
         whole = self._gathered(own.pop("whole")).nonzero().flatten()  # (C,)
         if not len(whole):
             return {}
-        drawn = np.sort(np.random.default_rng(self.seed).permutation(len(whole))[:MOST_TEXTS])
-        mine = share(self.accelerator, len(drawn))
+        drawn = np.sort(np.random.default_rng(self.seed).permutation(len(whole))[:MAX_TEXTS])
+        mine = rank_range(self.accelerator, len(drawn))
         matches = torch.from_numpy(drawn[mine.start : mine.stop]).to(whole.device)
         ranks = matching_ranks(z_text[whole[matches]], z_vis[whole], matches)
         found = summary(np.concatenate(gather_object([ranks.cpu().numpy()])))
@@ -145,12 +145,12 @@ def _of_relation(ranks: Mapping[str, Ranks], chosen: np.ndarray) -> Table:
     return {"edges": int(chosen.sum()), **mrr}
 
 
-def cycle(count: int, seed: int) -> np.ndarray:
+def derangement(count: int, seed: int) -> np.ndarray:
     """A permutation of 0..count-1 by the seed that leaves nothing in its place (where there are two or more)."""
     order = permuted(np.arange(count), count, seed, 0)
-    partners = np.empty(count, dtype=np.int64)
-    partners[order] = np.roll(order, 1)
-    return partners
+    image_rows = np.empty(count, dtype=np.int64)
+    image_rows[order] = np.roll(order, 1)
+    return image_rows
 
 
 def one_line(table: Table) -> str:

@@ -15,13 +15,13 @@ from mmgraph.data.adjacency import Adjacency
 from mmgraph.errors import UserError
 
 GRID = 2.0**24
-QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 512, 8192  # a tile of scores has 32 MB
-VALUES_AT_ONCE = 1 << 22  # of vectors that are gathered, 32 MB
+QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of scores has 32 MB
+VALUE_CHUNK = 1 << 22  # of vectors that are gathered, 32 MB
 SAMPLED = 100  # random negatives of a positive, in the original's protocol
 BLOCK = 1024  # positives whose negatives are drawn together
 
 
-def on_grid(vectors: torch.Tensor) -> torch.Tensor:
+def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
     """Rows of unit length, rounded to the grid: (N, d) float32.
 
     Raises:
@@ -39,7 +39,7 @@ def filtered_ranks(
     queries: torch.Tensor,
     targets: torch.Tensor,
     known: Sequence[Adjacency],
-    asked_with: torch.Tensor | None = None,
+    query_vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rank of each target among all nodes, by similarity to its query; the best is 1.
 
@@ -47,7 +47,7 @@ def filtered_ranks(
     mean one: 1 + those above + half of the other equal ones.
 
     Args:
-        vectors: (N, d), from :func:`on_grid`.
+        vectors: (N, d), from :func:`round_to_grid`.
         queries, targets: (Q,) int64 rows; no query is its own target.
         known: all true edges.
         asked_with: (Q, d) vectors of the queries, where they are not their nodes' own.
@@ -55,7 +55,7 @@ def filtered_ranks(
     Returns:
         (Q,) float64.
     """
-    asked = vectors[queries] if asked_with is None else asked_with
+    asked = vectors[queries] if query_vectors is None else query_vectors
 
     def remove(scores: torch.Tensor, part: slice, first: int) -> None:
         query, stop = queries[part], first + scores.shape[1]
@@ -72,7 +72,7 @@ def matching_ranks(queries: torch.Tensor, candidates: torch.Tensor, matches: tor
     """The rank of each query's match among all candidates, ties as in :func:`filtered_ranks`; (Q,) float64.
 
     Args:
-        queries, candidates: (Q, d) and (C, d), from :func:`on_grid`.
+        queries, candidates: (Q, d) and (C, d), from :func:`round_to_grid`.
         matches: (Q,) int64, places among the candidates.
     """
     return _mean_ranks(queries, candidates, matches, lambda *_: None)
@@ -92,10 +92,10 @@ def _mean_ranks(
     """
     of_target = (asked.double() * candidates[targets].double()).sum(1)  # (Q,)
     above, equal = torch.zeros_like(of_target), torch.zeros_like(of_target)
-    for first in range(0, len(candidates), CANDIDATES_AT_ONCE):
-        columns = candidates[first : first + CANDIDATES_AT_ONCE].double().T  # (d, c)
-        for start in range(0, len(asked), QUERIES_AT_ONCE):
-            part = slice(start, start + QUERIES_AT_ONCE)
+    for first in range(0, len(candidates), CANDIDATE_CHUNK):
+        columns = candidates[first : first + CANDIDATE_CHUNK].double().T  # (d, c)
+        for start in range(0, len(asked), QUERY_CHUNK):
+            part = slice(start, start + QUERY_CHUNK)
             scores = asked[part].double() @ columns  # (q, c)
             remove(scores, part, first)
             place = targets[part] - first
@@ -123,7 +123,7 @@ def sampled_ranks(
         drawn = _negatives(first + start, len(query), len(vectors) - 1, seed).to(query.device)  # (q, 100)
         drawn += drawn >= target[:, None]
         places = torch.cat([target[:, None], drawn], dim=1)  # (q, 101)
-        size = max(1, VALUES_AT_ONCE // (places.shape[1] * vectors.shape[1]))
+        size = max(1, VALUE_CHUNK // (places.shape[1] * vectors.shape[1]))
         for some, asked in zip(places.split(size), query.split(size), strict=True):
             scores = (vectors[some].double() @ vectors[asked].double()[:, :, None]).squeeze(2)  # (q, 101)
             of_target = scores[:, :1]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from mmgraph.config import Config
-from mmgraph.distributed.collectives import from_main_process, together
+from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
-from mmgraph.inference.feature_shards import Blocks, fill, look
+from mmgraph.inference.feature_shards import FeatureShards, build_shards, missing_shards
 from mmgraph.inference.pretrained import Inference
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
@@ -26,13 +26,13 @@ class NodeVectors(NamedTuple):
     """Of N nodes, in the order of the table."""
 
     vectors: np.ndarray  # (N, d) float32, of unit length
-    causes: np.ndarray  # (N,) uint8, indices into mmgraph.data.images.CAUSES
+    image_status: np.ndarray  # (N,) uint8, indices into mmgraph.data.images.IMAGE_STATUS
 
 
 NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
 
 
-def node_vectors(
+def embed_all_nodes(
     inference: Inference, config: Config, accelerator: Accelerator, kind: str, folder: Path
 ) -> NodeVectors:
     """Embed all nodes, or read what was kept of it. Called by all ranks; on those but the main one, of no node.
@@ -44,20 +44,24 @@ def node_vectors(
     Raises:
         UserError: another process embeds these nodes; or a vector is not finite.
     """
-    blocks = Blocks(inference, folder / kind, (kind,), config.truncated_images)
+    shards = FeatureShards(inference, folder / kind, (kind,), config.truncated_images)
     with ExitStack() as stack:
-        if look(blocks, accelerator):
-            opened = from_main_process(accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes))
-            blocks = Blocks(inference, opened, (kind,), config.truncated_images)
-            fill(blocks, accelerator, others=KEPT)
-        return together(accelerator, lambda: _read(blocks, kind) if accelerator.is_main_process else NO_VECTORS)
+        if missing_shards(shards, accelerator):
+            opened = broadcast_from_main_process(
+                accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)
+            )
+            shards = FeatureShards(inference, opened, (kind,), config.truncated_images)
+            build_shards(shards, accelerator, others=KEPT)
+        return raise_on_all_ranks(
+            accelerator, lambda: _read(shards, kind) if accelerator.is_main_process else NO_VECTORS
+        )
 
 
-def _read(blocks: Blocks, kind: str) -> NodeVectors:
-    return NodeVectors(unit(blocks.read(kind)), blocks.read("causes").numpy())
+def _read(shards: FeatureShards, kind: str) -> NodeVectors:
+    return NodeVectors(normalize_rows(shards.read(kind)), shards.read("causes").numpy())
 
 
-def unit(vectors: torch.Tensor) -> np.ndarray:
+def normalize_rows(vectors: torch.Tensor) -> np.ndarray:
     """(N, d) float32 rows of unit length. Raises :class:`UserError` where one is not finite."""
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():

@@ -8,11 +8,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from mmgraph.config import Config
-from mmgraph.data.images import CAUSES
-from mmgraph.distributed.collectives import on_main_process, work_together
+from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.distributed.collectives import on_main_process, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import FORMATS
-from mmgraph.inference.feature_shards import Blocks, bar, fill, telling
+from mmgraph.inference.feature_shards import FeatureShards, build_shards, progress_bar, show_progress
 from mmgraph.inference.pretrained import Inference, open_checkpoint
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
@@ -46,14 +46,14 @@ def encode(
 def _encode(
     inference: Inference, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
 ) -> None:
-    blocks = Blocks(inference, output, tuple(dict.fromkeys(features)), config.truncated_images)
+    shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)), config.truncated_images)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    fill(blocks, accelerator)
-    with bar(accelerator, len(inference.nodes) * len(blocks.features), 0, "row") as shown:
-        written = blocks.write(blocks.features[rank::world_size], kind)
-        for others in work_together(accelerator, telling(written, shown, output)):
+    build_shards(shards, accelerator)
+    with progress_bar(accelerator, len(inference.nodes) * len(shards.features), 0, "row") as shown:
+        written = shards.write(shards.features[rank::world_size], kind)
+        for others in work_on_all_ranks(accelerator, show_progress(written, shown, output)):
             shown.update(others)
-    on_main_process(accelerator, lambda: _finish(blocks, output, kind))
+    on_main_process(accelerator, lambda: _finish(shards, output, kind))
 
 
 def _check(features: Sequence[str], kind: str) -> None:
@@ -73,12 +73,14 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
         raise UserError(f"--output_dir {folder}: {error.strerror}") from None
 
 
-def _finish(blocks: Blocks, output: Path, kind: str) -> None:
-    causes = blocks.causes()
+def _finish(shards: FeatureShards, output: Path, kind: str) -> None:
+    image_status = shards.image_status()
     told = ", ".join(
-        f"{count:,} {cause}" for cause, count in zip(CAUSES, causes.tolist(), strict=True) if cause and count
+        f"{count:,} {cause}"
+        for cause, count in zip(IMAGE_STATUS, image_status.tolist(), strict=True)
+        if cause and count
     )
     if told:
         log(f"images that are black or in part: {told}")
-    shutil.rmtree(blocks.folder)
-    log(f"{', '.join(blocks.features)} of {len(blocks.inference.nodes):,} nodes: {output}/features_*.{kind}")
+    shutil.rmtree(shards.folder)
+    log(f"{', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{kind}")

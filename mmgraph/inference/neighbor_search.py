@@ -17,16 +17,16 @@ from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.graph import load_edges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.split import HeldOut
-from mmgraph.distributed.collectives import on_main_process, together
+from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
-from mmgraph.inference.embeddings import node_vectors, unit
+from mmgraph.inference.embeddings import embed_all_nodes, normalize_rows
 from mmgraph.inference.pretrained import Inference, open_checkpoint, run_settings
-from mmgraph.towers.clip import is_stand_in
+from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
-EDGES_AT_ONCE = 1 << 20
-MOST_NAMES = 20_000  # that are compared for a misspelt one
+EDGE_CHUNK = 1 << 20
+MAX_NAMES = 20_000  # that are compared for a misspelt one
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 5  # nodes that an error names
 
@@ -68,7 +68,9 @@ def query_of(node: str | None, text: str | None, image: str | None) -> Query:
     return Query(node, text, image)
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[int | None]) -> list[list[Match]]:
+def nearest_neighbors(
+    vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[int | None]
+) -> list[list[Match]]:
     """The ``count`` nearest of N nodes to each of Q queries, best first, and equal ones in the order of the table.
 
     Which of those that are equal to the last are left out is not said.
@@ -132,7 +134,7 @@ def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]
     held = [_where(pc.match_substring(column, name, ignore_case=True))[:3] for column in (ids, names)]
     rows = np.unique(np.concatenate(held))[:3]
     if not len(rows):
-        known = names.slice(0, MOST_NAMES).to_pylist()
+        known = names.slice(0, MAX_NAMES).to_pylist()
         close = get_close_matches(name, [text for text in known if text], 3)
         rows = np.array([known.index(text) for text in close], int)
     return [int(row) for row in rows]
@@ -154,8 +156,8 @@ class Links:
     def __init__(self, rows: Sequence[int], trained: EdgeTable | np.ndarray, held_out: HeldOut | None):
         chosen = np.unique(np.array(rows, np.int64))
         self.pairs = {"held out": set[tuple[int, int]](), "trained": set[tuple[int, int]]()}
-        for start in range(0, len(trained), EDGES_AT_ONCE):
-            self._add("trained", trained[np.arange(start, min(start + EDGES_AT_ONCE, len(trained)))], chosen)
+        for start in range(0, len(trained), EDGE_CHUNK):
+            self._add("trained", trained[np.arange(start, min(start + EDGE_CHUNK, len(trained)))], chosen)
         if held_out is not None:
             self._add("held out", held_out.rows, chosen)
 
@@ -190,7 +192,7 @@ def plain(text: str) -> str:
     return " ".join(CONTROL.sub(" ", text).split())
 
 
-def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
+def load_links(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
     """The edges of some nodes; None where the edge table is not there any more."""
     try:
         edges = load_edges(config, inference.nodes, inference.nodes_fingerprint)
@@ -200,7 +202,7 @@ def links_of(rows: Sequence[int], inference: Inference, config: Config) -> Links
     return Links(rows, edges.rows, edges.held_out)
 
 
-def asked_for(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
+def resolve_query(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
     """The row of a query's node, or the unit vector (d,) of a new one.
 
     Raises:
@@ -208,10 +210,10 @@ def asked_for(query: Query, inference: Inference, kind: str) -> int | np.ndarray
     """
     if query.node is not None:
         return find_node(inference.nodes, query.node)
-    return unit(inference.embed_new(query.text, query.image)[kind][None])[0]
+    return normalize_rows(inference.embed_new(query.text, query.image)[kind][None])[0]
 
 
-def kept_in(checkpoint: Path) -> Path:
+def embeddings_folder(checkpoint: Path) -> Path:
     """The folder that a checkpoint's embeddings are kept in: of its run, else beside the file."""
     folder = checkpoint.parent.parent if run_settings(checkpoint) else checkpoint.parent
     return folder / "embeddings"
@@ -229,16 +231,16 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
         UserError: no such node, no such image; as :func:`mmgraph.inference.pretrained.open_checkpoint`.
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
-    wanted = together(accelerator, lambda: asked_for(query, inference, kind))  # before all are embedded
-    found = node_vectors(inference, config, accelerator, kind, kept_in(checkpoint))
+    wanted = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, kind))  # before all are embedded
+    found = embed_all_nodes(inference, config, accelerator, kind, embeddings_folder(checkpoint))
 
     def show() -> None:
         row, vector = (wanted, found.vectors[wanted]) if isinstance(wanted, int) else (None, wanted)
-        [matches] = nearest(found.vectors, vector[None], count, [row])
-        links = None if row is None else links_of([row], inference, config)
+        [matches] = nearest_neighbors(found.vectors, vector[None], count, [row])
+        links = None if row is None else load_links([row], inference, config)
         if row is None and not (query.text and query.image):
             log(f"without {'an image: a black picture' if query.text else 'a text: one space'} stands in for it")
-        if row is None and is_stand_in(config.model_name):
+        if row is None and has_random_weights(config.model_name):
             log("the towers are untrained stand-ins with random weights: they know nothing of a new text or image")
         log(_title(query, row, inference.nodes, checkpoint, kind))
         for line in _table(matches, inference.nodes, row, links):

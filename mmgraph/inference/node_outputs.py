@@ -24,10 +24,10 @@ BATCH = 64  # nodes that are embedded at once; fixed, so that no number of proce
 
 
 class Outputs(NamedTuple):
-    """Of U nodes, on the device but for ``causes``."""
+    """Of U nodes, on the device but for ``image_status``."""
 
     tokens: Tokens  # with the pooled outputs
-    causes: np.ndarray  # (U,) indices into mmgraph.data.images.CAUSES
+    image_status: np.ndarray  # (U,) indices into mmgraph.data.images.IMAGE_STATUS
 
 
 class NodeOutputs:
@@ -53,21 +53,21 @@ class NodeOutputs:
         self.nodes, self.images, self.inputs, self.source = nodes, images, inputs, source
         self.workers, self.timeout = workers, timeout
 
-    def of(self, parts: Sequence[range], partners: np.ndarray | None = None) -> Iterator[Outputs]:
+    def of(self, parts: Sequence[range], image_rows: np.ndarray | None = None) -> Iterator[Outputs]:
         """Outputs of some parts of the nodes, up to :data:`BATCH` of consecutive ones at a time.
 
         Args:
             parts: of consecutive rows.
             partners: (N,) nodes whose images are taken instead of the nodes' own.
         """
-        batches = _Batches(parts, partners)
+        batches = _Batches(parts, image_rows)
         if isinstance(self.source, CachedTowers):
             return self._from_store(self.source, batches)
         return self._from_towers(self.source.towers, batches)
 
     def _from_store(self, stored: CachedTowers, batches: "_Batches") -> Iterator[Outputs]:
         for rows, image_rows in map(batches.__getitem__, range(len(batches))):
-            yield Outputs(stored.pooled_tokens(rows, image_rows), stored.image_causes[image_rows])
+            yield Outputs(stored.pooled_tokens(rows, image_rows), stored.image_status[image_rows])
 
     @torch.no_grad()
     def _from_towers(self, towers: Towers, batches: "_Batches") -> Iterator[Outputs]:
@@ -82,15 +82,17 @@ class NodeOutputs:
             worker_init_fn=start_worker,
         )
         for batch in loader:
-            causes = batch.pop("image_causes")
-            yield Outputs(run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), causes)
+            image_status = batch.pop("image_causes")
+            yield Outputs(
+                run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), image_status
+            )
 
 
 class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
     """Rows of batches, and the rows of their images; never all at once."""
 
-    def __init__(self, parts: Sequence[range], partners: np.ndarray | None):
-        self.parts, self.partners = parts, partners
+    def __init__(self, parts: Sequence[range], image_rows: np.ndarray | None):
+        self.parts, self.image_rows = parts, image_rows
         self.ends = list(accumulate(-(-len(part) // BATCH) for part in parts))
 
     def __len__(self) -> int:
@@ -101,7 +103,7 @@ class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
         part = self.parts[place]
         start = part.start + BATCH * (number - (self.ends[place - 1] if place else 0))
         rows = np.arange(start, min(start + BATCH, part.stop))
-        return rows, rows if self.partners is None else self.partners[rows]
+        return rows, rows if self.image_rows is None else self.image_rows[rows]
 
 
 def _collate(
@@ -110,10 +112,10 @@ def _collate(
     rows, image_rows = pair
     input_ids, attention_mask = inputs.texts([node_text(nodes[int(row)]) for row in rows])
     references = [images.locate(nodes[int(row)]) for row in image_rows]
-    pictures, causes = inputs.pictures(references, image_rows, images)
+    pictures, image_status = inputs.pictures(references, image_rows, images)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "pixel_values": inputs.preprocessing.normalize(pictures),
-        "image_causes": np.array(causes),
+        "image_causes": np.array(image_status),
     }

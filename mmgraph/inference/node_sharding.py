@@ -17,7 +17,7 @@ NO_WORDS = 2  # tokens of a text without any: its beginning and its end
 Embeddings = Callable[[Tokens], dict[str, torch.Tensor]]
 
 
-def share(accelerator: Accelerator, count: int, multiple: int = 1) -> range:
+def rank_range(accelerator: Accelerator, count: int, multiple: int = 1) -> range:
     """This rank's of ``count`` things, in parts of ``multiple``."""
     rank, size = accelerator.process_index, _size(accelerator, count, multiple)
     return range(min(count, size * rank), min(count, size * (rank + 1)))
@@ -28,12 +28,12 @@ def _size(accelerator: Accelerator, count: int, multiple: int) -> int:
 
 
 @torch.no_grad()
-def embed_share(
+def embed_shard(
     accelerator: Accelerator,
     embeddings: Embeddings,
     outputs: NodeOutputs,
     kinds: Sequence[str],
-    partners: np.ndarray | None = None,
+    image_rows: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor]:
     """Embeddings of this rank's share of the nodes, on the CPU.
 
@@ -44,22 +44,22 @@ def embed_share(
         partners: as :meth:`NodeOutputs.of`.
 
     Returns:
-        (n, d) each; ``whole`` (n,) uint8, 1 for nodes with words and a picture; and ``causes`` (n,) uint8, indices into
-        :data:`mmgraph.data.images.CAUSES`.
+        (n, d) each; ``whole`` (n,) uint8, 1 for nodes with words and a picture; and ``image_status`` (n,) uint8,
+        indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
     """
-    rows, parts = share(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
-    for found in outputs.of([rows or range(1)], partners):  # a rank without nodes has to know the widths
+    rows, parts = rank_range(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
+    for found in outputs.of([rows or range(1)], image_rows):  # a rank without nodes has to know the widths
         embedded = embeddings(found.tokens)
         has_words = (found.tokens.text_mask.sum(1) > NO_WORDS).cpu()
-        has_picture = torch.from_numpy(~is_black(found.causes, outputs.inputs.truncated_images))
+        has_picture = torch.from_numpy(~is_black(found.image_status, outputs.inputs.truncated_images))
         parts.setdefault("whole", []).append((has_words & has_picture).to(torch.uint8))
-        parts.setdefault("causes", []).append(torch.from_numpy(found.causes.astype(np.uint8)))
+        parts.setdefault("image_status", []).append(torch.from_numpy(found.image_status.astype(np.uint8)))
         for name in kinds:
             parts.setdefault(name, []).append(embedded[name].float().cpu())
     return {name: torch.cat(tensors)[: len(rows)] for name, tensors in parts.items()}
 
 
-def gather_shares(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+def gather_shards(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
     """The shares of all ranks, whole on each, on the device, in the order of the nodes; called by all ranks."""
     own = own.to(accelerator.device)
     if accelerator.num_processes == 1:
@@ -69,7 +69,7 @@ def gather_shares(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> to
     return gather(padded)[:nodes]
 
 
-def gather_on_main(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+def gather_on_main_process(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
     """The shares of all ranks, whole on the main process, on the CPU; nothing on others. Called by all ranks.
 
     By parts, so that no device and no other rank holds them all.

@@ -14,12 +14,12 @@ from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
 from mmgraph.data.image_source import AS_GIVEN, ImageSource
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint as file_fingerprint
 from mmgraph.data.table_cache import open_nodes
-from mmgraph.distributed.collectives import together
+from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.models.multimodal_graph_encoder import MultimodalGraphEncoder, TrainedModule
@@ -110,10 +110,10 @@ class Inference(NamedTuple):
         inputs = self.outputs.inputs
         input_ids, attention_mask = inputs.texts([text or " "])
         pictures, [cause] = inputs.pictures([AS_GIVEN.locate({"image_path": image_path})])
-        if cause == CAUSES.index("truncated"):
+        if cause == IMAGE_STATUS.index("truncated"):
             log(f"{image_path} ends early: the part that is there is used")
         elif image_path is not None and cause:
-            raise UserError(f"{image_path}: {CAUSES[cause]}")
+            raise UserError(f"{image_path}: {IMAGE_STATUS[cause]}")
         device = next(self.towers.text_model.parameters()).device
         pixel_values = inputs.preprocessing.normalize(pictures)
         tokens = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
@@ -130,12 +130,14 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     Raises:
         UserError: no node table, or towers that do not fit the file.
     """
-    digest = together(accelerator, lambda: file_fingerprint(config.nodes))
-    nodes = together(accelerator, lambda: open_nodes(config.nodes, digest))
-    images = together(accelerator, lambda: find_images(nodes, config, seed=0))
-    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    digest = raise_on_all_ranks(accelerator, lambda: file_fingerprint(config.nodes))
+    nodes = raise_on_all_ranks(accelerator, lambda: open_nodes(config.nodes, digest))
+    images = raise_on_all_ranks(accelerator, lambda: find_images(nodes, config, seed=0))
+    tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    encoder = together(accelerator, lambda: load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name))
+    encoder = raise_on_all_ranks(
+        accelerator, lambda: load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name)
+    )
     weights = encoder.state_dict()
     module = TrainedModule.from_weights(weights).to(accelerator.device)
     towers = towers_fingerprint(weights)

@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmgraph.losses.gather import gather_with_gradients
-from mmgraph.losses.negative_mask import FalseNegatives, Square
+from mmgraph.losses.negative_mask import FalseNegatives, NegativeMask
 
-LOGITS_AT_ONCE = 1 << 24  # 64 MB; a larger square is worked through in parts
+LOGIT_CHUNK = 1 << 24  # 64 MB; a larger square is worked through in parts
 
 
 class Losses(NamedTuple):
@@ -81,16 +81,16 @@ def contrastive_losses(
 class _LeftOut(NamedTuple):
     """What leaves the denominators, of this rank's rows and columns; nothing by default."""
 
-    graph: tuple[Square, Square] | None = None
-    mm: tuple[Square, Square] | None = None
+    graph: tuple[NegativeMask, NegativeMask] | None = None
+    mm: tuple[NegativeMask, NegativeMask] | None = None
     mm_weights: torch.Tensor | None = None  # (2b,) of each node's cross-entropies in their mean
 
     def counts(self) -> tuple[torch.Tensor, ...]:
         """Once the squares were read."""
         return tuple(
-            torch.stack([square.count / square.queries for square in squares]).mean()
-            for squares in (self.mm, self.graph)
-            if squares is not None and squares[0].own
+            torch.stack([square.count / square.queries for square in masks]).mean()
+            for masks in (self.mm, self.graph)
+            if masks is not None and masks[0].own
         )
 
 
@@ -107,8 +107,8 @@ def _left_out(
         absent = every_told[1].flatten().bool()  # (2B,)
         present = ~nodes.missing_image
         weights = present * (len(absent) / (~absent).sum().clamp(min=1))  # the mean is over those of all ranks
-    graph = false_negatives.graph_squares(own, every, labels)
-    mm = false_negatives.mm_square(own.flatten(), every.flatten(), node_labels, absent)
+    graph = false_negatives.graph_masks(own, every, labels)
+    mm = false_negatives.text_image_mask(own.flatten(), every.flatten(), node_labels, absent)
     return _LeftOut(graph, (mm, mm), weights)
 
 
@@ -117,7 +117,7 @@ def _info_nce(
     everyone: tuple[torch.Tensor, ...],
     labels: torch.Tensor,
     temperature: float,
-    squares: tuple[Square, Square] | None = None,
+    masks: tuple[NegativeMask, NegativeMask] | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`info_nce_loss` of some rows and columns of a square that is never whole where it is large.
@@ -129,15 +129,15 @@ def _info_nce(
         squares: entries that leave the denominators, of the rows and of the columns.
         weights: (n,) of the cross-entropies in their mean; default: 1.
     """
-    if len(own[0]) * len(everyone[0]) > LOGITS_AT_ONCE:
+    if len(own[0]) * len(everyone[0]) > LOGIT_CHUNK:
         alone = own[0].data_ptr() == everyone[0].data_ptr()
         others = (None, None) if alone else everyone
-        return _InfoNCEInParts.apply(*own, *others, labels, temperature, squares, weights)
+        return _InfoNCEInParts.apply(*own, *others, labels, temperature, masks, weights)
     (left, right), (all_left, all_right) = own, everyone
     of_rows = of_columns = None
-    if squares is not None:
-        of_rows = squares[0].part(0, len(left))
-        of_columns = of_rows if squares[1] is squares[0] else squares[1].part(0, len(right))
+    if masks is not None:
+        of_rows = masks[0].part(0, len(left))
+        of_columns = of_rows if masks[1] is masks[0] else masks[1].part(0, len(right))
     rows = _cross_entropy(left @ all_right.T / temperature, labels, of_rows, weights)
     columns = _cross_entropy(right @ all_left.T / temperature, labels, of_columns, weights)
     return (rows + columns) / 2
@@ -169,7 +169,7 @@ class _InfoNCEInParts(torch.autograd.Function):
         all_right: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: float,
-        squares: tuple[Square, Square] | None,
+        masks: tuple[NegativeMask, NegativeMask] | None,
         weights: torch.Tensor | None,
     ) -> torch.Tensor:
         of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
@@ -178,7 +178,7 @@ class _InfoNCEInParts(torch.autograd.Function):
             all_left, all_right = left, right
         else:
             of_all_left, of_all_right = torch.zeros_like(all_left), torch.zeros_like(all_right)
-        of_rows, of_columns = squares or (None, None)
+        of_rows, of_columns = masks or (None, None)
         shared = labels, temperature, weights
         loss = _cross_entropy_in_parts(left, of_left, all_right, of_all_right, *shared, of_rows)
         loss += _cross_entropy_in_parts(right, of_right, all_left, of_all_left, *shared, of_columns)
@@ -201,14 +201,14 @@ def _cross_entropy_in_parts(
     labels: torch.Tensor,
     temperature: float,
     weights: torch.Tensor | None,
-    square: Square | None,
+    square: NegativeMask | None,
 ) -> torch.Tensor:
     """The sum over rows of the cross-entropy of ``own @ every.T / temperature``, (n, N); a scalar.
 
     Adds its gradients, times the temperature, to those of ``own`` (n, d) and ``every`` (N, d).
     """
     loss = own.new_zeros(())
-    size = max(1, LOGITS_AT_ONCE // len(every))
+    size = max(1, LOGIT_CHUNK // len(every))
     for start in range(0, len(own), size):
         part, places = own[start : start + size], labels[start : start + size]  # (s, d), (s,)
         logits = part / temperature @ every.T  # (s, N)

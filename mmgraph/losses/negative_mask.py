@@ -10,7 +10,7 @@ from mmgraph.data.adjacency import Adjacency
 from mmgraph.data.content_hashes import ContentHashes, without_file
 
 
-class Square:
+class NegativeMask:
     """Which entries of some queries' logits over all columns are left out, known part by part.
 
     A false negative is an entry whose column's node has the image of one of the query's own nodes (as these nodes
@@ -62,9 +62,9 @@ class FalseNegatives(NamedTuple):
     neighbors: Adjacency | None  # leave these out of the graph loss
     missing_images: bool  # leave nodes without an image out of the text-image loss
 
-    def graph_squares(
+    def graph_masks(
         self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[Square, Square] | None:
+    ) -> tuple[NegativeMask, NegativeMask] | None:
         """For anchors over all positives, and for positives over all anchors; None where nothing is left out.
 
         Args:
@@ -74,15 +74,15 @@ class FalseNegatives(NamedTuple):
         """
         if not self.same:
             return None
-        squares = []
+        masks = []
         for query, other in ((0, 1), (1, 0)):
             linked = None if self.neighbors is None else (self.neighbors, own[query], every[other])
-            squares.append(Square(tuple(self.pictures[own]), self.pictures[every[other]], labels, linked))
-        return squares[0], squares[1]
+            masks.append(NegativeMask(tuple(self.pictures[own]), self.pictures[every[other]], labels, linked))
+        return masks[0], masks[1]
 
-    def mm_square(
+    def text_image_mask(
         self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor | None
-    ) -> Square:
+    ) -> NegativeMask:
         """For texts over all images, and for images over all texts: it is the same.
 
         Args:
@@ -90,18 +90,22 @@ class FalseNegatives(NamedTuple):
             absent: (2B,) bool, nodes that are left out.
         """
         pictures = (self.pictures[own],) if self.same else ()
-        return Square(pictures, self.pictures[every], labels, absent=absent)
+        return NegativeMask(pictures, self.pictures[every], labels, absent=absent)
 
 
-def picture_numbers(contents: ContentHashes) -> torch.Tensor:
+def image_numbers(content_hashes: ContentHashes) -> torch.Tensor:
     """Numbers that are equal for nodes whose image files are: (N,) int64. A node without a file has one of its own."""
-    _, numbers = np.unique(contents.images, return_inverse=True)
+    _, numbers = np.unique(content_hashes.images, return_inverse=True)
     own = len(numbers) + np.arange(len(numbers))
-    return torch.from_numpy(np.where(without_file(contents.images), own, numbers).astype(np.int64))
+    return torch.from_numpy(np.where(without_file(content_hashes.images), own, numbers).astype(np.int64))
 
 
-def false_negatives_of(
-    config: Config, num_nodes: int, contents: ContentHashes | None, neighbors: Adjacency | None, device: torch.device
+def build_false_negatives(
+    config: Config,
+    num_nodes: int,
+    content_hashes: ContentHashes | None,
+    neighbors: Adjacency | None,
+    device: torch.device,
 ) -> FalseNegatives | None:
     """What a run leaves out of its losses; None where that is nothing, as in the original.
 
@@ -109,10 +113,14 @@ def false_negatives_of(
         contents: of the nodes, where the run masks false negatives.
         neighbors: of the edges that are trained on, where it masks neighbours.
     """
-    same = config.false_negatives != "keep" and contents is not None
+    same = config.false_negatives != "keep" and content_hashes is not None
     missing_images = config.missing_image == "mask"
     if not (same or missing_images):
         return None
-    pictures = picture_numbers(contents) if same and contents is not None else torch.zeros(num_nodes, dtype=torch.int64)
+    pictures = (
+        image_numbers(content_hashes)
+        if same and content_hashes is not None
+        else torch.zeros(num_nodes, dtype=torch.int64)
+    )
     linked = neighbors.to(device) if config.false_negatives == "mask_neighbors" and neighbors is not None else None
     return FalseNegatives(pictures.to(device), same, linked, missing_images)

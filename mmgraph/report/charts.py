@@ -22,7 +22,7 @@ from mmgraph.evaluation.evaluator import FIXED, TRAINED
 from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.report.history import RANKS, Run, thinned
 
-MOST_POINTS = 1_000  # of a curve
+MAX_POINTS = 1_000  # of a curve
 FEW_POINTS = 50  # of a curve, each of which is marked
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
@@ -66,7 +66,7 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
         lines = []
         for run, colour in zip(runs, colours(len(runs)), strict=True):
             if np.isfinite(run.steps.get(key, np.empty(0))).any():
-                steps, values, size = thinned(run.steps, key, MOST_POINTS)
+                steps, values, size = thinned(run.steps, key, MAX_POINTS)
                 most = max(most, size)
                 lines.append(Line(run.name, steps, values, colour, marked=len(steps) == 1))
         if lines:

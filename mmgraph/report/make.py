@@ -10,19 +10,19 @@ from accelerate import Accelerator
 from mmgraph.checkpoints.files import final_file
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.distributed.collectives import from_main_process, on_main_process, together
+from mmgraph.distributed.collectives import broadcast_from_main_process, on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
-from mmgraph.inference.embeddings import NodeVectors, node_vectors, unit
-from mmgraph.inference.neighbor_search import Links, Query, asked_for, kept_in, links_of
+from mmgraph.inference.embeddings import NodeVectors, embed_all_nodes, normalize_rows
+from mmgraph.inference.neighbor_search import Links, Query, embeddings_folder, load_links, resolve_query
 from mmgraph.inference.node_outputs import NodeOutputs
-from mmgraph.inference.node_sharding import embed_share, gather_on_main
+from mmgraph.inference.node_sharding import embed_shard, gather_on_main_process
 from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkpoint, settings_of
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.report.figures import Figures, figures
 from mmgraph.report.history import Run, read_run, read_runs
 from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
-from mmgraph.utils.files import told_of_disk
+from mmgraph.utils.files import explain_disk_errors
 from mmgraph.utils.log import log
 
 KIND = "z_graph"
@@ -43,12 +43,12 @@ def report(
     Raises:
         UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
     """
-    runs = together(accelerator, lambda: read_runs(folders))
-    target = together(accelerator, lambda: _writable(output))
+    runs = raise_on_all_ranks(accelerator, lambda: read_runs(folders))
+    target = raise_on_all_ranks(accelerator, lambda: _writable(output))
     shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
     def write() -> None:
-        with told_of_disk(target.parent, "make room, or give --output"):
+        with explain_disk_errors(target.parent, "make room, or give --output"):
             write_page(target, shown)
         log(f"report: {output} ({target.stat().st_size / 1e6:.1f} MB)")
 
@@ -70,11 +70,11 @@ def _writable(output: Path) -> Path:
 def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], most: int) -> Shown:
     """A run with what is shown of its nodes, or why nothing is; on the main process."""
     try:
-        checkpoint = from_main_process(accelerator, lambda: last_checkpoint(run.folder))
+        checkpoint = broadcast_from_main_process(accelerator, lambda: last_checkpoint(run.folder))
         config = settings_of(checkpoint, dict(given))
         inference = open_checkpoint(checkpoint, config, accelerator)
-        asked = together(accelerator, lambda: [_asked(query, inference) for query in queries])
-        found = node_vectors(inference, config, accelerator, KIND, kept_in(checkpoint))
+        asked = raise_on_all_ranks(accelerator, lambda: [_asked(query, inference) for query in queries])
+        found = embed_all_nodes(inference, config, accelerator, KIND, embeddings_folder(checkpoint))
     except UserError as error:
         if queries:
             raise
@@ -83,13 +83,13 @@ def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries
     of_run = NodesOfRun(inference.nodes, inference.images, found, config.truncated_images, config.seed, checkpoint.name)
 
     def show() -> Shown:
-        return Shown(run, show_nodes(of_run, asked, lambda rows: links_of(rows, inference, config), most), "")
+        return Shown(run, show_nodes(of_run, asked, lambda rows: load_links(rows, inference, config), most), "")
 
-    return together(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
+    return raise_on_all_ranks(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
 
 
 def _asked(query: Query, inference: Inference) -> Asked:
-    wanted = asked_for(query, inference, KIND)
+    wanted = resolve_query(query, inference, KIND)
     return Asked(wanted) if isinstance(wanted, int) else Asked(None, str(query), query.image, wanted)
 
 
@@ -108,13 +108,15 @@ def end_of_run(
         What trackers are to show of it; None on other ranks.
     """
     output = config.output_folder
-    own = together(accelerator, lambda: embed_share(accelerator, module.embeddings, outputs, (KIND,)))
-    vectors, causes = (gather_on_main(accelerator, own[name], len(graph.nodes)) for name in (KIND, "causes"))
+    own = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (KIND,)))
+    vectors, image_status = (
+        gather_on_main_process(accelerator, own[name], len(graph.nodes)) for name in (KIND, "image_status")
+    )
     if not accelerator.is_main_process:
         return None
     run, name = read_run(output), final_file(output).name
     try:
-        found = NodeVectors(unit(vectors), causes.numpy())
+        found = NodeVectors(normalize_rows(vectors), image_status.numpy())
         of_run = NodesOfRun(graph.nodes, graph.images, found, config.truncated_images, config.seed, name)
         shown = Shown(run, show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
     except UserError as error:  # embeddings that are not finite

@@ -10,18 +10,18 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from mmgraph.data.image_source import AS_GIVEN, ImageSource
-from mmgraph.data.images import CAUSES
+from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
 from mmgraph.inference.embeddings import NodeVectors
-from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest, plain
+from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest_neighbors, plain
 from mmgraph.report.pictures import thumbnails
 
 MAP_NODES = 2_000  # of all reports on one page
 GALLERY_NODES, NEAREST = 12, 8
 MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
 EXAMPLES = 3  # of nodes without their whole picture, by cause
-MOST_TEXT = 160  # characters of a name, a text, a path
+MAX_TEXT_LENGTH = 160  # characters of a name, a text, a path
 PERPLEXITY = 30.0
 FEWEST = 8  # nodes that t-SNE arranges
 
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
     nearest: list[Neighbor]
 
 
-class Cause(NamedTuple):
+class StatusCount(NamedTuple):
     """Why pictures are not whole: of how many nodes, and some of them."""
 
     name: str
@@ -68,7 +68,7 @@ class Nodes(NamedTuple):
     asked: int  # of the gallery, the first
     edges_known: bool
     mean_similarity: float  # of two nodes of the sample
-    causes: list[Cause]
+    image_status: list[StatusCount]
     seed: int
 
 
@@ -93,7 +93,10 @@ class NodesOfRun(NamedTuple):
 
 
 def show_nodes(
-    graph: NodesOfRun, asked: Sequence[Asked], links_of: Callable[[Sequence[int]], Links | None], most: int = MAP_NODES
+    graph: NodesOfRun,
+    asked: Sequence[Asked],
+    links_of: Callable[[Sequence[int]], Links | None],
+    most: int = MAP_NODES,
 ) -> Nodes:
     """Draw a sample by the seed, arrange it, and find the nearest of some.
 
@@ -117,7 +120,7 @@ def show_nodes(
         len(asked),
         links is not None,
         _mean_similarity(graph.found.vectors[sample]),
-        _causes(graph),
+        _status_counts(graph),
         graph.seed,
     )
 
@@ -130,7 +133,7 @@ def _mean_similarity(vectors: np.ndarray) -> float:
 
 def _for_gallery(graph: NodesOfRun, drawn: np.ndarray) -> list[int]:
     """The first nodes with a whole picture; any, where none has one."""
-    pictured = drawn[graph.found.causes[drawn] == 0]
+    pictured = drawn[graph.found.image_status[drawn] == 0]
     return [int(row) for row in (pictured if len(pictured) else drawn)[:GALLERY_NODES]]
 
 
@@ -168,13 +171,13 @@ def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
 
 def _short(text: str) -> str:
     text = plain(text)
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+    return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"
 
 
 def _gallery(graph: NodesOfRun, chosen: Sequence[Asked], links: Links | None) -> list[Entry]:
     vectors = graph.found.vectors
     queries = np.stack([vectors[one.row] if one.vector is None else one.vector for one in chosen])
-    matches = nearest(vectors, queries, NEAREST, [one.row for one in chosen])
+    matches = nearest_neighbors(vectors, queries, NEAREST, [one.row for one in chosen])
     rows = {match.row for found in matches for match in found} | {one.row for one in chosen if one.row is not None}
     ordered = sorted(rows)
     shown = dict(zip(ordered, _nodes(graph, ordered, GALLERY_SIDE), strict=True))
@@ -195,13 +198,13 @@ def _neighbor(one: Asked, match: Match, node: Node, links: Links | None) -> Neig
     return Neighbor(node, match.similarity, edge)
 
 
-def _causes(graph: NodesOfRun) -> list[Cause]:
-    causes, found = graph.found.causes, []
-    for number, name in enumerate(CAUSES):
-        rows = np.flatnonzero(causes == number)
+def _status_counts(graph: NodesOfRun) -> list[StatusCount]:
+    image_status, found = graph.found.image_status, []
+    for number, name in enumerate(IMAGE_STATUS):
+        rows = np.flatnonzero(image_status == number)
         if len(rows):
             examples = [_example(graph, int(row)) for row in rows[:EXAMPLES]] if number else []
-            found.append(Cause(name or "whole", len(rows), examples))
+            found.append(StatusCount(name or "whole", len(rows), examples))
     return found
 
 

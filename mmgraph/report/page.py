@@ -17,7 +17,7 @@ from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, r
 from mmgraph.report.history import RANKS, Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
-from mmgraph.towers.clip import is_stand_in
+from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.files import write_durably
 
 MAP_PICTURE_BYTES = 3_000_000  # of all maps of a page: what does not fit is a dot
@@ -62,7 +62,7 @@ def page(shown: Sequence[Shown]) -> str:
         settings=_settings(runs),
         starts=[(run.name, list(_start(run.starts))) for run in runs],
         tables=[(run, run.table and list(_table(run.table)), relations_of(run.table)) for run in runs],
-        stand_ins=[run.name for run in runs if is_stand_in(str(run.settings.get("model_name")))],
+        stand_ins=[run.name for run in runs if has_random_weights(str(run.settings.get("model_name")))],
         summaries=[_summary(run) for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         style=files("mmgraph.report").joinpath("page.css").read_text(encoding="utf-8"),

@@ -28,8 +28,8 @@ def thumbnails(
     def small(reference: Hashable) -> Image.Image | None:
         if time.monotonic() > deadline:
             return None
-        pixels, cause = decode_picture(*images.read(reference), truncated)
-        if is_black(np.array(cause), truncated):
+        pixels, status = decode_picture(*images.read(reference), truncated)
+        if is_black(np.array(status), truncated):
             return None
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)

@@ -20,10 +20,10 @@ from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.images import describe_causes
+from mmgraph.data.images import describe_image_status
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
-from mmgraph.distributed.collectives import together
+from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
@@ -34,7 +34,7 @@ from mmgraph.towers.tokens import Tokens
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
 
-SHOWN_SECONDS = 120
+VISIBLE_SECONDS = 120
 GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
 
 
@@ -42,21 +42,24 @@ class CachedTowers:
     """The token source that reads a store which holds every node.
 
     Args:
-        store: holds all of ``contents``.
+        store: holds all of ``content_hashes``.
         contents: of the graph's nodes.
         device: where tokens are wanted.
         resident: keep all of them in the device's memory.
     """
 
-    def __init__(self, store: TowerStore, contents: ContentHashes, device: torch.device, resident: bool = False):
+    def __init__(self, store: TowerStore, content_hashes: ContentHashes, device: torch.device, resident: bool = False):
         self.store, self.device = store, device
-        self.texts, self.images = store.texts.find(contents.texts), store.images.find(contents.images)  # (N,) places
+        self.texts, self.images = (
+            store.texts.find(content_hashes.texts),
+            store.images.find(content_hashes.images),
+        )  # (N,) places
         if min(self.texts.min(), self.images.min()) < 0:
             raise UserError(f"tower store: {store.folder} lacks entries; start again, and they are made")
         self.places = self.texts, self.images
         distinct, inverse = np.unique(self.images, return_inverse=True)
         causes = [shard["causes"][entries] for shard, entries in store.images.by_shard(distinct)]
-        self.image_causes = torch.cat(causes).numpy()[inverse]  # (N,)
+        self.image_status = torch.cat(causes).numpy()[inverse]  # (N,)
         self.resident: ResidentTokens | None = None
         if resident:  # from here, places are numbers of what lies on the device
             texts, self.texts = np.unique(self.texts, return_inverse=True)
@@ -83,7 +86,7 @@ class CachedTowers:
         return self.resident.tokens(text, image, length=int(self.lengths[texts].max()))
 
     def _finish(self, batch: EdgeBatch, tokens: "Future[Tokens]") -> EdgeBatch:
-        return batch._replace(prefetched=tokens.result(), image_status=self.image_causes[batch.unique])
+        return batch._replace(prefetched=tokens.result(), image_status=self.image_status[batch.unique])
 
     def tokens(self, batch: EdgeBatch, micro_batches: int = 1) -> Tokens:
         """Tokens of the batch's U unique nodes, on the device."""
@@ -104,7 +107,7 @@ class CachedTowers:
         return tokens.map(lambda tensor: tensor.to(self.device))
 
 
-def contents_of(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
+def load_content_hashes(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
     """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_content_hashes`."""
     folder = cache_folder(config.nodes)
     return read_content_hashes(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
@@ -114,7 +117,7 @@ def open_store(
     config: Config,
     accelerator: Accelerator,
     graph: Graph,
-    contents: ContentHashes,
+    content_hashes: ContentHashes,
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
@@ -133,9 +136,9 @@ def open_store(
     Raises:
         UserError: a store that was asked for by its folder cannot be built there.
     """
-    made_by = together(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
-    store = together(accelerator, lambda: TowerStore(made_by.folder))
-    shards = missing_shards(store, contents)
+    made_by = raise_on_all_ranks(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
+    store = raise_on_all_ranks(accelerator, lambda: TowerStore(made_by.folder))
+    shards = missing_shards(store, content_hashes)
     if any(gather_object([bool(shards)])):  # hosts may see different folders
         expected = cost(config, made_by, graph, inputs, shards)
         refused = None
@@ -149,19 +152,19 @@ def open_store(
         if refused is not None:
             raise UserError(f"--tower_cache {config.tower_cache}: {refused}")
         build(config, accelerator, graph, inputs, made_by, shards, expected)
-        store = together(accelerator, lambda: _built(made_by.folder, contents))
+        store = raise_on_all_ranks(accelerator, lambda: _built(made_by.folder, content_hashes))
     if config.tower_cache_local is not None:
         store = _stage(store, Path(config.tower_cache_local), accelerator)
-    resident = together(accelerator, lambda: _is_resident(config, store, accelerator.device))
+    resident = raise_on_all_ranks(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"in the memory of {accelerator.device}" if resident else "read as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
-    return together(accelerator, lambda: CachedTowers(store, contents, accelerator.device, resident))
+    return raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
 
 
-def _built(folder: Path, contents: ContentHashes) -> TowerStore:
+def _built(folder: Path, content_hashes: ContentHashes) -> TowerStore:
     """The store after it was built. A network file system may take a minute to show what other hosts wrote."""
-    deadline = time.monotonic() + SHOWN_SECONDS
-    while missing_shards(store := TowerStore(folder), contents):
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while missing_shards(store := TowerStore(folder), content_hashes):
         if time.monotonic() > deadline:
             raise UserError(f"tower store: {folder} lacks entries after it was built; start again")
         time.sleep(1)
@@ -187,11 +190,11 @@ def existing_store(
     made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
     if not all(gather_object([made_by.folder.is_dir()])):
         return None  # and nothing is hashed for it
-    contents = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
-    store = together(accelerator, lambda: TowerStore(made_by.folder))
-    if any(gather_object([bool(missing_shards(store, contents))])):
+    content_hashes = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
+    store = raise_on_all_ranks(accelerator, lambda: TowerStore(made_by.folder))
+    if any(gather_object([bool(missing_shards(store, content_hashes))])):
         return None
-    return CachedTowers(store, contents, accelerator.device)
+    return CachedTowers(store, content_hashes, accelerator.device)
 
 
 def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
@@ -202,13 +205,13 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     """
     if config.tower_cache in ("auto", "off"):  # whatever a run would decide
         config = dataclasses.replace(config, tower_cache=str(cache_folder(config.nodes)))
-    towers = together(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
+    towers = raise_on_all_ranks(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
     check_same_towers(towers)
-    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    stored = open_store(config, accelerator, graph, contents_of(config, accelerator, graph), inputs, towers, 0)
+    stored = open_store(config, accelerator, graph, load_content_hashes(config, accelerator, graph), inputs, towers, 0)
     if stored is not None:
-        told = describe_causes(stored.image_causes.tolist())
+        told = describe_image_status(stored.image_status.tolist())
         log("the store is whole" + (f"; images that are black or in part: {told}" if told else ""))
 
 
@@ -229,7 +232,7 @@ def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerSto
     if failures:
         log(f"the tower store is read where it is: {failures[0]}")
         return store
-    return together(accelerator, lambda: TowerStore(target))
+    return raise_on_all_ranks(accelerator, lambda: TowerStore(target))
 
 
 def _is_resident(config: Config, store: TowerStore, device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from mmgraph.towers.cost import transformer_flops
 from mmgraph.towers.tokens import TowerOutput, Towers
 
 DEFAULT_MODEL = Config.model_name
-STAND_IN = "UNTRAINED.txt"  # a file of a demo graph's towers
+RANDOM_WEIGHTS_MARK = "UNTRAINED.txt"  # a file of a demo graph's towers
 TOWER_NAMES = ("text_model", "vision_model")
 DESCRIBED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
              "layer_norm_eps")  # fmt: skip
@@ -107,8 +107,8 @@ def load_towers(model_name: str) -> Towers:
     transformers_logging.disable_progress_bar()
     try:
         (text_model, text_report), (vision_model, vision_report) = (  # type: ignore[misc]
-            kind.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
-            for kind in (CLIPTextModel, CLIPVisionModel)
+            modality.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
+            for modality in (CLIPTextModel, CLIPVisionModel)
         )
     except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
         raise no_model(model_name, error) from None
@@ -225,6 +225,6 @@ def no_model(model_name: str, error: Exception) -> UserError:
     )
 
 
-def is_stand_in(model_name: str) -> bool:
+def has_random_weights(model_name: str) -> bool:
     """Whether these are a demo graph's towers."""
-    return (Path(model_name) / STAND_IN).is_file()
+    return (Path(model_name) / RANDOM_WEIGHTS_MARK).is_file()

@@ -6,7 +6,7 @@ of nodes or rows, several graphs can share one, and an entry is never of another
 - ``text-<name>.safetensors``: ``hashes`` (K, 16) uint8; ``tokens`` (T, d_text), the valid ones of all K texts one after
   the other; ``offsets`` (K + 1,) int64, where each begins; ``pooled`` (K, d_text) float32;
 - ``image-<name>.safetensors``: ``hashes``; ``patches`` (K, P, d_vis), without the class token; ``pooled`` (K, d_vis)
-  float32; ``causes`` (K,) uint8, as :data:`mmgraph.data.images.CAUSES`.
+  float32; ``causes`` (K,) uint8, as :data:`mmgraph.data.images.IMAGE_STATUS`.
 """
 
 import ctypes
@@ -26,15 +26,15 @@ from mmgraph.errors import UserError
 from mmgraph.towers.tokens import Tokens
 
 SHARD = 512  # entries: what a build that is killed computes again
-MOST_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
+MAX_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
 
 DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # safetensors' names
 TOKENS = (torch.float32, torch.float16)
 
-Kind = Literal["text", "image"]
+Modality = Literal["text", "image"]
 ShardTensors = dict[str, torch.Tensor]
 
-LAYOUT: dict[Kind, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {  # dimensions and dtypes of a shard's tensors
+LAYOUT: dict[Modality, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {  # dimensions and dtypes of a shard's tensors
     "text": {
         "hashes": (2, (torch.uint8,)),
         "tokens": (2, TOKENS),
@@ -52,20 +52,20 @@ LAYOUT: dict[Kind, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {  # dimens
 libc = ctypes.CDLL(None)
 
 
-def shard_name(kind: Kind, hashes: np.ndarray) -> str:
+def shard_name(modality: Modality, hashes: np.ndarray) -> str:
     """A shard's file name, from its entries' hashes: builders that divide the work otherwise never clash."""
-    return f"{kind}-{hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()}.safetensors"
+    return f"{modality}-{hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()}.safetensors"
 
 
 class Shards:
     """The shards of one kind in a folder, and the places of their entries: entry k of shard s is starts[s] + k."""
 
-    def __init__(self, folder: Path, kind: Kind):
-        self.files = sorted(folder.glob(f"{kind}-*.safetensors"))
+    def __init__(self, folder: Path, modality: Modality):
+        self.files = sorted(folder.glob(f"{modality}-*.safetensors"))
         self.tensors: list[ShardTensors] = []
         hashes: list[np.ndarray] = []
         for file in self.files:
-            self.tensors.append(shard := _mapped(file, kind))
+            self.tensors.append(shard := _mapped(file, modality))
             if _widths(shard) != _widths(self.tensors[0]):
                 raise UserError(f"tower store: {file} and {self.files[0]} are of different towers; remove the wrong")
             hashes.append(shard["hashes"].numpy().reshape(-1).view(HASH).copy())
@@ -111,26 +111,26 @@ class Shards:
         return rows
 
 
-def _mapped(file: Path, kind: Kind) -> ShardTensors:
+def _mapped(file: Path, modality: Modality) -> ShardTensors:
     """A shard's tensors where they lie in the file, which the kernel reads when they are used."""
     try:
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
         # Mapped here and not by safetensors, so that letting go of pages is known to be safe. Keeps no descriptor open.
         whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-        return _read(whole, kind)
+        return _read(whole, modality)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"tower store: {file} is damaged ({error}); remove it, and its entries are made anew") from None
     except (OSError, RuntimeError) as error:  # such as a limit of the kernel's on maps or memory
         raise UserError(f"tower store: {file} cannot be mapped ({error}); --tower_cache off does without") from None
 
 
-def _read(whole: torch.Tensor, kind: Kind) -> ShardTensors:
+def _read(whole: torch.Tensor, modality: Modality) -> ShardTensors:
     """The tensors in the bytes of a shard. Raises :class:`ValueError` where it is none of this kind."""
     start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")  # the format: a length, a header in JSON, bytes
     header = json.loads(whole[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
-    if header.keys() != LAYOUT[kind].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
+    if header.keys() != LAYOUT[modality].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
         told = ", ".join(f"{name} of {entry['dtype']}" for name, entry in header.items())
         raise ValueError(f"holds {told}")
     shard = {
@@ -138,14 +138,14 @@ def _read(whole: torch.Tensor, kind: Kind) -> ShardTensors:
         for name, entry in header.items()
     }
     count = len(shard["hashes"])
-    for name, (dimensions, dtypes) in LAYOUT[kind].items():
+    for name, (dimensions, dtypes) in LAYOUT[modality].items():
         found = shard[name]
         rows = {"tokens": len(found), "offsets": count + 1}.get(name, count)
         if found.ndim != dimensions or found.dtype not in dtypes or len(found) != rows:
-            raise ValueError(f"{name} is {tuple(found.shape)} {found.dtype}, of {count} {kind}s")
+            raise ValueError(f"{name} is {tuple(found.shape)} {found.dtype}, of {count} {modality}s")
     if shard["hashes"].shape[1] != HASH.itemsize:
         raise ValueError(f"hashes of {shard['hashes'].shape[1]} bytes")
-    if kind == "text":
+    if modality == "text":
         offsets = shard["offsets"]
         if offsets[0] != 0 or offsets[-1] != len(shard["tokens"]) or not (offsets.diff() > 0).all():
             raise ValueError("its offsets do not ascend over its tokens")
@@ -180,8 +180,8 @@ class TowerStore:
         self.folder = folder
         self.texts, self.images = Shards(folder, "text"), Shards(folder, "image")
 
-    def shards(self, kind: Kind) -> Shards:
-        return self.texts if kind == "text" else self.images
+    def shards(self, modality: Modality) -> Shards:
+        return self.texts if modality == "text" else self.images
 
     def tokens(self, texts: np.ndarray, images: np.ndarray, pin: bool = False) -> Tokens:
         """Tokens of U nodes, from the places of their texts and images; zeros behind the end of a text.

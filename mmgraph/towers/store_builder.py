@@ -21,13 +21,18 @@ from mmgraph.config import Config
 from mmgraph.data.content_hashes import HASH, image_hash, text_hash
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs, node_text
-from mmgraph.distributed.collectives import from_main_process, on_main_process, together, work_together
+from mmgraph.distributed.collectives import (
+    broadcast_from_main_process,
+    on_main_process,
+    raise_on_all_ranks,
+    work_on_all_ranks,
+)
 from mmgraph.errors import UserError
 from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
 from mmgraph.towers.load import load_towers
 from mmgraph.towers.store_plan import Cost, Recipe, Shard
 from mmgraph.towers.tokens import Towers
-from mmgraph.utils.files import POLL_SECONDS, claimed, told_of_disk, write_durably
+from mmgraph.utils.files import POLL_SECONDS, claim_file, explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 from mmgraph.utils.units import duration, size
 
@@ -58,14 +63,14 @@ def build(
     )
     index, builders = _place(accelerator, folder)
     description = json.dumps(recipe.description, indent=2) + "\n"
-    together(accelerator, lambda: _describe(folder, description) if index == 0 else None)
+    raise_on_all_ranks(accelerator, lambda: _describe(folder, description) if index == 0 else None)
     begun = time.perf_counter()
-    towers = together(accelerator, lambda: load_towers(config.model_name).to(accelerator.device))
+    towers = raise_on_all_ranks(accelerator, lambda: load_towers(config.model_name).to(accelerator.device))
     own = shards[index::builders]
     queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % builders != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
-        maker = _Maker(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
-        for others in work_together(accelerator, _saying_why(maker.work(queue, folder), folder)):
+        maker = _ShardBuilder(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
+        for others in work_on_all_ranks(accelerator, _saying_why(maker.work(queue, folder), folder)):
             progress.add(others)  # what is made here the maker tells
     log(f"tower store: built in {duration(time.perf_counter() - begun)}")
 
@@ -75,7 +80,7 @@ def _describe(folder: Path, description: str) -> None:
 
 
 def _saying_why(counts: Iterator[int], folder: Path) -> Iterator[int]:
-    with told_of_disk(folder, "make room for the tower store, or --tower_cache off runs the towers live"):
+    with explain_disk_errors(folder, "make room for the tower store, or --tower_cache off runs the towers live"):
         yield from counts
 
 
@@ -106,12 +111,14 @@ class _Progress:
 def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     """This rank's number among those that write to the same folder, and how many these are."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
-    name = from_main_process(accelerator, lambda: _touched(probe).name)
+    name = broadcast_from_main_process(accelerator, lambda: _touched(probe).name)
     shared = all(gather_object([(folder / name).exists()]))
     on_main_process(accelerator, probe.unlink)
     if shared:
         return accelerator.process_index, accelerator.num_processes
-    together(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))  # each host has a folder of its own
+    raise_on_all_ranks(
+        accelerator, lambda: folder.mkdir(parents=True, exist_ok=True)
+    )  # each host has a folder of its own
     hosts = gather_object([accelerator.local_process_index])
     return accelerator.local_process_index, 1 + max(hosts)
 
@@ -121,7 +128,7 @@ def _touched(path: Path) -> Path:
     return path
 
 
-class _Maker(NamedTuple):
+class _ShardBuilder(NamedTuple):
     graph: Graph
     inputs: NodeInputs
     towers: Towers  # float32
@@ -141,7 +148,7 @@ class _Maker(NamedTuple):
                 shard = queue.popleft()
                 if (folder / shard.name).exists():
                     continue
-                with claimed(folder / shard.name) as file:
+                with claim_file(folder / shard.name) as file:
                     if file is not None:
                         file.write((yield from self.make(shard)))
                 if not (folder / shard.name).exists():
@@ -152,14 +159,14 @@ class _Maker(NamedTuple):
     def make(self, shard: Shard) -> Generator[int, None, bytes]:
         """Yields how many entries each batch has, and returns the bytes of the shard's file."""
         parts: dict[str, list[torch.Tensor]] = {}
-        for entries in self._texts(shard) if shard.kind == "text" else self._images(shard):
+        for entries in self._texts(shard) if shard.modality == "text" else self._images(shard):
             for name, tensor in entries.items():
                 parts.setdefault(name, []).append(tensor.cpu())
             count = len(entries["pooled"])
             self.progress.add(count)
             yield count
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        if shard.kind == "text":
+        if shard.modality == "text":
             tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors.pop("lengths").cumsum(0)])
         tensors["hashes"] = torch.from_numpy(_bytes(shard.hashes).copy())
         return save(tensors, metadata={"format": "pt"})
@@ -188,10 +195,10 @@ class _Maker(NamedTuple):
 
     def _picture(self, row: int, expected: bytes) -> tuple[torch.Tensor, int]:
         reference = self.graph.images.locate(self.graph.nodes[row])
-        data, cause = self.graph.images.read(reference)
-        if image_hash(data, cause) != expected:
+        data, status = self.graph.images.read(reference)
+        if image_hash(data, status) != expected:
             raise UserError(f"{reference} changed while the tower store was built; start again, and it goes on")
-        return self.inputs.picture_of(data, cause)
+        return self.inputs.picture_of(data, status)
 
     def _cast(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(self.dtype)

@@ -15,7 +15,7 @@ from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
 from mmgraph.towers.load import tower_shapes
-from mmgraph.towers.store import MOST_SHARDS, SHARD, Kind, TowerStore, shard_name
+from mmgraph.towers.store import MAX_SHARDS, SHARD, Modality, TowerStore, shard_name
 from mmgraph.utils.files import cache_folder
 from mmgraph.utils.units import size
 
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 class Shard(NamedTuple):
     """A file to make."""
 
-    kind: Kind
+    modality: Modality
     name: str
     rows: np.ndarray  # (K,) nodes that have these texts, or images
     hashes: np.ndarray  # (K,) HASH
@@ -81,7 +81,7 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
     return Recipe(root / f"towers-{key}", description, DTYPES[dtype])
 
 
-def missing_shards(store: TowerStore, contents: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
+def missing_shards(store: TowerStore, content_hashes: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
     """What a store lacks of some nodes: each text and image once, in the order of the nodes.
 
     Where some shards of a build are there, the rest are those that it would have made: all but the last are full.
@@ -89,15 +89,15 @@ def missing_shards(store: TowerStore, contents: ContentHashes, among: np.ndarray
     Args:
         among: ascending rows; default: of all nodes.
     """
-    among = np.arange(len(contents.texts)) if among is None else among
-    shards: dict[Kind, list[Shard]] = {}
-    every: dict[Kind, np.ndarray] = {"text": contents.texts, "image": contents.images}
-    for kind, hashes in every.items():
+    among = np.arange(len(content_hashes.texts)) if among is None else among
+    shards: dict[Modality, list[Shard]] = {}
+    every: dict[Modality, np.ndarray] = {"text": content_hashes.texts, "image": content_hashes.images}
+    for modality, hashes in every.items():
         distinct, first = np.unique(hashes[among], return_index=True)
-        rows = np.sort(among[first][store.shards(kind).find(distinct) < 0])
-        size = max(SHARD, -(-len(distinct) // MOST_SHARDS))
+        rows = np.sort(among[first][store.shards(modality).find(distinct) < 0])
+        size = max(SHARD, -(-len(distinct) // MAX_SHARDS))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        shards[kind] = [Shard(kind, shard_name(kind, hashes[part]), part, hashes[part]) for part in parts]
+        shards[modality] = [Shard(modality, shard_name(modality, hashes[part]), part, hashes[part]) for part in parts]
     return [*shards["image"], *shards["text"]]
 
 
@@ -111,7 +111,10 @@ class Cost(NamedTuple):
 def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
     """Texts are as long as those of up to 256 of the nodes, in tokens."""
     text, image = tower_shapes(config.model_name)
-    counts = {kind: sum(len(shard.rows) for shard in shards if shard.kind == kind) for kind in ("text", "image")}
+    counts = {
+        modality: sum(len(shard.rows) for shard in shards if shard.modality == modality)
+        for modality in ("text", "image")
+    }
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
     _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in drawn])
     length = float(mask.sum(dim=1).float().mean())

@@ -7,7 +7,7 @@ from mmgraph.data.batches import shared_pictures
 from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
-from mmgraph.distributed.collectives import together
+from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.distributed.launch import compute_dtype
 from mmgraph.towers.cached import CachedTowers, open_store
 from mmgraph.towers.live import LiveTowers
@@ -21,7 +21,7 @@ def open_source(
     config: Config,
     accelerator: Accelerator,
     graph: Graph,
-    contents: ContentHashes | None,
+    content_hashes: ContentHashes | None,
     inputs: NodeInputs,
     towers: str,
     planned_nodes: int,
@@ -35,11 +35,11 @@ def open_source(
     Raises:
         UserError: towers that cannot be loaded, or a store that cannot be built where it was asked for.
     """
-    if config.tower_cache != "off" and contents is not None:
-        stored = open_store(config, accelerator, graph, contents, inputs, towers, planned_nodes)
+    if config.tower_cache != "off" and content_hashes is not None:
+        stored = open_store(config, accelerator, graph, content_hashes, inputs, towers, planned_nodes)
         if stored is not None:
             return stored
     if config.image_cache_gb > 0:
         inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, cache_folder(config.nodes))
-    loaded = together(accelerator, lambda: load_towers(config.model_name))
+    loaded = raise_on_all_ranks(accelerator, lambda: load_towers(config.model_name))
     return LiveTowers(loaded, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))

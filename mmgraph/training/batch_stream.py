@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.data.batches import EdgeBatch
-from mmgraph.data.images import SeenImages
+from mmgraph.data.images import ImageCounter
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.schedule import Schedule
@@ -35,7 +35,7 @@ class BatchStream:
         source: TokenSource,
         progress: Progress,
         schedule: Schedule,
-        images: SeenImages,
+        images: ImageCounter,
     ):
         self.loader, self.sampler, self.source = loader, sampler, source
         self.progress, self.schedule, self.images = progress, schedule, images

@@ -13,25 +13,25 @@ from torch import nn
 from mmgraph.checkpoints.consolidate import restore, set_loss_scale
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.resume_state import identity
+from mmgraph.checkpoints.resume_state import compute_run_fingerprint
 from mmgraph.checkpoints.run_start import find_state, read_start
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader
 from mmgraph.data.graph import Graph
-from mmgraph.data.images import SeenImages
+from mmgraph.data.images import ImageCounter
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
-from mmgraph.distributed.collectives import from_main_process, together
+from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
 from mmgraph.distributed.deepspeed import set_run
 from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation
 from mmgraph.inference.node_outputs import NodeOutputs
-from mmgraph.losses.negative_mask import false_negatives_of
+from mmgraph.losses.negative_mask import build_false_negatives
 from mmgraph.losses.objective import Objective
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
-from mmgraph.towers.cached import contents_of
+from mmgraph.towers.cached import load_content_hashes
 from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.live import LiveTowers
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state, tower_shapes
@@ -66,10 +66,10 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
     early_stopping = EarlyStopping(config, progress, graph.held_out.fingerprint if graph.held_out else "")
     schedule = Schedule(config, progress, early_stopping, len(sampler), graph.held_out is not None)
     _check_place(start, schedule)
-    opened = _open_data(config, accelerator, graph, schedule, start.identity["towers"])
+    opened = _open_data(config, accelerator, graph, schedule, start.run_fingerprint["towers"])
     prepared = _prepare(config, accelerator, graph, sampler, opened, start)
 
-    images, signals = SeenImages(len(graph.nodes)), StopRequest(config.stop_grace)
+    images, signals = ImageCounter(len(graph.nodes)), StopRequest(config.stop_grace)
     run_log = RunLog(config, accelerator, progress, start.state, schedule.total_steps)
     stream = BatchStream(prepared.loader, sampler, opened.source, progress, schedule, images)
     train_step = TrainStep(
@@ -89,8 +89,8 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
         config, accelerator, progress, schedule, train_step, stream, images, signals, nonfinite, run_log
     )  # fmt: skip
     checkpointer = Checkpointer(
-        config, accelerator, progress, schedule, start.identity, start.frozen, prepared.module, prepared.optimizer,
-        step_log, run_log, signals,
+        config, accelerator, progress, schedule, start.run_fingerprint, start.frozen, prepared.module,
+        prepared.optimizer, step_log, run_log, signals,
     )  # fmt: skip
     return Run(
         config, accelerator, graph, progress, schedule, early_stopping, stream, train_step, step_log, checkpointer,
@@ -102,19 +102,19 @@ class _Start(NamedTuple):
     """Where a run begins."""
 
     state: Path | None  # that it goes on from
-    identity: dict[str, Any]  # what may not change when it goes on
+    run_fingerprint: dict[str, Any]  # what may not change when it goes on
     frozen: dict[str, torch.Tensor]  # the towers' tensors under the original's keys
     progress: Progress
     trained: TrainedState | None  # weights and moments, if not random ones
 
 
 def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
-    fixed = identity(config, graph.nodes_fingerprint, graph.edges_fingerprint)
-    state = from_main_process(accelerator, lambda: find_state(config, fixed))
-    frozen = together(accelerator, lambda: read_tower_state(config.model_name))
+    fixed = compute_run_fingerprint(config, graph.nodes_fingerprint, graph.edges_fingerprint)
+    state = broadcast_from_main_process(accelerator, lambda: find_state(config, fixed))
+    frozen = raise_on_all_ranks(accelerator, lambda: read_tower_state(config.model_name))
     fixed["towers"] = towers_fingerprint(frozen)
     check_same_towers(fixed["towers"])
-    progress, trained = from_main_process(accelerator, lambda: read_start(config, state, fixed, frozen))
+    progress, trained = broadcast_from_main_process(accelerator, lambda: read_start(config, state, fixed, frozen))
     return _Start(state, fixed, frozen, progress, trained)
 
 
@@ -136,20 +136,20 @@ class _Data(NamedTuple):
 
 
 def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule: Schedule, towers: str) -> _Data:
-    tokenizer, processor = together(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
+    tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
     inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
-    contents, neighbors = None, None
+    content_hashes, neighbors = None, None
     if config.tower_cache != "off" or config.false_negatives != "keep":
-        contents = contents_of(config, accelerator, graph)
+        content_hashes = load_content_hashes(config, accelerator, graph)
     if config.false_negatives == "mask_neighbors" or graph.held_out is not None:
         neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
-    masked = false_negatives_of(config, len(graph.nodes), contents, neighbors, accelerator.device)
+    masked = build_false_negatives(config, len(graph.nodes), content_hashes, neighbors, accelerator.device)
     objective = Objective(config, masked)
     evaluation: Evaluation | None = None
     if graph.held_out is not None and neighbors is not None:
         evaluation = Evaluation(accelerator, neighbors, graph.held_out, config.seed)
     planned_nodes = nodes_seen(config, graph, max(0, schedule.total_steps - schedule.progress.step))
-    source = open_source(config, accelerator, graph, contents, inputs, towers, planned_nodes)
+    source = open_source(config, accelerator, graph, content_hashes, inputs, towers, planned_nodes)
     outputs = NodeOutputs(graph.nodes, graph.images, inputs, source, config.num_workers, config.collective_timeout)
     return _Data(inputs, source, objective, outputs, evaluation)
 

@@ -50,7 +50,7 @@ class Checkpointer:
         accelerator: Accelerator,
         progress: Progress,
         schedule: Schedule,
-        identity: dict[str, Any],
+        run_fingerprint: dict[str, Any],
         frozen: Mapping[str, torch.Tensor],
         module: nn.Module,
         optimizer: AcceleratedOptimizer,
@@ -59,7 +59,7 @@ class Checkpointer:
         signals: StopRequest,
     ):
         self.config, self.accelerator, self.progress, self.schedule = config, accelerator, progress, schedule
-        self.identity, self.frozen, self.module, self.optimizer = identity, frozen, module, optimizer
+        self.run_fingerprint, self.frozen, self.module, self.optimizer = run_fingerprint, frozen, module, optimizer
         self.step_log, self.run_log, self.signals = step_log, run_log, signals
         self.output = config.output_folder
         self._saved: tuple[int, bool, bool] | None = None  # what of this run the newest state has
@@ -115,4 +115,4 @@ class Checkpointer:
         if finished:
             write_checkpoint(final_file(self.output), Checkpoint(model_state(self.frozen, trained.weights)))
         self.progress.metrics_bytes = self.run_log.sync()
-        write_state(self.output / "state", self.progress, trained, self.identity, config, config.keep_last)
+        write_state(self.output / "state", self.progress, trained, self.run_fingerprint, config, config.keep_last)

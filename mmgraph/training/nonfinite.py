@@ -51,7 +51,7 @@ class NonfiniteSteps:
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph, progress: Progress):
         self.config, self.accelerator, self.graph, self.progress = config, accelerator, graph, progress
 
-    def leave_out(
+    def skips(
         self,
         row: dict[str, Any],
         loss: float,

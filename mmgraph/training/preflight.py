@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, is_tensorboard_available
 
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.distributed.collectives import from_main_process, on_main_process, together
+from mmgraph.distributed.collectives import broadcast_from_main_process, on_main_process, raise_on_all_ranks
 from mmgraph.distributed.launch import check_batch_size, compute_dtype, describe
 from mmgraph.errors import UserError
 from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
@@ -58,12 +58,12 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
         UserError: ranks differ, the batch does not fit the world or the graph, or the output folder cannot be used.
     """
     on_main_process(accelerator, lambda: _check_trackers(config))
-    own = together(accelerator, lambda: _look(config, accelerator, graph))
+    own = raise_on_all_ranks(accelerator, lambda: _look(config, accelerator, graph))
     ranks: list[Rank] = gather_object([own])
     _check_agreement(ranks)
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
-    sizes = together(accelerator, lambda: _sizes(config))
-    output = from_main_process(accelerator, lambda: _check_output(config, sizes))
+    sizes = raise_on_all_ranks(accelerator, lambda: _sizes(config))
+    output = broadcast_from_main_process(accelerator, lambda: _check_output(config, sizes))
     log(describe(accelerator, config.global_batch_size))
     findings = [
         *_world(accelerator, ranks),

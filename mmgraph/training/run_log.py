@@ -13,18 +13,18 @@ from tqdm import tqdm
 
 from mmgraph.checkpoints.files import final_file
 from mmgraph.checkpoints.progress import Progress
-from mmgraph.checkpoints.resume_state import gone_on
+from mmgraph.checkpoints.resume_state import newer_state
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.data.images import describe_causes
+from mmgraph.data.images import describe_image_status
 from mmgraph.distributed.collectives import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
 from mmgraph.losses.objective import LABELS, TOTAL
-from mmgraph.towers.clip import DEFAULT_MODEL, is_stand_in
+from mmgraph.towers.clip import DEFAULT_MODEL, has_random_weights
 from mmgraph.training.metrics_file import MetricsFile
 from mmgraph.training.trackers import Trackers
-from mmgraph.utils.environment import note_start
+from mmgraph.utils.environment import record_start
 from mmgraph.utils.files import locked, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
 
@@ -61,11 +61,11 @@ class RunLog:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
             if not locked(self.output, stack):  # two runs that write to one folder would damage each other
                 raise UserError(f"{self.output}: another process is training in this folder")
-            newer = gone_on(self.output / "state", self.start, self.progress)
+            newer = newer_state(self.output / "state", self.start, self.progress)
             if newer is not None:  # it had the folder until now; its states and metrics would be lost
                 raise UserError(f"{self.output}: another process has gone on to {newer.name} meanwhile; start again")
             write_durably(self.output / "config.yaml", config.save)
-            note_start(self.output, self.accelerator, self.progress.step)
+            record_start(self.output, self.accelerator, self.progress.step)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
         except OSError as error:
@@ -147,14 +147,14 @@ class RunLog:
         sync(self.log_path)
         return self.metrics.sync()
 
-    def hello(self, graph: Graph, trained: int, frozen: int) -> None:
+    def log_start(self, graph: Graph, trained: int, frozen: int) -> None:
         """Tell what begins; ``trained`` and ``frozen`` are numbers of parameters."""
         config, progress = self.config, self.progress
         if self.start is not None:
             log(f"resumed at step {progress.step:,} from {self.start}")
         elif config.init_from is not None:
             log(f"weights from {config.init_from}; begins at epoch {progress.epoch}")
-        if is_stand_in(config.model_name):
+        if has_random_weights(config.model_name):
             log(
                 "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
                 f"{DEFAULT_MODEL} uses the real ones"
@@ -166,19 +166,20 @@ class RunLog:
             f"{self.output / 'checkpoints'}"
         )
 
-    def goodbye(self, causes: np.ndarray, done: bool, best: str) -> None:
+    def log_end(self, image_status: np.ndarray, done: bool, best: str) -> None:
         """Close the bar, and tell what ends, and how many nodes were seen without their whole picture, by cause.
 
         Called on every rank.
 
         Args:
-            causes: (N,) index into :data:`mmgraph.data.images.CAUSES` of each node that this rank has seen, else 0.
+            image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node that this rank has
+                seen, else 0.
             done: all steps; else the run was asked to stop.
             best: what is to be said of the best evaluation.
         """
         if self.accelerator.is_main_process:
             self._close_bar()  # before the last lines, or it would stand below them
-        told = describe_all_causes(causes)
+        told = describe_image_status_of_all_ranks(image_status)
         if told:
             log(f"images that are black or in part: {told} (among the nodes seen since the start)")
         if best:
@@ -203,9 +204,9 @@ def _parts(losses: Mapping[str, Any]) -> str:
     return ", ".join(f"{label} {_figure(losses[name])}" for name, label in LABELS.items())
 
 
-def describe_all_causes(causes: np.ndarray) -> str:
+def describe_image_status_of_all_ranks(image_status: np.ndarray) -> str:
     """How many nodes lack their whole picture, by cause; called on every rank with the (N,) causes that it knows of."""
     found: dict[int, int] = {}
-    for of_rank in gather_object([{int(row): int(causes[row]) for row in causes.nonzero()[0]}]):
+    for of_rank in gather_object([{int(row): int(image_status[row]) for row in image_status.nonzero()[0]}]):
         found |= of_rank
-    return describe_causes(list(found.values()))
+    return describe_image_status(list(found.values()))

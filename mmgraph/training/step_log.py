@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from mmgraph.checkpoints.consolidate import loss_scale
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
-from mmgraph.data.images import SeenImages
+from mmgraph.data.images import ImageCounter
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
@@ -18,7 +18,7 @@ from mmgraph.losses.objective import TOTAL
 from mmgraph.training.batch_stream import BatchStream
 from mmgraph.training.host_copy import HostCopy
 from mmgraph.training.nonfinite import NonfiniteSteps
-from mmgraph.training.run_log import RunLog, describe_all_causes
+from mmgraph.training.run_log import RunLog, describe_image_status_of_all_ranks
 from mmgraph.training.schedule import Schedule
 from mmgraph.training.train_step import StepResult, TrainStep
 
@@ -56,7 +56,7 @@ class StepLog:
         schedule: Schedule,
         train_step: TrainStep,
         stream: BatchStream,
-        images: SeenImages,
+        images: ImageCounter,
         signals: StopRequest,
         nonfinite: NonfiniteSteps,
         run_log: RunLog,
@@ -117,7 +117,7 @@ class StepLog:
         norm = means.pop("grad_norm")
         row, losses = step.row, {name: means.pop(name) for name in step.result.losses}
         own_loss = step.result.losses[TOTAL]
-        if self.nonfinite.leave_out(row, losses[TOTAL], norm, own_loss, step.first_sample, step.finding_scale):
+        if self.nonfinite.skips(row, losses[TOTAL], norm, own_loss, step.first_sample, step.finding_scale):
             row["skipped"] = True
         else:
             self.progress.add_losses(losses)
@@ -134,10 +134,10 @@ class StepLog:
     def _check_images(self, read: float, bad: float) -> None:
         """Compare the share of bad images with its limit; both counts are means over the ranks."""
         count, limit = read * self.accelerator.num_processes, self.config.max_bad_images
-        if bad <= limit * read or count < min(100, len(self.images.causes) // 2):  # of few, a share says nothing
+        if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):  # of few, a share says nothing
             return
-        causes = describe_all_causes(self.images.causes)
+        problems = describe_image_status_of_all_ranks(self.images.image_status)
         raise UserError(
-            f"{bad / read:.0%} of the image files seen are missing or not whole ({causes}), more than --max_bad_images "
+            f"{bad / read:.0%} of the image files seen are missing or not whole ({problems}), more than --max_bad_images "
             f"{limit:g}; see to --image_root and the files, or raise it"
         )

@@ -10,7 +10,7 @@ from mmgraph.checkpoints.files import best_file
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.data.images import SeenImages
+from mmgraph.data.images import ImageCounter
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
@@ -42,7 +42,7 @@ class Run:
     checkpointer: Checkpointer
     run_log: RunLog
     signals: StopRequest
-    images: SeenImages  # image files seen on this rank
+    images: ImageCounter  # image files seen on this rank
     outputs: NodeOutputs  # of all nodes, for the evaluation
     evaluation: Evaluation | None  # of held-out edges
     parameters: tuple[int, int]  # how many are trained, and how many are frozen
@@ -62,7 +62,7 @@ class Run:
             log(f"finished: {self.config.output_folder} is at step {progress.step:,}; raise {limit} to go on")
             return 0
         with self.signals.listening(), self.run_log.opened():  # not to be cut off in writing its last lines
-            self.run_log.hello(self.graph, *self.parameters)
+            self.run_log.log_start(self.graph, *self.parameters)
             if progress.step == 0 or progress.unevaluated is not None:
                 self.evaluate()
             for batch in self.stream:
@@ -76,7 +76,7 @@ class Run:
                 if due.save:
                     self.checkpointer.save()
             self.checkpointer.save()
-            self.run_log.goodbye(self.images.causes, schedule.finished, self._best())
+            self.run_log.log_end(self.images.image_status, schedule.finished, self._best())
             if at_end is not None and schedule.finished and not any(gather_object([self.signals.requested])):
                 at_end(self)
         return EXIT_CODE if self.signals.stop_agreed and not schedule.finished else 0

@@ -43,7 +43,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def note_start(folder: Path, accelerator: Accelerator, step: int) -> None:
+def record_start(folder: Path, accelerator: Accelerator, step: int) -> None:
     """Add a start of a run to its ``environment.json``: a list, one entry for each start.
 
     Args:

@@ -56,7 +56,7 @@ def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
     """Have ``path`` made by whichever process comes first, and wait until it is there."""
     while not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(path) as file:
+        with claim_file(path) as file:
             if file is not None:
                 make(file)
         if file is None:
@@ -64,7 +64,7 @@ def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[BinaryIO | None]:
+def claim_file(path: Path) -> Iterator[BinaryIO | None]:
     """An empty file to fill, which is synced and renamed to ``path`` when the block ends without an error.
 
     None where ``path`` is there already, or another process is making it: a claim is a lock on the temporary file, so
@@ -152,7 +152,7 @@ def locked(folder: Path, stack: ExitStack) -> bool:
     return True
 
 
-def file_signature(path: str | Path, settled_ns: int) -> bytes | None:
+def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
     """The state of a file, 16 bytes: a digest of its absolute path, its size and its times.
 
     Args:
@@ -169,7 +169,7 @@ def file_signature(path: str | Path, settled_ns: int) -> bytes | None:
     if not stat.S_ISREG(status.st_mode):
         return b""
     now = time.time_ns()
-    if any(abs(now - changed) < settled_ns for changed in (status.st_mtime_ns, status.st_ctime_ns)):
+    if any(abs(now - changed) < min_age_ns for changed in (status.st_mtime_ns, status.st_ctime_ns)):
         return None
     times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may hold anything
     return hashlib.blake2b(times.encode() + os.fsencode(os.path.abspath(path)), digest_size=16).digest()  # noqa: PTH100
@@ -181,7 +181,7 @@ def cache_folder(table: str | Path) -> Path:
 
 
 @contextmanager
-def told_of_disk(folder: Path, remedy: str) -> Iterator[None]:
+def explain_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
     """Say of an ``OSError`` in the block, as of a full disk, where, why and what to do, as a :class:`RunError`."""
     try:
         yield

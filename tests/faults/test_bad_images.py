@@ -26,7 +26,7 @@ from runs import brief, run
 
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import MAX_FILE_BYTES, read_file
-from mmgraph.data.images import CAUSES, OUTSIDE, decode_picture
+from mmgraph.data.images import IMAGE_STATUS, OUTSIDE, decode_picture
 from mmgraph.distributed.launch import peak_memory_gb
 
 Cases = Callable[[int], None]
@@ -108,7 +108,7 @@ def test_unusual_pictures(tmp_path: Path, cases: Cases) -> None:
         (tmp_path / name).write_bytes(content)
         pixels, cause = read_image(str(tmp_path / name))
         expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-        assert CAUSES[cause] == "" and np.array_equal(pixels.permute(1, 2, 0).numpy(), expected), name
+        assert IMAGE_STATUS[cause] == "" and np.array_equal(pixels.permute(1, 2, 0).numpy(), expected), name
     cases(len(WHOLE))
 
 
@@ -117,7 +117,7 @@ def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
     for name, (content, expected) in BLACK.items():
         (tmp_path / name).write_bytes(content)
         pixels, cause = read_image(str(tmp_path / name), "black")
-        assert CAUSES[cause] == expected and not pixels.any(), (name, CAUSES[cause])
+        assert IMAGE_STATUS[cause] == expected and not pixels.any(), (name, IMAGE_STATUS[cause])
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "sparse.png").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
@@ -125,7 +125,7 @@ def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
     for name, code in others.items():
         assert read_image(f"{tmp_path}/{name}")[1] == code, name
     for device in ("/dev/zero", "/dev/tty", "/proc/self/mem", "/dev/stdin"):
-        assert CAUSES[read_image(device)[1]] in ("file not found", "unreadable"), device
+        assert IMAGE_STATUS[read_image(device)[1]] in ("file not found", "unreadable"), device
     cases(len(BLACK) + len(others) + 4)
 
 
@@ -137,8 +137,8 @@ def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
         path = tmp_path / f"{tenth}"
         path.write_bytes(whole[: len(whole) * tenth // 10])
         pixels, cause = read_image(str(path))
-        assert CAUSES[cause] in ("truncated", "unreadable")
-        if CAUSES[cause] == "truncated":
+        assert IMAGE_STATUS[cause] in ("truncated", "unreadable")
+        if IMAGE_STATUS[cause] == "truncated":
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
                 expected = np.array(Image.open(path).convert("RGB"))
@@ -176,7 +176,7 @@ def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     flipped[len(whole) // 2] ^= 0x55  # a wrong checksum, which Pillow's switch for truncated files would pass over
     kinds = [(whole, ""), (whole[: len(whole) * 4 // 5], "truncated"), (bytes(flipped), "unreadable")]
     alone = [decode_picture(data, 0) for data, _ in kinds]
-    assert [CAUSES[cause] for _, cause in alone] == [expected for _, expected in kinds]
+    assert [IMAGE_STATUS[cause] for _, cause in alone] == [expected for _, expected in kinds]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda kind: decode_picture(kind[0], 0), kinds * 60))
     for (pixels, cause), (expected_pixels, expected) in zip(found, alone * 60, strict=True):
@@ -196,7 +196,7 @@ def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     child = os.fork()
     if not child:
         signal.alarm(20)
-        os._exit(CAUSES[decode_picture(kinds[1][0], 0)[1]] != "truncated")
+        os._exit(IMAGE_STATUS[decode_picture(kinds[1][0], 0)[1]] != "truncated")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     go.set()
     decoding.join()
@@ -295,7 +295,7 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
     free = ImagePaths("x/nodes.csv", root)
     assert not [path for path in leaving if free.resolve(path) == OUTSIDE]
     assert read_image(free.resolve("../outside/out.png"))[1] == 0
-    assert CAUSES[read_image(OUTSIDE)[1]] == "outside the image root"
+    assert IMAGE_STATUS[read_image(OUTSIDE)[1]] == "outside the image root"
     assert ImagePaths("x/nodes.csv", root, True).resolve(" ") is None
     cases(3 * (len(inside) + len(leaving)))
 

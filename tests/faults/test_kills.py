@@ -14,7 +14,7 @@ EPOCH = 4  # steps
 EVALUATED = ("--eval_fraction=0.1", "--eval_every=3", "--batch_size=44", "--keep_best=z_graph/mrr")
 SAVING = [targets.SAVE]
 EVALUATING = [targets.EVALUATE]
-PREPARING = [targets.OPEN_GRAPH, targets.FIND_CONTENTS, targets.OPEN_STORE]
+PREPARING = [targets.OPEN_GRAPH, targets.LOAD_CONTENT_HASHES, targets.OPEN_STORE]
 Cases = Callable[[int], None]
 
 
