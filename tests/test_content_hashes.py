@@ -23,7 +23,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     found: list[object] = []
     read = image_source.read_file
     monkeypatch.setattr(image_source, "read_file", lambda file: found.append(file) or read(file))
-    monkeypatch.setattr(content_hashes, "SETTLED_NS", 10_000_000)
+    monkeypatch.setattr(content_hashes, "MIN_AGE_NS", 10_000_000)
     return found
 
 

@@ -340,7 +340,7 @@ class Outputs:
         causes = np.where(images == 7, 2, 0)  # and one without an image
         eye = torch.eye(12)
         tokens = Tokens(eye, mask, eye, text_pooled=eye[rows], image_pooled=eye[images])
-        yield type("O", (), {"tokens": tokens, "causes": causes})
+        yield type("O", (), {"tokens": tokens, "image_status": causes})
 
 
 def test_shuffled_images_show_a_shortcut() -> None:

@@ -199,7 +199,7 @@ def _read(path: Path, how: Callable[[Path], Result]) -> Result:
     """Read a file of a state.
 
     Raises:
-        NotDamagedError: it may be read another time, as on a network file system, or with permission.
+        StateNotReadableError: it may be read another time, as on a network file system, or with permission.
         UserError: it is not there, or damaged.
     """
     try:

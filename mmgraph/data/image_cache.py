@@ -31,10 +31,10 @@ class PictureFile:
     """Keeps pictures, and why they are not whole, on disk; the page cache above it is what processes share.
 
     A slot holds a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest is over the image file's
-    signature, the status and the pixels: what is half written, damaged, or of another state of the image file does not match, and is
-    as if it were not there. So nothing is locked or ordered: several may write one slot (the same bytes, if the image
-    file has not changed), and may be killed at any point. Copies in other processes (fork or pickle) work on the same
-    file.
+    signature, the status and the pixels. A slot that is half written, damaged, or from another version of the image
+    file does not match its digest and counts as empty. So no locks are needed: several processes may write one slot
+    (the same bytes, if the image file has not changed), and may be killed at any point. Copies in other processes (by
+    fork or pickle) use the same file.
 
     Args:
         path: created where it is not there, sparse; of one size for one ``slots`` and ``shape``.

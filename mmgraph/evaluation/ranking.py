@@ -18,7 +18,7 @@ GRID = 2.0**24
 QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of scores has 32 MB
 VALUE_CHUNK = 1 << 22  # of vectors that are gathered, 32 MB
 SAMPLED = 100  # random negatives of a positive, in the original's protocol
-BLOCK = 1024  # positives whose negatives are drawn together
+NEGATIVE_CHUNK = 1024  # positives whose negatives are drawn together
 
 
 def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def filtered_ranks(
         vectors: (N, d), from :func:`round_to_grid`.
         queries, targets: (Q,) int64 rows; no query is its own target.
         known: all true edges.
-        asked_with: (Q, d) vectors of the queries, where they are not their nodes' own.
+        query_vectors: (Q, d) vectors of the queries, where they are not their nodes' own.
 
     Returns:
         (Q,) float64.
@@ -118,8 +118,8 @@ def sampled_ranks(
         first: the number of the first positive.
     """
     ranks = [vectors.new_empty(0, dtype=torch.float64)]
-    for start in range(0, len(queries), BLOCK):
-        query, target = queries[start : start + BLOCK], targets[start : start + BLOCK]
+    for start in range(0, len(queries), NEGATIVE_CHUNK):
+        query, target = queries[start : start + NEGATIVE_CHUNK], targets[start : start + NEGATIVE_CHUNK]
         drawn = _negatives(first + start, len(query), len(vectors) - 1, seed).to(query.device)  # (q, 100)
         drawn += drawn >= target[:, None]
         places = torch.cat([target[:, None], drawn], dim=1)  # (q, 101)
@@ -133,9 +133,9 @@ def sampled_ranks(
 
 def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
     """Numbers below a limit for the positives ``first`` and those after it, the same wherever a part begins."""
-    blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
-    drawn = [np.random.default_rng([seed, block]).integers(0, below, (BLOCK, SAMPLED)) for block in blocks]
-    return torch.from_numpy(np.concatenate(drawn)[first % BLOCK :][:count])
+    blocks = range(first // NEGATIVE_CHUNK, (first + count - 1) // NEGATIVE_CHUNK + 1)
+    drawn = [np.random.default_rng([seed, block]).integers(0, below, (NEGATIVE_CHUNK, SAMPLED)) for block in blocks]
+    return torch.from_numpy(np.concatenate(drawn)[first % NEGATIVE_CHUNK :][:count])
 
 
 def summary(ranks: np.ndarray) -> dict[str, float]:

@@ -82,7 +82,7 @@ class NodeOutputs:
             worker_init_fn=start_worker,
         )
         for batch in loader:
-            image_status = batch.pop("image_causes")
+            image_status = batch.pop("image_status")
             yield Outputs(
                 run_towers(towers, **{name: tensor.to(device) for name, tensor in batch.items()}), image_status
             )
@@ -117,5 +117,5 @@ def _collate(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "pixel_values": inputs.preprocessing.normalize(pictures),
-        "image_causes": np.array(image_status),
+        "image_status": np.array(image_status),
     }

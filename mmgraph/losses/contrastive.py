@@ -126,7 +126,7 @@ def _info_nce(
         own: left and right, (n, d) each, on this rank.
         everyone: the same of all ranks, (N, d) each.
         labels: (n,) where the own ones stand among all.
-        squares: entries that leave the denominators, of the rows and of the columns.
+        masks: entries that leave the denominators, of the rows and of the columns.
         weights: (n,) of the cross-entropies in their mean; default: 1.
     """
     if len(own[0]) * len(everyone[0]) > LOGIT_CHUNK:

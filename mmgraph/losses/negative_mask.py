@@ -57,7 +57,7 @@ class NegativeMask:
 class FalseNegatives(NamedTuple):
     """What is known about a run's N nodes, on the device, and what is to be left out for it."""
 
-    pictures: torch.Tensor  # (N,) int64, from picture_numbers
+    pictures: torch.Tensor  # (N,) int64, from image_numbers
     same: bool  # leave out the queries' own nodes, and nodes of the same image
     neighbors: Adjacency | None  # leave these out of the graph loss
     missing_images: bool  # leave nodes without an image out of the text-image loss

@@ -26,7 +26,7 @@ class Run(NamedTuple):
     steps: Columns  # (S,) float64 each, by the name in metrics.jsonl; NaN where a step has none
     evaluations: Columns  # (E,) float64 each: ``step``, and ``eval/...``
     table: Table | None  # the last evaluation whole
-    starts: list[dict[str, Any]]  # see mmgraph.utils.environment.note_start
+    starts: list[dict[str, Any]]  # see mmgraph.utils.environment.record_start
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

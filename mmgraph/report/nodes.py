@@ -95,14 +95,14 @@ class NodesOfRun(NamedTuple):
 def show_nodes(
     graph: NodesOfRun,
     asked: Sequence[Asked],
-    links_of: Callable[[Sequence[int]], Links | None],
+    load_links: Callable[[Sequence[int]], Links | None],
     most: int = MAP_NODES,
 ) -> Nodes:
     """Draw a sample by the seed, arrange it, and find the nearest of some.
 
     Args:
         asked: stand first in the gallery.
-        links_of: gives the edges of rows; None where they are not known.
+        load_links: gives the edges of rows; None where they are not known.
         most: nodes on the map.
     """
     total = len(graph.nodes)
@@ -110,7 +110,7 @@ def show_nodes(
     sample = np.sort(drawn[:most])
     others = [Asked(row) for row in _for_gallery(graph, drawn) if row not in [one.row for one in asked]]
     chosen = [*asked, *others[: max(0, GALLERY_NODES - len(asked))]]
-    links = links_of([one.row for one in chosen if one.row is not None])
+    links = load_links([one.row for one in chosen if one.row is not None])
     return Nodes(
         total,
         graph.checkpoint,

@@ -138,6 +138,6 @@ class StepLog:
             return
         problems = describe_image_status_of_all_ranks(self.images.image_status)
         raise UserError(
-            f"{bad / read:.0%} of the image files seen are missing or not whole ({problems}), more than --max_bad_images "
-            f"{limit:g}; see to --image_root and the files, or raise it"
+            f"{bad / read:.0%} of the image files seen are missing or incomplete ({problems}), more than "
+            f"--max_bad_images {limit:g}; check --image_root and the files, or raise the limit"
         )

@@ -156,7 +156,7 @@ def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
     """The state of a file, 16 bytes: a digest of its absolute path, its size and its times.
 
     Args:
-        settled_ns: how long ago the last change must be, in nanoseconds. A file that changed more recently may change
+        min_age_ns: how long ago the last change must be, in nanoseconds. A file that changed more recently may change
             again while its times stay the same.
 
     Returns:
