@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and as
 import pandas as pd
 import pytest
 import torch
+from launches import REPOSITORY, ZERO3, launch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
@@ -22,7 +21,6 @@ from mmgraph.data.image_source import read_file
 from mmgraph.data.images import decode_picture
 from mmgraph.demo.towers import build_towers
 
-REPOSITORY = Path(__file__).parent.parent
 PACKAGE = f"{REPOSITORY / 'mmgraph'}/"  # how the paths of its files begin in a traceback
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]
 
@@ -76,33 +74,6 @@ def settings(graph: Path, output: Path, *more: str) -> list[str]:
         f"--output_dir={output}", "--fused_dim=32", "--proj_dim=16", "--batch_size=12", "--num_workers=0",
         "--learning_rate=1e-3", "--no_report", *more,
     ]  # fmt: skip
-
-
-def launch_command(config: str, *arguments: str) -> list[str]:
-    """``accelerate launch`` of launch.py under a config of accelerate_configs/ (and flags of the launcher's)."""
-    file, *flags = config.split()
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(REPOSITORY / "accelerate_configs" / file), *flags, str(REPOSITORY / "launch.py"), *arguments,
-    ]  # fmt: skip
-
-
-# By default ZeRO-3 keeps parameters of fewer than 100,000 elements whole on each rank: here that would be all.
-ZERO3_JSON = Path(__file__).parent / "zero3_all_partitioned.json"
-ZERO3 = f"deepspeed_zero3.yaml --num_processes 2 --mixed_precision no --deepspeed_config_file {ZERO3_JSON}"
-
-
-def run(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would."""
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def launch(config: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Launch and insist that it succeeds."""
-    done = run(launch_command(config, *arguments), cwd)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:

@@ -7,7 +7,8 @@ from pkgutil import resolve_name
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, launch_command, run, settings
+from conftest import settings
+from launches import run_warm
 from targets import LOGIT_CHUNK, TOWERS_OF_BENCH_GRAPH
 
 from mmgraph.bench.loss import compare_losses
@@ -39,8 +40,8 @@ def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_step_in_bf16_is_measured_beside_float32(graph: Path, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
-    command = [*launch_command("cpu.yaml --mixed_precision bf16")[:-1], "-m", "mmgraph", "bench", "step"]
-    done = run([*command, f"--json={path}", "--repeats=2", *settings(graph, tmp_path / "unused")])
+    command = ["-m", "mmgraph", "bench", "step", f"--json={path}", "--repeats=2", *settings(graph, tmp_path / "unused")]
+    done = run_warm(command, "cpu.yaml --mixed_precision bf16")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(path.read_text())
     rows = {row["step"]: row["whole"] for row in found["rows"]}
@@ -128,5 +129,5 @@ def test_large_batches_in_little_memory() -> None:
 
 def test_wrong_flags_are_one_line() -> None:
     for arguments in (["bench"], ["bench", "speed"], ["bench", "step", "--nodez=1"], ["bench", "graph"]):
-        done = run(["python", "-m", "mmgraph", *arguments], cwd=REPOSITORY)
+        done = run_warm(["-m", "mmgraph", *arguments])
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import launch, settings, tiny_configs
+from conftest import settings, tiny_configs
+from launches import launch
 from safetensors.torch import save
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import targets
-from conftest import REPOSITORY, graph_files, read_metrics, run, settings
+from conftest import graph_files, read_metrics, settings
+from launches import REPOSITORY, run
 
 from mmgraph.arguments import parse_config
 from mmgraph.cli import main, train_main

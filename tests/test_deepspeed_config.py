@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from conftest import REPOSITORY
+from launches import REPOSITORY
 
 from mmgraph.distributed.deepspeed import CONFIG_FILE, build_plugin
 from mmgraph.errors import UserError

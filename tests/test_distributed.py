@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import LOSSES, PACKAGE, launch, launch_command, newest, read_metrics, run, same_state, settings
+from conftest import LOSSES, PACKAGE, newest, read_metrics, same_state, settings
+from launches import launch, launch_command, run
 from safetensors.torch import load_file
 
 

@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import launch_command, run
+from launches import run, run_warm
 from PIL import Image
 from safetensors.torch import load_file
 from targets import MAKE_FEATURE_SHARDS, NODES_OF_A_FEATURE_SHARD
@@ -84,8 +84,7 @@ def test_over_ranks_and_in_every_format(
         f"import runpy, pytest\npytest.MonkeyPatch().setattr({NODES_OF_A_FEATURE_SHARD!r}, 6)\n"
         "runpy.run_module('mmgraph', run_name='__main__')\n"
     )
-    command = [*launch_command("cpu_2proc.yaml")[:-1], str(script)]
-    done = run([*command, *given(graph, original, tmp_path / "pt", "--num_workers=1")])
+    done = run_warm([str(script), *given(graph, original, tmp_path / "pt", "--num_workers=1")], "cpu_2proc.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"{tmp_path / 'pt'}/features_*.pt") == 1  # of two ranks one tells
     for name in FEATURES:

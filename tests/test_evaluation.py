@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LOSSES, REPOSITORY, ZERO3, launch, launch_command, newest, read_metrics, run, same_state, settings
+from conftest import LOSSES, newest, read_metrics, same_state, settings
+from launches import REPOSITORY, SCRIPT, ZERO3, launch, run_warm
 from targets import RANKS_OF_EMBEDDINGS
 
 from mmgraph.checkpoints.progress import Progress
@@ -79,9 +80,9 @@ def test_on_two_processes_the_same(graph: Path, evaluated: Path, tmp_path: Path)
     for step, values in one.items():
         assert two[step] == pytest.approx(values, abs=0.02)  # weights that differ by 1e-6 may turn near ties
     tables = []
-    for name, command in (("one", launch_command("cpu.yaml")), ("two", launch_command("cpu_2proc.yaml"))):
-        file = tmp_path / f"{name}.json"
-        done = run([*command[:-1], "-m", "mmgraph", "evaluate", str(evaluated), f"--json={file}"])
+    for config in ("cpu.yaml", "cpu_2proc.yaml"):
+        file = tmp_path / f"{config}.json"
+        done = run_warm(["-m", "mmgraph", "evaluate", str(evaluated), f"--json={file}"], config)
         assert done.returncode == 0, done.stderr[-3000:]
         assert sum(line.startswith("z_graph ") for line in done.stdout.splitlines()) == 1  # one table of all ranks
         tables.append(json.loads(file.read_text()))
@@ -178,7 +179,7 @@ def test_a_resumed_run_is_evaluated_alike(graph: Path, evaluated: Path, tmp_path
     assert list(resumed) == [0, 5, 7, 10, 12]  # 7 was an end
     assert all(resumed[step] == whole[step] for step in whole)
     assert [row.get("loss") for row in rows] == [row.get("loss") for row in expected]
-    done = run(launch_command("cpu.yaml", *settings(graph, output, *EVALUATED, "--eval_fraction=0.3")))
+    done = run_warm([SCRIPT, *settings(graph, output, *EVALUATED, "--eval_fraction=0.3")])
     [error] = [line for line in done.stderr.splitlines() if "mmgraph: error: " in line]
     assert done.returncode != 0 and re.search(r"\beval_fraction 0\.2\b.*\b0\.3\b", error)
     assert read_metrics(output) == rows
@@ -207,9 +208,8 @@ def test_killed_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, c
     """The same command goes on with that evaluation; nothing is lost, and each step stands once."""
     (tmp_path / "run.py").write_text(KILLED)
     flags = settings(graph, tmp_path / "run", *EVALUATED)
-    command = launch_command("cpu.yaml")[:-1]
-    done = run([*command, str(tmp_path / "run.py"), str(call), "kill", *flags])
-    assert done.returncode != 0 and ("SIGKILL" in done.stderr or "died" in done.stderr)
+    done = run_warm([str(tmp_path / "run.py"), str(call), "kill", *flags])
+    assert done.code == -signal.SIGKILL
     step = {2: 0, 7: 5, 9: 10, 11: 12}[call]
     assert len(read_metrics(tmp_path / "run")) == (0 if step == 0 else step)  # the step's own row waits
     launch("cpu.yaml", *flags)

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run, settings
+from conftest import settings
+from launches import run
 
 # wandb registers a hook for the exit, then hangs. Hooks of a process that ends as usual are called.
 HANGING = """

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOSSES, launch, launch_command, loss_difference, read_metrics, run, settings
+from conftest import LOSSES, loss_difference, read_metrics, settings
+from launches import launch, run_warm
 
 from mmgraph.data.content_hashes import HASH, ContentHashes, image_hash
 from mmgraph.data.images import IMAGE_STATUS
@@ -87,7 +88,7 @@ def test_losses_are_brute_forces(tmp_path: Path, config: str) -> None:
     given = batch()
     torch.save({name: value for name, value in given.items() if name != "graph"}, tmp_path / "given.pt")
     script = str(Path(__file__).parent / "false_negative_shares.py")
-    done = run([*launch_command(config)[:-1], script, str(tmp_path / "found.pt"), str(tmp_path / "given.pt")])
+    done = run_warm([script, str(tmp_path / "found.pt"), str(tmp_path / "given.pt")], config)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(tmp_path / "found.pt")
     seen = set()

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import launch, read_metrics, settings
+from conftest import read_metrics, settings
+from launches import launch
 
 from mmgraph.cli import train_main
 from mmgraph.training.metrics_file import MetricsFile

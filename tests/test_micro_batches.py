@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, run, settings, tiny_configs
+from conftest import loss_difference, settings, tiny_configs
+from launches import ZERO3, launch, run_warm
 from transformers import CLIPImageProcessor
 
 from mmgraph.data.batches import EdgeBatch
@@ -21,9 +22,8 @@ ZERO = "deepspeed_zero{}.yaml --num_processes 2 --mixed_precision no"
 @pytest.mark.parametrize("config", ["cpu_2proc.yaml", ZERO.format(2)])
 def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, config: str) -> None:
     """Halves, quarters and eighths of a process's 16 edges, over two processes."""
-    command = launch_command(config)[:-1]
     script, target = str(Path(__file__).parent / "micro_batch_gradients.py"), str(tmp_path / "gradients.pt")
-    done = run([*command, script, target, *settings(graph, tmp_path / "run", "--batch_size=32")], REPOSITORY)
+    done = run_warm([script, target, *settings(graph, tmp_path / "run", "--batch_size=32")], config)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, *parts = torch.load(target)
     norm = torch.cat([gradient.flatten() for gradient in whole]).norm()

@@ -11,7 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from conftest import REPOSITORY, launch, run, settings
+from conftest import settings
+from launches import launch, run_warm
 from PIL import Image
 from targets import MAKE_FEATURE_SHARDS
 from transformers import AutoTokenizer, CLIPImageProcessor
@@ -245,9 +246,7 @@ def test_over_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["neighbors", str(folder / "run"), "--node", "017"]) == 0
     alone = printed(capsys.readouterr().out)
     shutil.rmtree(folder / "run/embeddings")
-    config = str(REPOSITORY / "accelerate_configs/cpu_2proc.yaml")
-    done = run(["accelerate", "launch", "--config_file", config, "-m", "mmgraph", "neighbors", str(folder / "run"),
-                "--node", "017"])  # fmt: skip
+    done = run_warm(["-m", "mmgraph", "neighbors", str(folder / "run"), "--node", "017"], "cpu_2proc.yaml")
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed(done.stdout) == alone
 

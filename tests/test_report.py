@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 import targets
 import torch
-from conftest import REPOSITORY, graph_files, launch, launch_command, read_metrics, run, settings
+from conftest import graph_files, read_metrics, settings
+from launches import REPOSITORY, launch, run_warm
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from targets import EMBED_SHARD_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
@@ -549,9 +550,10 @@ def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Pat
         f"    pytest.MonkeyPatch().setattr({EMBED_SHARD_OF_REPORT!r}, lambda *_: 1 / 0)\n"
         f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
     )
-    launcher = launch_command("cpu_2proc.yaml")[:-1]
     for what, told in (("import", "ModuleNotFoundError"), ("embed", "ZeroDivisionError")):
-        done = run([*launcher, str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")])
+        done = run_warm(
+            [str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")], "cpu_2proc.yaml"
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         [line] = [line for line in done.stdout.splitlines() if f"mmgraph report {tmp_path / what}" in line]
         assert f"rank 1: {told}" in line and "Traceback" not in done.stderr
@@ -757,8 +759,7 @@ def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
     pd.DataFrame(ends.astype(str), columns=["src_id", "dst_id"]).to_csv(folder / "edges.csv", index=False)
     build_towers(folder / "towers", ["red", "green", "blue", "small", "node 0 1 2 3 4 5 6 7 8 9"])
     train = settings(folder, tmp_path / "run", "--max_steps=200", "--global_batch_size=1024", "--report")
-    done = run(launch_command("cpu.yaml", *train))
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch("cpu.yaml", *train)
     check_page(browser, tmp_path / "run/report.html")
     size = (tmp_path / "run/report.html").stat().st_size
     with Opened(browser, tmp_path / "run/report.html") as opened:

@@ -15,18 +15,8 @@ import psutil
 import pytest
 import targets
 import torch.distributed as dist
-from conftest import (
-    LOSSES,
-    PACKAGE,
-    REPOSITORY,
-    launch_command,
-    line_with,
-    lines_with,
-    read_metrics,
-    run,
-    settings,
-    stop_lines,
-)
+from conftest import LOSSES, PACKAGE, line_with, lines_with, read_metrics, settings, stop_lines
+from launches import REPOSITORY, launch_command, run
 
 from mmgraph.distributed.signals import StopRequest
 

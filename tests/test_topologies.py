@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, ZERO3, launch, launch_command, loss_difference, newest, run, same_state, settings
+from conftest import loss_difference, newest, same_state, settings
+from launches import REPOSITORY, ZERO3, launch
 from safetensors.torch import load_file
 
 FLOAT32 = "--mixed_precision no"
@@ -83,8 +84,7 @@ if accelerator.is_main_process:
 def test_zero3_is_tested_with_partitions(graph: Path, tmp_path: Path) -> None:
     """The tests' ZeRO-3 keeps no parameter whole on a rank."""
     (tmp_path / "launch.py").write_text(PERSISTENT)
-    command = [*launch_command(ZERO3)[:-1], str(tmp_path / "launch.py"), *settings(graph, tmp_path / "run")]
-    done = run(command)
+    done = run_warm([str(tmp_path / "launch.py"), *settings(graph, tmp_path / "run")], ZERO3)
     assert "0 of 32 whole" in done.stdout, done.stdout + done.stderr[-3000:]
 
 

@@ -20,7 +20,8 @@ import pandas as pd
 import pytest
 import targets
 import torch
-from conftest import graph_files, launch, loss_difference, run, settings
+from conftest import graph_files, loss_difference, settings
+from launches import launch, run_warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
@@ -272,10 +273,11 @@ leave(train_main(sys.argv[2:]))
 def test_hosts_without_a_shared_file_system(own_graph: Path, tmp_path: Path) -> None:
     """Each rank has a cache of its own: built, found again, and mended where one has lost a file."""
     (tmp_path / "host.py").write_text(HOSTS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher += [str(tmp_path / "host.py"), str(tmp_path / "cache")]
+    program = [str(tmp_path / "host.py"), str(tmp_path / "cache")]
     for steps in (8, 16, 24):
-        done = run([*launcher, *settings(own_graph, tmp_path / "run", f"--max_steps={steps}", "--epochs=9")])
+        done = run_warm(
+            [*program, *settings(own_graph, tmp_path / "run", f"--max_steps={steps}", "--epochs=9")], "cpu_2proc.yaml"
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         stores = [list((tmp_path / f"cache{rank}").glob("towers-*/*.safetensors")) for rank in (0, 1)]
         assert len(stores[0]) == len(stores[1]) == 2
@@ -566,6 +568,6 @@ def test_the_first_step_comes_soon(own_graph: Path, tmp_path: Path) -> None:
 
 
 def test_cache_is_told_of_wrong_flags(own_graph: Path) -> None:
-    done = run([sys.executable, "-m", "mmgraph", "cache", "--nodez=1"])
+    done = run_warm(["-m", "mmgraph", "cache", "--nodez=1"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("mmgraph: error: ")
     assert re.search(r"--nodez\b.*--nodes\b", done.stderr)

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import (
-    REPOSITORY,
     error_of,
     graph_files,
     line_with,
@@ -33,6 +32,7 @@ from conftest import (
     settings,
     stop_lines,
 )
+from launches import REPOSITORY
 
 from mmgraph.arguments import parse_config
 from mmgraph.cli import main, train_main

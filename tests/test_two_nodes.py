@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import launch_command, loss_difference, settings
+from conftest import loss_difference, settings
+from launches import launch_command
 
 NODES = ("mmgraph0", "mmgraph1")  # namespaces; their ends of the cable have the same names
 MAIN_IP = "10.77.31.1"

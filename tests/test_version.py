@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, newest, run, settings
+from conftest import newest, settings
+from launches import REPOSITORY, run
 
 import mmgraph
 

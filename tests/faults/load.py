@@ -22,7 +22,8 @@ import psutil
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import WORDS, launch_command
+from conftest import WORDS
+from launches import launch_command
 
 from mmgraph.demo.towers import build_towers
 

@@ -1,39 +1,20 @@
 """Runs of launch.py with faults in them, and what a run that went through one must be equal to."""
 
-import atexit
-import json
-import os
-import queue
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from conftest import read_metrics
+from launches import PARALLEL_RUNS, SCRIPT, Ended, Fault, run_warm
 
 from mmgraph.checkpoints.resume_state import read_record, state_folders
 from mmgraph.errors import UserError
 
 Case = TypeVar("Case")
-Fault = tuple[str, dict[str, Any]]  # a function of injection.py, and its settings
-AT_ONCE = 2  # runs
 STEPS, SAVE_EVERY = 12, 3  # of `brief` runs; 4 steps an epoch
-
-
-class Ended(NamedTuple):
-    codes: list[int | None]  # of each rank: negative for a signal; None: it did not end, and was killed
-    said: str  # of all ranks, one after the other
-
-    @property
-    def code(self) -> int | None:
-        [code] = self.codes
-        return code
 
 
 def brief(graph: Path, output: Path, *more: str) -> list[str]:
@@ -53,53 +34,14 @@ def run(
     timeout: float = 120,
     environment: dict[str, str] | None = None,
 ) -> Ended:
-    """Run launch.py in new processes, one a rank, each of one thread."""
-    servers = _servers()
-    server = servers.get()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            output = f"{folder}/said"
-            server.stdin.write(
-                json.dumps(
-                    {
-                        "arguments": arguments, "ranks": ranks, "environment": environment or {}, "faults": faults,
-                        "output": output, "timeout": timeout,
-                    }
-                )
-                + "\n"
-            )  # fmt: skip
-            server.stdin.flush()
-            codes, orphans = json.loads(server.stdout.readline())
-            assert not orphans, "processes left behind"
-            said = "".join(Path(f"{output}.{rank}").read_text(errors="replace") for rank in range(ranks))
-            return Ended(codes, said)
-    finally:
-        servers.put(server)
-
-
-@cache
-def _servers() -> "queue.Queue[subprocess.Popen[str]]":
-    servers: queue.Queue[subprocess.Popen[str]] = queue.Queue()
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "warm.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        for _ in range(AT_ONCE)
-    ]
-    for server in started:
-        assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        atexit.register(server.kill)
-        servers.put(server)
-    return servers
+    """Run launch.py with faults in warm processes, one per rank."""
+    config = "cpu.yaml" if ranks == 1 else f"cpu_2proc.yaml --num_processes {ranks}"
+    return run_warm([SCRIPT, *arguments], config, faults, timeout=timeout, no_launcher=True, **(environment or {}))
 
 
 def each(cases: Iterable[Case], check: Callable[[Case], object]) -> int:
     """Check all cases, as many at once as there are cores. Returns how many there were; the first failure is raised."""
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    with ThreadPoolExecutor(PARALLEL_RUNS) as threads:
         return len(list(threads.map(check, cases)))
 
 

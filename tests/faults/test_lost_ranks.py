@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import targets
-from conftest import PACKAGE, launch_command, line_with, lines_with, stop_lines
+from conftest import PACKAGE, line_with, lines_with, stop_lines
+from launches import launch_command
 from runs import STEPS, Fault, brief, check_same, each, run, valid_steps
 
 Cases = Callable[[int], None]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, error_of, lines_with, read_metrics
+from conftest import error_of, lines_with, read_metrics
+from launches import REPOSITORY
 from runs import Fault, brief, check_same, each, run, steady
 
 from mmgraph.checkpoints.resume_state import read_record

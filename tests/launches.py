@@ -1,0 +1,182 @@
+"""Starts training runs and verbs for tests: through ``accelerate launch``, or in warm processes that fork."""
+
+import atexit
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = str(REPOSITORY / "launch.py")
+PARALLEL_RUNS = 2
+Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
+
+# By default ZeRO-3 does not partition parameters of fewer than 100,000 elements: here that would be all.
+ZERO3_JSON = Path(__file__).parent / "zero3_all_partitioned.json"
+ZERO3 = f"deepspeed_zero3.yaml --num_processes 2 --mixed_precision no --deepspeed_config_file {ZERO3_JSON}"
+
+
+def launch_command(config: str, *arguments: str) -> list[str]:
+    """``accelerate launch`` of launch.py under a config of accelerate_configs/, which flags of the launcher may follow."""
+    file, *flags = config.split()
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(REPOSITORY / "accelerate_configs" / file), *flags, SCRIPT, *arguments,
+    ]  # fmt: skip
+
+
+def run(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would."""
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+class Ended(NamedTuple):
+    """How the ranks of a warm run ended."""
+
+    codes: list[int | None]  # of each rank: negative for a signal; None: killed at the timeout
+    stdout: str  # of all ranks, one after the other
+    stderr: str
+
+    @property
+    def returncode(self) -> int | None:
+        """0 if all ranks ended well, else the code of the first that did not."""
+        return next((code for code in self.codes if code != 0), 0)
+
+    @property
+    def code(self) -> int | None:
+        [code] = self.codes
+        return code
+
+    @property
+    def said(self) -> str:
+        return self.stdout + self.stderr
+
+
+def launch(config: str, *arguments: str, cwd: Path | None = None) -> Ended:
+    """Run launch.py in warm processes, with the environment of ``accelerate launch``, and check that it succeeds."""
+    ended = run_warm([SCRIPT, *arguments], config, cwd=cwd)
+    assert not any(ended.codes), (ended.codes, ended.stdout[-3000:] + ended.stderr[-3000:])
+    return ended
+
+
+def run_warm(
+    program: list[str],
+    config: str = "cpu.yaml",
+    faults: tuple[Fault, ...] = (),
+    cwd: Path | None = None,
+    timeout: float = 300,
+    no_launcher: bool = False,
+    **environment: str,
+) -> Ended:
+    """Run a script, or ``-m mmgraph``, in warm processes of one thread each.
+
+    Args:
+        program: a path or ``-m mmgraph``, then arguments.
+        config: as for :func:`launch_command`.
+        timeout: seconds after which the ranks are killed.
+        no_launcher: the test expects an error of each rank (a launcher would end the others after the first).
+        environment: further variables.
+    """
+    processes, variables = launch_environment(config)
+    shared = {**os.environ, **variables, **environment}
+    environments = [shared] if processes == 1 else [shared | rank_variables(i, processes) for i in range(processes)]
+    for number, port in enumerate([free_port()] * processes if processes > 1 else []):
+        environments[number]["MASTER_PORT"] = str(port)
+    with warm_server("ACCELERATE_USE_DEEPSPEED" in variables) as server, tempfile.TemporaryDirectory() as folder:
+        request = {
+            "program": program, "environments": environments, "cwd": str(cwd or Path.cwd()), "faults": faults,
+            "output": f"{folder}/rank", "timeout": timeout, "no_launcher": no_launcher,
+        }  # fmt: skip
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        codes, orphans = json.loads(server.stdout.readline())
+        assert not orphans, "processes left behind"
+        stdout, stderr = (
+            "".join(Path(f"{folder}/rank.{i}.{name}").read_text(errors="replace") for i in range(processes))
+            for name in ("out", "err")
+        )
+        return Ended(codes, stdout, stderr)
+
+
+def rank_variables(rank: int, processes: int) -> dict[str, str]:
+    """What torchrun sets for a rank, without its store."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@cache
+def launch_environment(config: str) -> tuple[int, dict[str, str]]:
+    """The number of processes of a config, and the variables that ``accelerate launch`` sets for each."""
+    arguments = launch_command_parser().parse_args(launch_command(config)[3:])
+    arguments, defaults, from_config = _validate_launch_command(arguments)
+    if arguments.use_deepspeed or arguments.multi_gpu:
+        arguments.main_process_port = 0
+    if arguments.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if from_config else [])]
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    elif arguments.multi_gpu:
+        environment = prepare_multi_gpu_env(arguments)
+    else:
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+    added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    return arguments.num_processes if arguments.use_deepspeed or arguments.multi_gpu else 1, added
+
+
+@contextmanager
+def warm_server(deepspeed: bool) -> Iterator[Any]:
+    """Borrow a warm process from the pool; it is started when it is first needed."""
+    pool = _pool(deepspeed)
+    server = pool.get()
+    try:
+        server = server or _start_server(deepspeed)
+        yield server
+    finally:
+        pool.put(server)
+
+
+@cache
+def _pool(deepspeed: bool) -> "queue.Queue[subprocess.Popen[str] | None]":
+    pool: queue.Queue[subprocess.Popen[str] | None] = queue.Queue()
+    for _ in range(PARALLEL_RUNS):
+        pool.put(None)
+    return pool
+
+
+def _start_server(deepspeed: bool) -> "subprocess.Popen[str]":
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "warm.py"), *(["--deepspeed"] if deepspeed else [])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    atexit.register(server.kill)
+    assert server.stdout is not None
+    while (line := server.stdout.readline()) != "ready\n":
+        assert line, "the warm process did not start"  # libraries may print before
+    return server

@@ -1,0 +1,160 @@
+"""A process that has imported everything, and forks ranks: a run starts in a second, not ten.
+
+Reads one JSON object per line from standard input, see :func:`serve`, and answers each with one JSON line. Started by
+launches.py.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.append(str(Path(__file__).parent / "faults"))
+
+import injection
+import targets
+import torch
+import transformers
+
+from mmgraph import cli
+from mmgraph.bench import report  # noqa: F401
+from mmgraph.training import build  # noqa: F401
+
+
+def main() -> None:
+    # Modules that mmgraph or its libraries import at first use.
+    import tensorboard  # noqa: F401
+    import wandb  # noqa: F401
+    from accelerate import tracking  # noqa: F401
+    from torch.utils import tensorboard as writer  # noqa: F401
+
+    from mmgraph.inference import encode  # noqa: F401
+    from mmgraph.report import make  # noqa: F401
+
+    transformers.CLIPTextModel, transformers.CLIPVisionModel, transformers.CLIPTokenizerFast  # noqa: B018
+    if "--deepspeed" in sys.argv:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
+
+        del os.environ["DS_ACCELERATOR"]
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(serve(**json.loads(line))), flush=True)
+
+
+def serve(
+    program: list[str],
+    environments: list[dict[str, str]],
+    cwd: str,
+    faults: list[tuple[str, dict[str, Any]]],
+    output: str,
+    timeout: float,
+    no_launcher: bool,
+) -> list[Any]:
+    """Run a program on one or more ranks and wait for all of them.
+
+    Args:
+        program: the path of a script, or ``-m mmgraph``; then its arguments.
+        environments: the environment variables of each rank.
+        cwd: the working directory.
+        faults: pairs of a function in :mod:`injection` and its settings.
+        output: prefix of the files for the printed output: ``output.0.out``, ``output.0.err`` for rank 0.
+        timeout: seconds after which ranks are killed.
+        no_launcher: let other ranks than the main one print an error immediately.
+
+    Returns:
+        The exit codes of the ranks (negative for a signal, None for a rank that was killed at the timeout), and the
+        number of processes that they left behind.
+    """
+    children = [
+        start(rank, program, environment, cwd, faults, f"{output}.{rank}", no_launcher)
+        for rank, environment in enumerate(environments)
+    ]
+    codes: dict[int, int | None] = {}
+    deadline = time.monotonic() + timeout
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[child] = None
+        time.sleep(0.01)
+    all_ended = time.monotonic()
+    while (orphans := processes_of(children)) and time.monotonic() < all_ended + 15:
+        time.sleep(0.05)
+    for orphan in orphans:
+        with suppress(ProcessLookupError):
+            os.kill(orphan, signal.SIGKILL)
+    return [[codes[child] for child in children], len(orphans)]
+
+
+def processes_of(leaders: list[int]) -> list[int]:
+    """The processes in the sessions that ``leaders`` created."""
+    processes = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if os.getsid(int(entry.name)) in leaders:
+                    processes.append(int(entry.name))
+    return processes
+
+
+def start(
+    rank: int,
+    program: list[str],
+    environment: dict[str, str],
+    cwd: str,
+    faults: list[tuple[str, dict[str, Any]]],
+    output: str,
+    no_launcher: bool,
+) -> int:
+    """Fork a rank. Returns its process id."""
+    if child := os.fork():
+        return child
+    os.setsid()
+    os.chdir(cwd)
+    null = os.open(os.devnull, os.O_RDONLY)
+    out, err = (os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) for name in ("out", "err"))
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if no_launcher:
+        targets.put(targets.OTHERS_WAIT_SECONDS, 0)
+    return run(program, faults, rank)
+
+
+def run(program: list[str], faults: list[tuple[str, dict[str, Any]]], rank: int) -> NoReturn:
+    code = 0
+    try:
+        for name, settings in faults:
+            if settings.pop("rank", rank) == rank:
+                getattr(injection, name)(**settings)
+        if program[0] == "-m":
+            sys.argv = program[1:]
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = program, str(Path(program[0]).parent)
+            runpy.run_path(program[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os.environ.setdefault("RANK", "0")  # end without Python's teardown, like a launched rank
+    cli.leave(code)
+
+
+if __name__ == "__main__":
+    main()
