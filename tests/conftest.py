@@ -1,5 +1,6 @@
 """What tests share: a tiny graph with pictures, tiny towers, and real launches."""
 
+import hashlib
 import json
 import os
 import re
@@ -129,6 +130,15 @@ def same_state(output: Path, reference: Path) -> bool:
         if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in second):
             return False
     return True
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """The path of every file in a folder, and the SHA-256 of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
-REPOSITORY = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
 SCRIPT = str(REPOSITORY / "launch.py")
 PARALLEL_RUNS = 2
 Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
@@ -32,7 +33,7 @@ ZERO3 = f"deepspeed_zero3.yaml --num_processes 2 --mixed_precision no --deepspee
 
 
 def launch_command(config: str, *arguments: str) -> list[str]:
-    """``accelerate launch`` of launch.py under a config of accelerate_configs/, which flags of the launcher may follow."""
+    """The command of a launch under a config of accelerate_configs/; flags of the launcher may follow its name."""
     file, *flags = config.split()
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file",

@@ -174,7 +174,7 @@ def test_of_a_text_and_an_image_from_outside(
         ([], ["--node NAME", "--text TEXT", "--image FILE"]),
         (["--node", "001", "--text", "red"], ["--node ", "--text ", "--image "]),
         (["--image", "nowhere.png"], ["nowhere.png: file not found"]),  # causes are named as in a report's table
-        (["--image", __file__], ["test_nearest.py: unreadable"]),
+        (["--image", __file__], ["test_neighbor_search.py: unreadable"]),
         (["--node", "001", "--embedding", "z"], ["--embedding z:", "z_graph, fused, text_only, image_only, concat"]),
         (["--node", "001", "--top_k", "0"], ["--top_k/--top-k:", " 0"]),
         (["--node", "001", "--nodes", "gone.csv"], ["gone.csv"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import loss_difference, newest, same_state, settings
-from launches import REPOSITORY, ZERO3, launch
+from launches import REPOSITORY, ZERO3, launch, run_warm
 from safetensors.torch import load_file
 
 FLOAT32 = "--mixed_precision no"

@@ -16,12 +16,12 @@ import pytest
 import targets
 import torch.distributed as dist
 from conftest import LOSSES, PACKAGE, line_with, lines_with, read_metrics, settings, stop_lines
-from launches import REPOSITORY, launch_command, run
+from launches import REPOSITORY, TESTS, launch_command, run
 
 from mmgraph.distributed.signals import StopRequest
 
-LAUNCHED = str(Path(__file__).parent / "faults/launched.py")  # launch.py with FAULTS
-TESTS_PATH = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+LAUNCHED = str(TESTS / "faults/launched.py")  # launch.py with FAULTS
+TESTS_PATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
 ZERO2 = "deepspeed_zero2.yaml --num_processes 2 --mixed_precision no"
 
 

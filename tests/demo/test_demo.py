@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import tree
 from PIL import Image
-from test_trainer import tree
 
 from mmgraph.cli import main, train_main
 from mmgraph.data.tables import read_edges, read_nodes

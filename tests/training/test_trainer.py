@@ -1,7 +1,6 @@
 """Runs in this process: files, resume, refusals, stops."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from conftest import (
     read_metrics,
     settings,
     stop_lines,
+    tree,
 )
 from launches import REPOSITORY
 
@@ -50,15 +50,6 @@ LOSSES = ("loss", "loss_mm", "loss_graph")
 
 def losses(output: Path) -> list[list[float]]:
     return [[row[name] for name in LOSSES] for row in read_metrics(output)]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file and its bytes' hash."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 class FirstStep(NamedTuple):
