@@ -22,6 +22,8 @@ from mmgraph.data.image_source import read_file
 from mmgraph.data.images import decode_picture
 from mmgraph.demo.towers import build_towers
 
+pytest_plugins = ["pages"]  # fixtures of the report's tests
+
 PACKAGE = f"{REPOSITORY / 'mmgraph'}/"  # how the paths of its files begin in a traceback
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]
 

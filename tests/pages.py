@@ -1,0 +1,150 @@
+"""Report pages in a real browser, and runs of several kinds to report on."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import settings
+from launches import launch
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+MAX_BYTES = 10_000_000
+
+
+LOOKS = [(width, scheme) for width in (390, 1600) for scheme in ("light", "dark")]
+
+
+# Pictures of the map are drawn on a canvas: each is decoded here once more, to see that it is whole.
+PICTURES = """async () => {
+  const sources = [...document.images].map((image) => image.src);
+  for (const root of Bokeh.documents.flatMap((document) => document.roots()))
+    for (const renderer of root.renderers)
+      if (renderer.data_source.columns().includes("picture"))
+        sources.push(...[...renderer.data_source.get("picture")].filter((uri) => uri));
+  const failed = [];
+  for (const source of sources) {
+    const image = new Image();
+    image.src = source;
+    try { await image.decode(); } catch (error) { failed.push(source.slice(0, 80)); }
+  }
+  const shown = [...document.images].filter((image) => !image.complete || !image.naturalWidth);
+  return [sources.length, failed.length + shown.length];
+}"""
+
+
+# Text that is too small, or too like what it stands on (WCAG 2's contrast ratio), and what is wider than the window.
+READABLE = """() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parts(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0] : [255, 255, 255];
+  };
+  const bad = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || ["SCRIPT", "STYLE"].includes(element.tagName)) continue;
+    if (!element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [light(parts(style.color)), light(ground(element))].sort((x, y) => y - x);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (parseFloat(style.fontSize) < 12 || contrast < 4.5)
+      bad.push([walker.currentNode.data.trim().slice(0, 40), style.fontSize, contrast]);
+  }
+  for (const table of document.querySelectorAll("table")) {
+    const box = table.parentElement;
+    const inside = box.getBoundingClientRect().right <= innerWidth + 1;
+    const scrolls = ["auto", "scroll"].includes(getComputedStyle(box).overflowX);
+    if (!inside || (box.scrollWidth > box.clientWidth + 1 && !scrolls)) bad.push(["table", table.dataset.table]);
+  }
+  if (document.documentElement.scrollWidth > innerWidth) bad.push(["page", document.documentElement.scrollWidth]);
+  return bad;
+}"""
+
+
+# The points of a chart, by the chart's name: of each line its label, steps and values.
+LINES = """() => Object.fromEntries(Bokeh.documents.flatMap((document) => document.roots()).map((root) => [root.name,
+  root.renderers.filter((renderer) => renderer.name).map((renderer) =>
+    [renderer.name, [...renderer.data_source.get_array("step")], [...renderer.data_source.get_array("value")]])]))"""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # of root, in containers
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page in a window without a network, and what it said and asked for."""
+
+    def __init__(self, browser: Browser, path: Path, width: int = 1600, scheme: Any = "light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        self.page: Page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: message.type in ("error", "warning") and self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.absolute().as_uri())
+        self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        self.page.wait_for_timeout(300)
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    def check(self) -> int:
+        """Nothing is said or asked for, all is readable, all pictures are there. Returns how many."""
+        count, failed = self.page.evaluate(PICTURES)
+        assert not self.said and failed == 0
+        assert [url for url in self.asked if not url.startswith("data:")] == [self.page.url]
+        assert self.page.evaluate(READABLE) == []
+        return int(count)
+
+    def table(self, name: str, number: int = 0) -> list[list[str]]:
+        """The cells of a table's body."""
+        table = self.page.locator(f"table[data-table={name}]").nth(number)
+        return [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
+
+    def numbers(self, place: str) -> list[str]:
+        """The numbers in the first note of a section."""
+        return re.findall(r"\d+(?:,\d+)*", self.page.locator(f"#{place} .note").first.inner_text())
+
+
+def check_page(browser: Browser, path: Path) -> None:
+    """As a phone and as a wide screen show it, light and dark."""
+    assert path.stat().st_size < MAX_BYTES
+    for width, scheme in LOOKS:
+        with Opened(browser, path, width, scheme) as opened:
+            opened.check()
+
+
+@pytest.fixture(scope="session")
+def runs(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of many kinds on the tiny graph: evaluated, not evaluated, of one epoch, and on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, config, flags in (
+        ("evaluated", "cpu.yaml", ["--max_steps=30", "--eval_fraction=0.1", "--eval_every=10"]),
+        ("plain", "cpu.yaml", ["--epochs=1", "--learning_rate=3e-3"]),
+        ("ranks", "cpu_2proc.yaml", ["--max_steps=30", "--eval_fraction=0.1"]),
+    ):
+        launch(config, *settings(graph, folder / name, "--report", "--report_to=none", *flags))
+    return folder

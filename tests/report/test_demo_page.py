@@ -1,0 +1,159 @@
+"""The demo's report in a browser, and its values against the files they are from."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import read_metrics
+from launches import launch
+from pages import LINES, LOOKS, MAX_BYTES, Opened
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+from mmgraph.cli import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The README's demo: a folder with data/demo and runs/demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    launch("cpu.yaml", "--demo", "--eval_every=200", cwd=folder)
+    return folder
+
+
+def test_the_demo_in_a_browser(demo: Path, browser: Browser) -> None:
+    path = demo / "runs/demo/report.html"
+    assert path.stat().st_size < MAX_BYTES
+    for width, scheme in LOOKS:
+        with Opened(browser, path, width, scheme) as opened:
+            assert opened.check() > 1906 + 12 * 5  # the map's, and the gallery's
+            box = opened.page.locator(".chart.map").bounding_box()
+            assert box is not None and box["width"] <= width and box["height"] >= 400
+            colours = Image.open(_screenshot(opened.page, demo / "map.png")).convert("RGB").getcolors(1 << 20)
+            assert colours is None or len(colours) > 1000  # pictures, not dots
+            ground = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (max(map(int, re.findall(r"\d+", ground))) < 60) == (scheme == "dark")
+
+
+def _screenshot(page: Page, path: Path) -> Path:
+    page.locator(".chart.map").screenshot(path=path)
+    return path
+
+
+def test_a_picture_is_told_under_the_pointer(demo: Path, browser: Browser) -> None:
+    with Opened(browser, demo / "runs/demo/report.html") as opened:
+        chart = opened.page.locator(".chart.map")
+        chart.scroll_into_view_if_needed()
+        place = opened.page.evaluate("""() => {
+          const root = Bokeh.documents.flatMap((d) => d.roots()).find((root) => root.name === "map-0");
+          const source = root.renderers.map((one) => one.data_source)
+            .find((one) => one.columns().includes("picture") && one.get("picture").length);
+          const [x, y] = ["x", "y"].map((name) => source.get_array(name));
+          const far = x.map((_, i) => Math.min(...x.map((_, j) => i === j ? 9 : Math.hypot(x[i] - x[j], y[i] - y[j]))));
+          const one = far.indexOf(Math.max(...far));  // of a picture that no other covers
+          const frame = Bokeh.index.find_one(root).frame;
+          const [left, top] = [frame.bbox.left + frame.x_scale.compute(x[one]), frame.y_scale.compute(y[one])];
+          return [left, top, source.get("name")[one]];
+        }""")
+        box = chart.bounding_box()
+        assert box is not None
+        opened.page.mouse.move(box["x"] + place[0], box["y"] + place[1])
+        opened.page.wait_for_timeout(500)
+        texts = opened.page.evaluate("""() => {
+          const found = [];
+          const walk = (root) => { for (const element of root.querySelectorAll("*")) {
+            if (element.shadowRoot) walk(element.shadowRoot);
+            if (element.classList.contains("bk-Tooltip") || element.localName.includes("tooltip"))
+              found.push((element.shadowRoot ?? element).textContent); } };
+          walk(document);
+          return found;
+        }""")
+        assert any(place[2] in text for text in texts), (place, texts)
+        opened.check()
+
+
+def test_values_are_those_of_the_files(demo: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts against metrics.jsonl; tables against ``mmgraph evaluate``; settings against config.yaml."""
+    monkeypatch.chdir(demo)
+    assert main(["evaluate", "runs/demo", "--json", "table.json"]) == 0
+    table, rows = json.loads((demo / "table.json").read_text()), read_metrics(demo / "runs/demo")
+    steps = [row for row in rows if row["step"] > 0]
+    evaluations = [row for row in rows if "eval/z_graph/mrr" in row]
+    assert [row["step"] for row in evaluations] == [0, 200, 400, 600, 768]
+    with Opened(browser, demo / "runs/demo/report.html") as opened:
+        lines = opened.page.evaluate(LINES)
+        for name in ("loss", "loss_mm", "loss_graph", "lr", "edges_per_s", "data_wait_s", "grad_norm"):
+            [[label, at, values]] = lines[name]
+            assert label == "demo" and at == [row["step"] for row in steps], name
+            assert values == [row[name] for row in steps], name
+        for metric in ("mrr", "hits@1", "hits@3", "hits@10"):
+            drawn = {label: (at, values) for label, at, values in lines[f"eval/{metric}"]}
+            assert set(drawn) == {"z_graph", "fused", "text_only", "image_only", "concat", "random"}
+            for label, (at, values) in drawn.items():
+                assert at == [row["step"] for row in evaluations]
+                assert values == [row[f"eval/{label}/{metric}"] for row in evaluations], label
+        shown = opened.table("evaluation")
+        assert [row[0] for row in shown] == list(table["embeddings"])
+        for name, *cells in shown:
+            values = [table["embeddings"][name][metric] for metric in ("mrr", "hits@1", "hits@3", "hits@10")]
+            values += [table["sampled"][name][metric] for metric in ("mrr", "hits@10")]
+            assert cells == [f"{value:.4f}" for value in values], name
+        relations = {row[0]: row[1:] for row in opened.table("relations")}
+        assert set(relations) == set(table["relations"])
+        for name, (edges, *cells) in relations.items():
+            values = table["relations"][name]
+            assert edges == f"{values['edges']:,}"
+            assert cells == [f"{values[kind]:.4f}" for kind in table["embeddings"]], name
+        assert {row[0]: row[1] for row in opened.table("settings")}["learning_rate"] == "0.001"
+        assert opened.table("images") == [["whole", "1,906", ""]]
+        text = opened.page.locator("main").inner_text()
+        assert f"R@1 {table['retrieval']['r@1']:.4f}" in text and f"{table['retrieval_shuffled']['r@1']:.4f}" in text
+        [start] = json.loads((demo / "runs/demo/environment.json").read_text())
+        assert start["versions"]["torch"] in text and start["cpu"] in text and start["from_step"] == 0
+
+
+def test_the_gallery_against_brute_force(demo: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    assert main(["encode", "runs/demo", "--features", "z_graph", "--format", "npy"]) == 0
+    vectors = np.load("runs/demo/features/features_z_graph.npy").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nodes = pd.read_csv("data/demo/nodes.csv", dtype=str, keep_default_na=False)
+    rows = {node_id: row for row, node_id in enumerate(nodes["node_id"])}
+    edges = {name: pd.read_csv(f"data/demo/{name}.csv", dtype=str) for name in ("edges", "eval_edges")}
+    pairs = {name: set(zip(table["src_id"], table["dst_id"], strict=True)) for name, table in edges.items()}
+    assert main(["report", "runs/demo", "--output", "asked.html", "--node", "cat face", "--text", "a red apple"]) == 0
+    with Opened(browser, demo / "asked.html") as opened:
+        entries = opened.page.locator("article").all()
+        assert len(entries) == 12
+        assert "cat face" in entries[0].inner_text() and "a red apple" in entries[1].inner_text()
+        assert entries[1].locator(".node .id").inner_text() not in rows  # it is not in the graph
+        for entry in [entries[0], *entries[2:]]:
+            node_id = entry.locator(".node .id").inner_text()
+            row = rows[node_id]
+            scores = vectors @ vectors[row]
+            scores[row] = -2
+            found = [title.rsplit("(", 1)[1][:-1] for title in
+                     (name.get_attribute("title") or "" for name in entry.locator("li .name").all())]  # fmt: skip
+            assert len(found) == 8
+            assert scores[[rows[other] for other in found]] == pytest.approx(np.sort(scores)[::-1][:8], abs=1e-6)
+            told = entry.locator("li .similarity").all_inner_texts()
+            assert told == [f"{scores[rows[other]]:.3f}" for other in found]
+            for item, other in zip(entry.locator("li").all(), found, strict=True):
+                both = {(node_id, other), (other, node_id)}
+                edge = "trained" if both & pairs["edges"] else "held out" if both & pairs["eval_edges"] else ""
+                assert "".join(item.locator(".edge").all_inner_texts()) == edge
+        opened.check()
+
+
+def test_it_is_the_same_at_the_runs_end_and_later(demo: Path, browser: Browser, monkeypatch: Any) -> None:
+    monkeypatch.chdir(demo)
+    assert main(["report", "--output", "later.html"]) == 0  # of the run below runs/ that ended last
+    texts = []
+    for path in (demo / "runs/demo/report.html", demo / "later.html"):
+        with Opened(browser, path) as opened:
+            texts.append(re.sub(r"Written [^.]*\.", "", opened.page.locator("body").inner_text()))
+    assert texts[0] == texts[1]

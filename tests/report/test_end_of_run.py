@@ -1,0 +1,128 @@
+"""The report that a run writes when it ends: to disk, to trackers; failures and signals there."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+import targets
+from conftest import settings
+from launches import REPOSITORY, launch, run_warm
+from targets import EMBED_SHARD_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
+
+from mmgraph.cli import train_main
+
+
+def test_trackers_get_the_figures(graph: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    launch("cpu.yaml", *settings(graph, tmp_path / "run", "--report", "--report_to=all", "--max_steps=20",
+                                 "--eval_fraction=0.1"))  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0, "tensors": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"report/map", "report/gallery"}
+    [gallery] = events.Images("report/gallery")
+    assert gallery.step == 20 and gallery.height == 12 * 100 and gallery.width == 925
+    texts = [tag for tag in events.Tags()["tensors"] if tag.startswith("report/")]
+    assert [tag.partition("/text_summary")[0] for tag in texts] == ["report/nearest"]  # no relations in this table
+    media = [path for path in (tmp_path / "run/wandb").glob("offline-*/files/media/**/*") if path.is_file()]
+    assert {path.name.split("_")[0] for path in media} == {"map", "gallery", "nearest", "page"}
+    page = next(path for path in media if path.name.startswith("page"))
+    assert "report.html" not in page.name and page.read_text() == (tmp_path / "run/report.html").read_text()
+
+
+def test_a_report_that_fails_fails_no_run(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("for the test")
+
+    monkeypatch.setattr(WRITE_PAGE, fail)
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "ValueError: for the test" in line]
+    assert f"mmgraph report {tmp_path / 'run'}" in line and not (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
+
+
+def test_few_steps_embed_no_graph(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=1", "--report")) == 0  # 24 ends of 40 nodes
+    assert capsys.readouterr().out.count(f"mmgraph report {tmp_path / 'run'}") == 1
+    assert not made and not (tmp_path / "run/report.html").exists()
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", "--report")) == 0  # 48 ends
+    assert len(made) == 1
+
+
+def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Path) -> None:
+    """Rank 1 cannot import what a report needs, or fails to embed its nodes: both ranks end well, with one line."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, runpy, sys\nimport pytest\nwhat = sys.argv.pop(1)\n"
+        "if os.environ['RANK'] == '1' and what == 'import':\n    sys.modules['bokeh'] = None\n"
+        "if os.environ['RANK'] == '1' and what == 'embed':\n"
+        f"    pytest.MonkeyPatch().setattr({EMBED_SHARD_OF_REPORT!r}, lambda *_: 1 / 0)\n"
+        f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
+    )
+    for what, told in (("import", "ModuleNotFoundError"), ("embed", "ZeroDivisionError")):
+        done = run_warm(
+            [str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")], "cpu_2proc.yaml"
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        [line] = [line for line in done.stdout.splitlines() if f"mmgraph report {tmp_path / what}" in line]
+        assert f"rank 1: {told}" in line and "Traceback" not in done.stderr
+        assert (tmp_path / what / "checkpoints/multimodal_encoder_final.pt").is_file()
+
+
+def test_a_run_that_is_asked_to_stop_makes_no_report(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the signal comes in the last save, when all steps are done."""
+    save = resolve_name(targets.SAVE)
+    made: list[object] = []
+
+    def stopped(self: Any) -> None:
+        save(self)
+        if targets.finished(self) and not targets.stop_requested(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    monkeypatch.setattr(targets.SAVE, stopped)
+    monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
+    assert str(tmp_path / "run/checkpoints/multimodal_encoder_final.pt") in capsys.readouterr().out
+    assert not made and not (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_report(graph: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """At once, with all of the run saved, and nothing half written."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import runpy, time\nimport pytest\n"
+        "slow = lambda *_: (print('reporting', flush=True), time.sleep(60))\n"
+        f"pytest.MonkeyPatch().setattr({WRITE_PAGE!r}, slow)\n"
+        f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, str(script), *settings(graph, tmp_path / "run", "--max_steps=20", "--report")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("reporting"):
+            break
+    sent = time.monotonic()
+    os.kill(process.pid, number)
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 0 and time.monotonic() - sent < 10
+    [line] = [line for line in rest.splitlines() if f"mmgraph report {tmp_path / 'run'}" in line]
+    assert "Error" not in line and "Traceback" not in rest
+    assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
+    assert not list((tmp_path / "run").glob("*report*"))

@@ -1,0 +1,168 @@
+"""Pages of runs of every kind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import graph_files, read_metrics, settings
+from launches import launch
+from pages import LINES, Opened, check_page
+from PIL import Image
+from playwright.sync_api import Browser
+
+from mmgraph.cli import main
+from mmgraph.demo.towers import build_towers
+from mmgraph.report.history import read_run
+
+
+def test_a_run_without_evaluation_and_of_one_epoch(runs: Path, browser: Browser) -> None:
+    check_page(browser, runs / "plain/report.html")
+    with Opened(browser, runs / "plain/report.html") as opened:
+        text = opened.page.locator("#held-out").inner_text()
+        assert "plain" in text and "--eval_fraction" in text and "--eval_edges" in text
+        assert opened.numbers("map")[:2] == ["40", "40"]  # all nodes, with their picture
+        assert "1 of 1" in opened.page.locator(".tiles dd").all_inner_texts()  # epochs
+        assert not opened.page.locator("table[data-table=evaluation]").count()
+
+
+def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "both.html"
+    assert main(["report", str(runs / "evaluated"), str(runs / "plain"), "--output", str(path)]) == 0
+    check_page(browser, path)
+    with Opened(browser, path) as opened:
+        lines = opened.page.evaluate(LINES)
+        for name, own in (("evaluated", 0), ("plain", 1)):
+            label, at, values = lines["loss"][own]
+            rows = [row for row in read_metrics(runs / name) if "loss" in row]
+            assert (label, at, values) == (name, [row["step"] for row in rows], [row["loss"] for row in rows])
+        maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
+        assert len(maps) == 2 and maps[0] and maps[1] and maps[0]["y"] == maps[1]["y"]  # side by side
+        rows = {row[0]: row[1:] for row in opened.table("settings")}
+        assert list(rows)[:3] == [name for name in rows if rows[name][0] != rows[name][1]][:3]  # what differs is first
+        assert rows["learning_rate"] == ["0.001", "0.003"]
+    with Opened(browser, path, 390) as opened:
+        maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
+        assert maps[0] and maps[1] and maps[0]["y"] < maps[1]["y"]  # one below the other
+
+
+def test_over_ranks(runs: Path, browser: Browser) -> None:
+    """The same nearest nodes as one process finds."""
+
+    pages = {}
+    for name in ("evaluated", "ranks"):
+        with Opened(browser, runs / name / "report.html") as opened:
+            pages[name] = opened.page.locator("article ol").all_inner_texts()
+            opened.check()
+    assert pages["evaluated"] == pages["ranks"]
+    [start] = json.loads((runs / "ranks/environment.json").read_text())
+    assert start["processes"] == 2
+
+
+def test_a_graph_without_images(graph: Path, browser: Browser, tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
+    nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
+    nodes["image_path"] = None
+    nodes.to_csv(folder / "nodes.csv", index=False)
+    launch("cpu.yaml", *settings(folder, tmp_path / "run", "--max_steps=20", "--report"))
+    check_page(browser, tmp_path / "run/report.html")
+    with Opened(browser, tmp_path / "run/report.html") as opened:
+        assert opened.table("images")[0][:2] == ["no image path", "40"]
+        assert opened.numbers("map")[:2] == ["40", "0"]  # all nodes, with their picture
+        assert opened.page.locator(".no-picture").count() >= 12 and not opened.page.locator("img").count()
+
+
+def test_bad_images_are_told_by_cause(graph: Path, browser: Browser, tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
+    (folder / "images/3.png").unlink()
+    (folder / "images/8.png").write_text("no picture")
+    whole = (folder / "images/9.png").read_bytes()
+    (folder / "images/9.png").write_bytes(whole[: len(whole) // 2])
+    launch("cpu.yaml", *settings(folder, tmp_path / "run", "--max_steps=20", "--report"))
+    with Opened(browser, tmp_path / "run/report.html") as opened:
+        found = {row[0]: row[1:] for row in opened.table("images")}
+        assert {name: cells[0] for name, cells in found.items()} == {
+            "whole": "37", "file not found": "1", "unreadable": "1", "truncated": "1",
+        }  # fmt: skip
+        assert found["file not found"][1] == "003: images\\3.png"
+        opened.check()
+
+
+def test_colours_are_a_runs_own(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """Also where the first of several runs has evaluated nothing; and the dashed line is the one that is told."""
+    path = tmp_path / "page.html"
+    assert main(["report", *(str(runs / name) for name in ("plain", "evaluated", "ranks")), "--output", str(path)]) == 0
+    with Opened(browser, path) as opened:
+        style = "(all) => all.map((one) => [one.innerText.trim(), one.querySelector('span').style.borderTopColor])"
+        of_ranks = dict(opened.page.locator("#held-out .legend li").evaluate_all(style))
+        of_runs = dict(opened.page.locator("#training .legend li").evaluate_all(style))
+        for label, colour in of_ranks.items():
+            assert colour == of_runs[label.partition(":")[0]]
+        lines = opened.page.evaluate(LINES)
+        for metric in ("mrr", "hits@1", "hits@3", "hits@10"):
+            assert [label for label, *_ in lines[f"eval/{metric}"]] == list(of_ranks)
+        opened.check()
+
+
+def test_a_running_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """Its last row is half written; its newest checkpoint is of an epoch."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "evaluated", copy)
+    (copy / "checkpoints/multimodal_encoder_final.pt").unlink()
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text[: text.rindex('"loss_mm"')])
+    assert main(["report", str(copy)]) == 0
+    with Opened(browser, copy / "report.html") as opened:
+        assert opened.page.evaluate(LINES)["loss"][0][1] == list(range(1, 30))
+        assert "multimodal_encoder_epoch_2.pt" in opened.page.locator("#map").inner_text()
+        opened.check()
+
+
+def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """100,000 steps: the page says that a point is a mean, and stays small."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "plain", copy)
+    row = read_metrics(copy)[0]
+    generator = np.random.default_rng(0)
+    losses = generator.random(100_000)
+    with (copy / "metrics.jsonl").open("w") as file:
+        for step, loss in enumerate(losses, 1):
+            file.write(json.dumps({**row, "step": step, "loss": float(loss)}) + "\n")
+    assert len(read_run(copy).steps["loss"]) == 100_000
+    assert main(["report", str(copy)]) == 0
+    assert (copy / "report.html").stat().st_size < 5_000_000
+    with Opened(browser, copy / "report.html") as opened:
+        [[_, at, values]] = opened.page.evaluate(LINES)["loss"]
+        assert at == list(range(100, 100_001, 100))
+        assert values == pytest.approx(losses.reshape(-1, 100).mean(axis=1), rel=1e-9)
+        assert opened.numbers("training") == ["100"]  # steps that a point is the mean of
+
+
+@pytest.mark.slow
+def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
+    """A real run of 200,000 nodes with pictures that do not compress: below 10 MB, and the sample is stated."""
+    folder, count = graph_files(tmp_path / "graph"), 200_000
+    generator = np.random.default_rng(0)
+    for number in range(400):
+        noise = generator.integers(0, 255, (120, 120, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"images/noise{number}.png")
+    words = generator.choice(["red", "green", "blue", "small"], (count, 6))
+    rows = [(str(i), f"node {i}", " ".join(words[i]), f"images/noise{i % 400}.png") for i in range(count)]
+    pd.DataFrame(rows, columns=["node_id", "short_name", "summary", "image_path"]).to_csv(
+        folder / "nodes.csv", index=False
+    )
+    ends = generator.integers(0, count, (400_000, 2))
+    pd.DataFrame(ends.astype(str), columns=["src_id", "dst_id"]).to_csv(folder / "edges.csv", index=False)
+    build_towers(folder / "towers", ["red", "green", "blue", "small", "node 0 1 2 3 4 5 6 7 8 9"])
+    train = settings(folder, tmp_path / "run", "--max_steps=200", "--global_batch_size=1024", "--report")
+    launch("cpu.yaml", *train)
+    check_page(browser, tmp_path / "run/report.html")
+    size = (tmp_path / "run/report.html").stat().st_size
+    with Opened(browser, tmp_path / "run/report.html") as opened:
+        shown, total, seed, pictures = opened.numbers("map")[:4]
+        assert (shown, total, seed) == ("2,000", "200,000", "42") and opened.numbers("gallery")[0] == "200,000"
+    print(f"{size / 1e6:.1f} MB, {pictures} of 2,000 with their picture")
