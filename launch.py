@@ -1,4 +1,4 @@
-"""Train: ``accelerate launch [--config_file accelerate_configs/X.yaml] launch.py [--flags]``; see ``--help``."""
+"""Train with ``accelerate launch [--config_file accelerate_configs/X.yaml] launch.py [--flags]`` (see ``--help``)."""
 
 from mmgraph.cli import leave, train_main
 

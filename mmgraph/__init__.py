@@ -1,11 +1,11 @@
-"""mmgraph trains multimodal graph node encoders at any scale; ``accelerate launch launch.py`` is where to begin."""
+"""mmgraph trains multimodal graph node encoders; start with ``accelerate launch launch.py``."""
 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"  # pyproject.toml reads it from here
+__version__ = "0.1.0"  # read by pyproject.toml
 
-_HOMES = {
+_MODULES = {
     "CrossAttentionFusion": "mmgraph.models.cross_attention_fusion",
     "GraphEdgeDataset": "mmgraph.loader.graph_edge_dataset",
     "InferenceCollator": "mmgraph.loader.inference_collator",
@@ -17,11 +17,11 @@ _HOMES = {
     "load_pretrained_encoder": "mmgraph.inference.pretrained",
     "log": "mmgraph.utils.log",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is asked for: a wrong flag is told before torch is loaded."""
-    if name not in _HOMES:
+    """Import a public name when it is accessed, so that a wrong flag is reported before torch is loaded."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'mmgraph' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""``python -m mmgraph VERB``, and so ``accelerate launch -m mmgraph VERB``."""
+"""Entry point of ``python -m mmgraph VERB`` and ``accelerate launch -m mmgraph VERB``."""
 
 from mmgraph.cli import leave, main
 

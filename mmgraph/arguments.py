@@ -1,4 +1,4 @@
-"""The command line of a run: flags and YAML to a :class:`~mmgraph.config.Config`."""
+"""Parse the command line of a run: flags and YAML to a :class:`~mmgraph.config.Config`."""
 
 import copy
 import dataclasses
@@ -26,20 +26,23 @@ DEMO_SETTINGS: dict[str, Any] = {
     "proj_dim": 128,
     "epochs": 4,
     "learning_rate": 1e-3,
-    "num_workers": 0,  # 72-pixel images, all of them cached: workers would only cost their start
+    "num_workers": 0,  # 72-pixel images, all cached: workers would only add their start-up time
     "cache_size": 2048,
 }
 
 
 class _Parser(HfArgumentParser):
-    """Flags from the dataclass; a wrong one is a :class:`UserError` instead of a usage dump."""
+    """Parses the flags of the dataclass; raises :class:`UserError` on a wrong flag instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
-        """Add a field's flag. The base class passes all metadata to ``add_argument``, which rejects other keys."""
+        """Add the flag of a field.
+
+        The base class passes all metadata to ``add_argument``, which rejects unknown keys, so other keys are removed.
+        """
         field = copy.copy(field)
         field.metadata = {key: field.metadata[key] for key in ("help", "aliases")}  # type: ignore[assignment]
         HfArgumentParser._parse_dataclass_field(parser, field)
@@ -57,12 +60,12 @@ class _Parser(HfArgumentParser):
     def show_help(self, every_flag: bool) -> None:
         for action in self._actions:
             if action.option_strings[0].startswith("--no_"):
-                action.help = "leave that out"
+                action.help = "turn off the flag above"
             if not every_flag and action.dest not in {*COMMON, "help", "help_all", "config"}:
                 action.help = SUPPRESS
             if action.default is None or action.default is False:
-                action.default = SUPPRESS  # "(default: None)" says nothing
-            action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]  # --a-b is the same as --a_b
+                action.default = SUPPRESS  # do not print "(default: None)"
+            action.option_strings = [o for o in action.option_strings if "-" not in o[2:]]  # hide the alias --a-b
         self.print_help()
 
 
@@ -72,10 +75,10 @@ def _build_parser() -> _Parser:
         add_help=False,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [--flags]",
-        description="Train a multimodal graph node encoder. Flags may be written with - or _.",
+        description="Train a multimodal graph node encoder. Flags can be written with dashes or underscores.",
     )
     parser._optionals.title = "start"
-    parser.add_argument("--config", metavar="FILE", help="YAML of flags and values; flags given beside it win")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it")
     parser.add_argument("--help", action="store_true", default=False, help="show the common flags")
     parser.add_argument("--help_all", "--help-all", action="store_true", default=False, help="show all flags")
     parser._add_dataclass_arguments(Config)  # type: ignore[arg-type]
@@ -90,7 +93,7 @@ def _build_parser() -> _Parser:
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings by name as flags; those that are None are left out."""
+    """Return settings by name as command-line flags; settings that are None are skipped."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
@@ -104,7 +107,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: must hold 'flag: value' lines, not a {type(settings).__name__}")
+        raise UserError(f"--config {path}: must contain 'flag: value' lines, not a {type(settings).__name__}")
     known = {field.name for field in dataclasses.fields(Config)} | {"batch_size"}
     for name, value in settings.items():
         if name not in known:
@@ -116,35 +119,39 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def config_of(settings: Mapping[str, Any]) -> Config:
-    """Settings by name, as a file has them; those that are None are left out. Raises :class:`UserError` on bad ones."""
-    given = _build_parser().parse(as_arguments(settings))
-    return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
+    """Build a Config from settings by name, as read from a YAML file; settings that are None keep their defaults.
+
+    Raises:
+        UserError: an unknown name or an invalid value.
+    """
+    parsed = _build_parser().parse(as_arguments(settings))
+    return Config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Config)})
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """Build the settings from command-line arguments (and the YAML that ``--config`` names).
+    """Build the settings from command-line arguments and the YAML file of ``--config``.
 
     Raises:
         UserError: an unknown or malformed flag, key or file.
-        SystemExit: after ``--help`` and ``--help_all``.
+        SystemExit: after ``--help`` or ``--help_all``.
     """
     parser = _build_parser()
-    given = parser.parse(arguments)
-    if given.help or given.help_all:
+    parsed = parser.parse(arguments)
+    if parsed.help or parsed.help_all:
         if is_main_process():
-            parser.show_help(given.help_all)
+            parser.show_help(parsed.help_all)
         raise SystemExit(0)
     from_file: list[str] = []
-    if given.config is not None:
-        from_file = as_arguments(_read_yaml(given.config))
+    if parsed.config is not None:
+        from_file = as_arguments(_read_yaml(parsed.config))
         try:
             parser.parse(from_file)
         except UserError as error:
-            raise UserError(f"--config {given.config}: {error}") from None
-    given = parser.parse(from_file + arguments)
-    if given.demo:
-        demo = {**DEMO_SETTINGS, "eval_edges": None} if given.eval_fraction else DEMO_SETTINGS
-        given = parser.parse(as_arguments(demo) + from_file + arguments)
-        if given.nodes != DEMO_SETTINGS["nodes"] or given.edges != DEMO_SETTINGS["edges"]:
-            raise UserError("--demo trains on the demo graph: leave out --nodes and --edges, or leave out --demo")
-    return Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
+            raise UserError(f"--config {parsed.config}: {error}") from None
+    parsed = parser.parse(from_file + arguments)
+    if parsed.demo:
+        demo = {**DEMO_SETTINGS, "eval_edges": None} if parsed.eval_fraction else DEMO_SETTINGS
+        parsed = parser.parse(as_arguments(demo) + from_file + arguments)
+        if parsed.nodes != DEMO_SETTINGS["nodes"] or parsed.edges != DEMO_SETTINGS["edges"]:
+            raise UserError("--demo trains on the demo graph: remove --nodes and --edges, or remove --demo")
+    return Config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Config)})

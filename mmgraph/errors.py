@@ -1,16 +1,16 @@
-"""The one exception that stands for something the user can mend."""
+"""Errors the user can fix."""
 
 
 class UserError(Exception):
-    """Wrong usage or bad input: shown as one line, exit code 2, never with a traceback.
+    """Wrong usage or bad input: printed as one line without a traceback, with exit code 2.
 
-    The message says what is wrong, where (file, line), and what to do.
+    The message must contain what is wrong, where (file, line), and what to do.
     """
 
     exit_code = 2
 
 
 class RunError(UserError):
-    """A run that fails through no fault of the command's (a full disk, a rank that is lost): exit code 1."""
+    """A run that fails although its command is correct, for example on a full disk or a lost rank: exit code 1."""
 
     exit_code = 1

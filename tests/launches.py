@@ -161,8 +161,8 @@ def warm_server(deepspeed: bool) -> Iterator[Any]:
 
 
 @cache
-def _pool(deepspeed: bool) -> "queue.Queue[subprocess.Popen[str] | None]":
-    pool: queue.Queue[subprocess.Popen[str] | None] = queue.Queue()
+def _pool(deepspeed: bool) -> "queue.LifoQueue[subprocess.Popen[str] | None]":
+    pool: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()  # one that was started comes first
     for _ in range(PARALLEL_RUNS):
         pool.put(None)
     return pool

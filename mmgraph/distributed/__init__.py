@@ -1,1 +1,1 @@
-"""The processes of a launch: the Accelerator, collectives, DeepSpeed, signals."""
+"""The processes of a launch: Accelerator, collectives, DeepSpeed, signals."""

@@ -1,4 +1,4 @@
-"""Agreement between ranks: work that all do or one does, and failures that all learn of."""
+"""Run functions on all ranks or on the main process, and propagate failures to all ranks."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +22,14 @@ SYNC_SECONDS = 5
 
 
 def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call ``function`` on every rank; where it fails on one, fail on all, so that none waits for ever.
+    """Call ``function`` on every rank. If it fails on one rank, raise on all, so that no rank waits forever.
+
+    Returns:
+        The result of this rank's call.
 
     Raises:
-        UserError: naming the rank, on ranks where the call itself went well. A rank's own error is raised there as is.
+        UserError: the call failed on another rank; the message names the rank. A rank whose own call failed raises the
+            original error.
     """
     error: Exception | None = None
     try:
@@ -33,8 +37,8 @@ def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result])
     except Exception as caught:
         error = caught
     text = None if error is None else str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    own = text, getattr(error, "exit_code", 1)
-    failures = [own] if accelerator.num_processes == 1 else gather_object([own])
+    outcome = text, getattr(error, "exit_code", 1)
+    failures = [outcome] if accelerator.num_processes == 1 else gather_object([outcome])
     if error is not None:
         raise error
     for rank, (failure, code) in enumerate(failures):
@@ -44,7 +48,10 @@ def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result])
 
 
 def broadcast_from_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """What ``function`` returns on the main process, on every rank; its failure is every rank's."""
+    """Call ``function`` on the main process and return its result on every rank.
+
+    If the call fails, every rank raises (see :func:`raise_on_all_ranks`).
+    """
     result = [raise_on_all_ranks(accelerator, function if accelerator.is_main_process else lambda: None)]
     if accelerator.num_processes > 1:
         broadcast_object_list(result)
@@ -52,55 +59,56 @@ def broadcast_from_main_process(accelerator: Accelerator, function: Callable[[],
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> None:
-    """Call ``function`` on the main process alone; its failure is every rank's (see :func:`raise_on_all_ranks`)."""
+    """Call ``function`` on the main process only. If it fails, every rank raises (see :func:`raise_on_all_ranks`)."""
     raise_on_all_ranks(accelerator, function if accelerator.is_main_process else lambda: None)
 
 
 def write_on_main_process(accelerator: Accelerator, folder: Path, write: Callable[[], object]) -> None:
-    """Have the main process write to a run's ``folder``; its failure is every rank's (see :func:`raise_on_all_ranks`).
+    """Call ``write``, which writes to a run's ``folder``, on the main process only. If it fails, every rank raises.
 
     Raises:
-        RunError: what is to be done where the disk is full, or fails.
+        RunError: the disk is full or fails. The message contains the remedy.
     """
 
-    def told() -> None:
+    def write_or_explain() -> None:
         with explain_disk_errors(
-            folder, "what was there stands. Make room, and the same command goes on from the last state"
+            folder, "existing files are intact. Free disk space, then run the same command to resume from the last state"
         ):
             write()
 
-    on_main_process(accelerator, told)
+    on_main_process(accelerator, write_or_explain)
 
 
 def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterator[int]:
-    """Have each rank do work of its own, a few seconds between meetings, so that all learn of a failure at once.
+    """Do this rank's work, and sync with the other ranks every few seconds, so that all learn of a failure early.
 
     Args:
-        counts: does the rank's work, and yields how much of it is done, or 0 where it waits for others.
+        counts: does this rank's work; yields the number of items done since the last yield, or 0 while it waits for
+            other ranks.
 
     Yields:
-        How much of their work the other ranks have done since, until all are done.
+        The number of items that the other ranks have done since the last sync, until all ranks are done.
 
     Raises:
-        UserError: a rank fails; as :func:`raise_on_all_ranks`.
+        UserError: the work of a rank fails (see :func:`raise_on_all_ranks`).
     """
     with closing(_sums_between_syncs(counts)) as work:  # type: ignore[type-var]
         done: list[int | None] = [0]
         while any(count is not None for count in done):
-            own = raise_on_all_ranks(accelerator, lambda: next(work, None))
-            done = gather_object([own])
-            yield sum(filter(None, done)) - (own or 0)
+            own_count = raise_on_all_ranks(accelerator, lambda: next(work, None))
+            done = gather_object([own_count])
+            yield sum(filter(None, done)) - (own_count or 0)
 
 
 def _sums_between_syncs(counts: Iterator[int]) -> Iterator[int]:
-    """Sums of counts over ``SYNC_SECONDS``, sooner where one is 0: how long a rank works before it meets the others.
+    """Yield the sum of ``counts`` every ``SYNC_SECONDS``, or earlier after a count of 0. The rank syncs at each yield.
 
-    Whole shards or blocks would be too long: with large towers one takes minutes where another rank's takes seconds.
+    A sync per shard would be too late: with large towers, a shard can take minutes on one rank and seconds on another.
     """
-    total, begun = 0, time.monotonic()
+    total, start = 0, time.monotonic()
     for count in counts:
         total += count
-        if count == 0 or time.monotonic() - begun > SYNC_SECONDS:
+        if count == 0 or time.monotonic() - start > SYNC_SECONDS:
             yield total
-            total, begun = 0, time.monotonic()
+            total, start = 0, time.monotonic()
     yield total

@@ -1,4 +1,4 @@
-"""The processes of a run: the Accelerator, the checks that it is what was launched, and agreement between ranks."""
+"""Build the Accelerator of a launch, and check that it matches the launch."""
 
 import os
 import time
@@ -23,16 +23,17 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 
 
 def build_accelerator(collective_timeout: float = 600) -> Accelerator:
-    """The Accelerator of this launch.
+    """Build the Accelerator of this launch.
 
     Args:
-        collective_timeout: seconds that a rank waits for the others before it gives up.
+        collective_timeout: seconds that a rank waits for the other ranks before it fails.
 
     Raises:
-        UserError: the launch would train wrongly without a word, such as ranks that each train alone.
+        UserError: the launch does not fit this machine, or would silently train wrongly, such as with ranks that each
+            train alone.
     """
     cpu = not torch.accelerator.is_available()
-    deepspeed = _asked_for("DEEPSPEED")
+    deepspeed = _is_requested("DEEPSPEED")
     _refuse_lone_process()
     if not cpu:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count())
@@ -44,18 +45,18 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         _join(timeout, "gloo" if cpu else "nccl")
     try:
         accelerator = Accelerator(
-            cpu=cpu and not deepspeed,  # Accelerate knows DeepSpeed on GPUs only, and does right without this
+            cpu=cpu and not deepspeed,  # Accelerate ignores DeepSpeed if this is true
             deepspeed_plugin=build_plugin(cpu) if deepspeed else None,
             step_scheduler_with_optimizer=False,
             dataloader_config=DataLoaderConfiguration(
-                split_batches=True,  # the sampler's batches are global: each rank takes its slice
+                split_batches=True,  # the sampler's batches are global; each rank takes its slice
                 even_batches=False,  # repeated edges would be false negatives
                 dispatch_batches=False,
                 non_blocking=True,
             ),
-            # gloo sums in the order of DDP's buckets, and DDP reorders them after its first step unless it looks for
-            # unused parameters: without this a resumed run of 3 or more ranks differs in the last bits. (Two ranks
-            # sum the same in any order, and are spared DDP's warning.)
+            # gloo sums in the order of DDP's buckets, and DDP reorders its buckets after the first step unless it looks
+            # for unused parameters. Without this, a resumed run of 3 or more ranks differs in the last bits. Two ranks
+            # get the same sums in any order, so there the flag stays off to avoid DDP's warning.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=cpu and _launched_processes() > 2),
                 process_group,
@@ -70,10 +71,10 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
 
 
 def _join(timeout: timedelta, backend: str) -> None:
-    """Meet the other ranks in a part of torchrun's store that no earlier start has written to.
+    """Initialize the process group under a prefix of torchrun's store that no earlier start has used.
 
-    torchrun keeps one store over its restarts (``--max_restarts``), where ranks find the addresses of dead ones. So
-    each rank asks rank 0 for the number of this start, under a name that no other start has used.
+    torchrun keeps one store across restarts (``--max_restarts``), and ranks would find the addresses of dead ranks in
+    it. So each rank requests the number of this start from rank 0, under a random key that no other start has used.
     """
     environment = os.environ
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -87,7 +88,7 @@ def _join(timeout: timedelta, backend: str) -> None:
         try:
             start = int(store.get(f"mmgraph/answers/{name}"))
         except dist.DistStoreError:
-            raise UserError(f"rank {rank} heard nothing of rank 0 within --collective_timeout") from None
+            raise UserError(f"rank {rank} got no answer from rank 0 within --collective_timeout") from None
         store.set(f"mmgraph/{start}/{rank}", "is here")
     dist.init_process_group(
         backend, store=dist.PrefixStore(f"mmgraph/{start}", store), rank=rank, world_size=world_size, timeout=timeout
@@ -95,11 +96,14 @@ def _join(timeout: timedelta, backend: str) -> None:
 
 
 def _answer(store: dist.Store, start: int, world_size: int, deadline: float) -> None:
-    """Rank 0's part: answer whoever asks, the dead of an earlier start too, until each rank says that it is here."""
+    """Answer requests on rank 0 until every rank has confirmed this start.
+
+    Requests of dead ranks from an earlier start are answered too.
+    """
     missing = list(range(1, world_size))
     while missing := [rank for rank in missing if not store.check([f"mmgraph/{start}/{rank}"])]:
         if time.monotonic() > deadline:
-            raise UserError(f"rank 0 heard nothing of rank(s) {missing} within --collective_timeout")
+            raise UserError(f"rank 0 got no message from rank(s) {missing} within --collective_timeout")
         for rank in missing:
             if store.check([f"mmgraph/asks/{rank}"]):
                 store.set(f"mmgraph/answers/{store.get(f'mmgraph/asks/{rank}').decode()}", str(start))
@@ -107,7 +111,10 @@ def _answer(store: dist.Store, start: int, world_size: int, deadline: float) -> 
 
 
 def _refuse_lone_process() -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process; the address it sets gives it away."""
+    """Raise :class:`UserError` if several CPU processes were requested and only one was started.
+
+    ``accelerate launch --cpu --num_processes 2`` does this. It sets MASTER_ADDR, but not RANK.
+    """
     environment = os.environ
     if (
         environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
@@ -115,9 +122,9 @@ def _refuse_lone_process() -> None:
         and "RANK" not in environment
     ):
         raise UserError(
-            "the launcher was asked for several CPU processes and started one; use --config_file "
-            "accelerate_configs/cpu_2proc.yaml (with --num_processes N for another number), or unset MASTER_ADDR if "
-            "one process was meant"
+            "several CPU processes were requested, but the launcher started only one; use --config_file "
+            "accelerate_configs/cpu_2proc.yaml (with --num_processes N for another number), or unset MASTER_ADDR to "
+            "run one process"
         )
 
 
@@ -125,16 +132,16 @@ def _launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _asked_for(backend: str) -> bool:
+def _is_requested(backend: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{backend}", "false").lower() == "true"
 
 
 def check_gpus(local_ranks: int, visible: int) -> None:
-    """Raise :class:`UserError` where a host has fewer GPUs than the ranks that were started on it."""
+    """Raise :class:`UserError` if a host has fewer visible GPUs than ranks."""
     if local_ranks > visible:
         raise UserError(
-            f"{local_ranks} processes were started on host {os.uname().nodename}, where {visible} GPUs are visible: "
-            "--num_processes is the total over all machines, so give GPUs x machines (and look at CUDA_VISIBLE_DEVICES)"
+            f"{local_ranks} processes were started on host {os.uname().nodename}, but only {visible} GPUs are visible; "
+            "set --num_processes to the total over all machines (GPUs x machines), and check CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -143,60 +150,60 @@ def _check_world(accelerator: Accelerator) -> None:
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but Accelerate sees {accelerator.num_processes}: each would train "
-            "alone. Use a config of accelerate_configs/"
+            "alone; use a config from accelerate_configs/"
         )
-    asked = [name for name in ("FSDP", "MEGATRON_LM", "TPU") if _asked_for(name)]
-    if asked or accelerator.distributed_type not in SUPPORTED:
-        kind = asked[0] if asked else accelerator.distributed_type.value
-        raise UserError(f"{kind} is not supported; use a config of accelerate_configs/ (data parallel or DeepSpeed)")
-    if _asked_for("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise UserError("DeepSpeed was asked for and is not in use: start with accelerate launch, without --cpu")
+    unsupported = [name for name in ("FSDP", "MEGATRON_LM", "TPU") if _is_requested(name)]
+    if unsupported or accelerator.distributed_type not in SUPPORTED:
+        backend_name = unsupported[0] if unsupported else accelerator.distributed_type.value
+        raise UserError(f"{backend_name} is not supported; use a config from accelerate_configs/ (data parallel or DeepSpeed)")
+    if _is_requested("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed was requested but is not in use: start with accelerate launch, without --cpu")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
-            "gradient_accumulation_steps must be 1: contrastive losses need the whole batch; set --global_batch_size"
+            "gradient_accumulation_steps must be 1: contrastive losses need the full batch; set --global_batch_size"
         )
 
 
 def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> None:
-    """Raise :class:`UserError` where a global batch does not split evenly over ranks, or is larger than the graph."""
+    """Raise :class:`UserError` if a global batch does not divide evenly over the ranks or exceeds the number of edges."""
     if batch_size % num_processes:
         below = batch_size - batch_size % num_processes
         sizes = " or ".join(str(size) for size in (below, below + num_processes) if size)
         raise UserError(
-            f"--global_batch_size {batch_size} does not divide into {num_processes} processes; {sizes} does"
+            f"--global_batch_size {batch_size} is not divisible by the number of processes, {num_processes}; use {sizes}"
         )
     if batch_size > num_edges:
         raise UserError(
             f"--global_batch_size {batch_size} is larger than the graph's {num_edges:,} edges, and incomplete batches "
-            "are dropped; give a smaller one"
+            "are dropped; use a smaller batch"
         )
 
 
 def describe(accelerator: Accelerator, batch_size: int) -> str:
-    """One line: processes, devices, precision, edges a step and a process."""
+    """Describe a launch in one line: processes, device, precision, edges per step and per process."""
     count = accelerator.num_processes
     device = (
         torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
     )
     hint = ""
     if device != "cpu" and batch_size // count < 64:
-        hint = f"; a GPU wants 64 or more: --global_batch_size {64 * count}"
+        hint = f" (set --global_batch_size to {64 * count} or more: a GPU should get 64 edges per step)"
     threads = f", {torch.get_num_threads()} thread(s) each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "
-        f"precision {accelerator.mixed_precision}, {batch_size} edges a step, {batch_size // count} a process{hint}"
+        f"precision {accelerator.mixed_precision}, {batch_size} edges per step, {batch_size // count} per process{hint}"
     )
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What the launch's precision computes matrix products in."""
+    """Return the dtype in which the launch's precision computes matrix products."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory in use on this rank so far, in GB (10^9 bytes): of the GPU, or the process's on a CPU."""
+    """Return the peak memory of this rank so far, in GB (10^9 bytes): of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # Not getrusage's: a process inherits that from the one that started it.
+    # not getrusage: a process inherits that value from its parent
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGINT, SIGTERM and SIGUSR1 end a run after the step in progress, with its state written."""
+"""Stop requests: SIGINT, SIGTERM and SIGUSR1 end a run after the current step, with its state written."""
 
 import ctypes
 import math
@@ -15,35 +15,37 @@ from mmgraph.utils.log import flush_log
 EXIT_CODE = 143
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 NO_SIGNAL = 0
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 
 
 class StopRequest:
-    """``requested`` turns true when this process is asked to stop; being asked again changes nothing.
+    """Tracks requests to stop this process.
 
-    ``stop_agreed`` turns true when all ranks know of a request, and stop after the same step.
+    ``requested`` becomes true when this process receives a stop signal; further signals have no effect.
+    ``stop_agreed`` becomes true when all ranks know of the request; they stop after the same step.
 
-    A rank whose others are gone never finishes its step. So where one that is asked to stop neither finishes a step in
-    time nor begins to stop with the others (see :meth:`begin`), the process says why and ends.
+    A rank never finishes its step if the other ranks are gone. A watchdog therefore ends a process that has received a
+    stop signal, but neither finishes a step in time nor starts to stop with the other ranks (see :meth:`begin`). It
+    prints the reason.
 
     Args:
-        grace: seconds for that, on top of what a step takes. A launcher kills what is left 30 s after it has
-            forwarded a signal.
+        grace: seconds that the watchdog waits beyond the usual time of a step. A launcher kills the remaining processes
+            30 s after it has forwarded a signal.
     """
 
     def __init__(self, grace: float):
         self.requested, self.stop_agreed = False, False
-        self._grace, self._begun = grace, threading.Event()
-        self._heard = -math.inf  # when a step was last finished with the others
-        self._step_seconds = 0.0  # of the longest step of late
+        self._grace, self._stopping = grace, threading.Event()
+        self._last_step = -math.inf  # when the last step was finished with the other ranks
+        self._step_seconds = 0.0  # longest recent step
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer the signals while the block runs. A launched rank that an error ends heeds SIGTERM no more."""
+        """Handle the stop signals while the block runs. After an error in the block, a launched rank ignores SIGTERM."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        # Python calls a handler between two bytecodes, so not while this rank waits for others in a collective: a
-        # thread that reads the numbers of the signals as they come is never late.
+        # Python calls a handler only between two bytecodes, so not while this rank waits in a collective. A thread that
+        # reads the signal numbers from a pipe gets them without delay.
         wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         watcher = threading.Thread(target=self._watch, args=(read,), daemon=True)
@@ -51,46 +53,46 @@ class StopRequest:
         try:
             yield
         except Exception:
-            if "RANK" in os.environ:  # a launcher sends it where a rank is lost: the others have yet to say so
+            if "RANK" in os.environ:  # the launcher sends it if a rank is lost; this rank must still report its error
                 del before[signal.SIGTERM]
             raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
-            self._begun.set()
-            os.write(write, bytes([NO_SIGNAL]))  # closing would not do: DataLoader workers inherited this end
+            self._stopping.set()
+            os.write(write, bytes([NO_SIGNAL]))  # not close: DataLoader workers inherited this end, so the reader would see no end
             watcher.join()
             os.close(read)
             os.close(write)
 
     def step_finished(self) -> None:
-        """A step is done, and the others were heard of: the losses of the step before it are here."""
+        """Record a finished step. The losses of the previous step have arrived, so the other ranks are alive."""
         now = time.monotonic()
-        if math.isfinite(self._heard):
-            self._step_seconds = max(now - self._heard, 0.9 * self._step_seconds)
-        self._heard = now
+        if math.isfinite(self._last_step):
+            self._step_seconds = max(now - self._last_step, 0.9 * self._step_seconds)
+        self._last_step = now
 
     @contextmanager
     def pause_watchdog(self) -> Iterator[None]:
-        """Let the block take as long as it takes: the main process writes, the others wait for it.
+        """Suspend the watchdog during the block, in which the main process writes and the other ranks wait for it.
 
-        A rank that hangs here is found by the time limit of collectives.
+        A rank that hangs here runs into the timeout of the collectives.
         """
-        self._heard = math.inf
+        self._last_step = math.inf
         yield
-        self._heard = time.monotonic()
+        self._last_step = time.monotonic()
 
     @contextmanager
     def exclude_from_timing(self) -> Iterator[None]:
-        """The block is no step: how long it takes says nothing of what a step does."""
+        """Exclude the block from the measured time of a step."""
         yield
-        if math.isfinite(self._heard):
-            self._heard = time.monotonic()
+        if math.isfinite(self._last_step):
+            self._last_step = time.monotonic()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """The signals raise ``KeyboardInterrupt`` in the block: nothing of the run is lost by leaving it."""
+        """Let stop signals raise ``KeyboardInterrupt`` in the block. Use it only where an interruption loses no results."""
         before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
         try:
             yield
@@ -99,28 +101,28 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def agree(self) -> None:
-        """All ranks have learnt of the request, and stop together."""
+        """Record that all ranks know of the request and stop together."""
         self.stop_agreed = True
         self.begin()
 
     def begin(self) -> None:
-        """The run ends: stopping may take as long as it takes."""
-        self._begun.set()
+        """Disarm the watchdog: the run is ending, which may take any amount of time."""
+        self._stopping.set()
 
     def _watch(self, read: int) -> None:
         while (number := os.read(read, 1)[0]) != NO_SIGNAL:
             if self.requested or number not in STOP_SIGNALS:
                 continue
             self.requested = True
-            asked = time.monotonic()
-            while not (late := time.monotonic() - max(asked, self._heard) > self._step_seconds + self._grace):
-                if self._begun.wait(timeout=0.2):
+            requested_at = time.monotonic()
+            while not (late := time.monotonic() - max(requested_at, self._last_step) > self._step_seconds + self._grace):
+                if self._stopping.wait(timeout=0.2):
                     break
             if late:
                 rank = os.environ.get("RANK", "0")
                 print(
-                    f"mmgraph: rank {rank} was asked to stop, and has finished no step for {self._grace:g} s "
-                    "(--stop_grace) more than one takes: it ends without a new state; the last one stands",
+                    f"mmgraph: rank {rank} received a stop signal and did not finish its step within {self._grace:g} s "
+                    "(--stop_grace) beyond the usual time: it exits without a new state; the last state is intact",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -130,6 +132,6 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Be asked to stop when ``accelerate launch`` dies, of a signal that it does not forward: leave no orphans."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # which the launcher always sets
+    """Receive SIGTERM when ``accelerate launch`` dies of a signal that it does not forward, to leave no orphans."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # always set by the launcher
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of graphs or models: log, files, environment, units."""
+"""Helpers that do not depend on graphs or models: log, files, environment, units."""

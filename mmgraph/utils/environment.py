@@ -1,4 +1,4 @@
-"""What a run or a bench ran on: processor, GPU, processes, versions."""
+"""Hardware, processes and package versions of a run or benchmark."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ PACKAGES = ("mmgraph", "torch", "torchvision", "transformers", "accelerate", "de
 
 
 def machine() -> dict[str, Any]:
-    """Of this process: processor, threads, GPU, versions of what computes, and the time (UTC)."""
+    """Return this process's processor, threads, GPU and package versions, and the time (UTC)."""
     model, info = "", Path("/proc/cpuinfo")
     if info.exists():
         model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), "")
@@ -35,33 +35,38 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed, and of mmgraph, which also runs from a checkout."""
-    found = {}
+    """Return the versions of the installed packages among ``packages``.
+
+    The version of mmgraph is read from the module, because mmgraph also runs from a checkout that is not installed.
+    """
+    installed = {}
     for name in packages:
         with suppress(PackageNotFoundError):
-            found[name] = mmgraph.__version__ if name == "mmgraph" else version(name)
-    return found
+            installed[name] = mmgraph.__version__ if name == "mmgraph" else version(name)
+    return installed
 
 
 def record_start(folder: Path, accelerator: Accelerator, step: int) -> None:
-    """Add a start of a run to its ``environment.json``: a list, one entry for each start.
+    """Append a start of a run to its ``environment.json``, a list with one entry per start.
 
     Args:
-        step: that the start goes on from.
+        folder: output folder of the run.
+        accelerator: the run's Accelerator.
+        step: optimizer step that the run continues from; 0 for a new run.
     """
-    started = {
+    entry = {
         "from_step": step,
         "processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
         **machine(),
     }
-    content = json.dumps([*read_starts(folder), started], indent=1)
+    content = json.dumps([*read_starts(folder), entry], indent=1)
     write_durably(folder / FILE, lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, as far as they were noted."""
+    """Return the recorded starts of a run, or an empty list if the file is missing or invalid."""
     with suppress(OSError, ValueError, RecursionError):
         starts = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if isinstance(starts, list):

@@ -1,4 +1,4 @@
-"""The end of a process where exit hooks of other packages may hang."""
+"""Ends a process in which exit hooks of other packages may hang."""
 
 import os
 import sys
@@ -11,13 +11,13 @@ _may_hang = False
 
 
 def hook_may_hang() -> None:
-    """Note that an exit hook may not return, such as one of a tracker that hangs."""
+    """Record that an exit hook may never return, such as the hook of a tracker that hangs."""
     global _may_hang
     _may_hang = True
 
 
 def hooks_may_hang() -> bool:
-    """Whether :func:`hook_may_hang` was called: the process must then end by :func:`end_process`."""
+    """Whether :func:`hook_may_hang` was called. If so, end the process with :func:`end_process`."""
     return _may_hang
 
 
@@ -26,9 +26,9 @@ def end_process(code: int, *clean_ups: Callable[[], object]) -> NoReturn:
     for clean_up in clean_ups:
         try:
             clean_up()
-        except Exception:  # the others are still to be called, as atexit does it
+        except Exception:  # call the remaining ones anyway, as atexit does
             traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # the reader has closed the pipe
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever found under its final name, and where caches lie."""
+"""Atomic, durable writes, file locks and cache folders."""
 
 import errno
 import fcntl
@@ -21,10 +21,12 @@ POLL_SECONDS = 0.2
 
 
 def write_durably(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it to ``path``.
+    """Write ``path`` atomically: fill a temporary file beside it, sync it to disk, and rename it to ``path``.
 
     Args:
-        shared: other processes may write ``path`` at the same time; the last to rename wins.
+        path: file to write.
+        write: fills the file at the path that it gets.
+        shared: other processes may write ``path`` at the same time; the last rename wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
@@ -37,7 +39,7 @@ def write_durably(path: Path, write: Callable[[Path], object], shared: bool = Fa
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file durably, which other processes may write at the same time."""
+    """Write a .npy file durably. Other processes may write the same file at the same time."""
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -46,30 +48,36 @@ def save_array(path: Path, array: np.ndarray) -> None:
             except OSError as error:
                 if error.errno is not None:
                     raise
-                # NumPy counts what was written, and does not know why it is less.
-                raise OSError(errno.EIO, "NumPy could not write all of it, as on a full disk", str(path)) from error
+                # NumPy compares the number of items written with the array's size, and does not know the reason.
+                raise OSError(errno.EIO, "NumPy could not write the complete array (is the disk full?)", str(path)) from error
 
     write_durably(path, save, shared=True)
 
 
 def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
-    """Have ``path`` made by whichever process comes first, and wait until it is there."""
+    """Create ``path``, or wait until another process has created it.
+
+    Args:
+        path: file to create once. The first process to claim it creates it.
+        make: fills the open file.
+    """
     while not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with claim_file(path) as file:
             if file is not None:
                 make(file)
         if file is None:
-            time.sleep(POLL_SECONDS)  # another process is at it: it will be there, or free for this one to make
+            time.sleep(POLL_SECONDS)  # another process is creating it; if that fails, this one can claim it
 
 
 @contextmanager
 def claim_file(path: Path) -> Iterator[BinaryIO | None]:
-    """An empty file to fill, which is synced and renamed to ``path`` when the block ends without an error.
+    """Yield an empty file, and sync and rename it to ``path`` if the block ends without an error.
 
-    None where ``path`` is there already, or another process is making it: a claim is a lock on the temporary file, so
-    it ends with its process, killed or not, and the next claim begins the same file anew. Where there are no locks, or
-    another user's claim cannot be opened, each makes a file of its own; the first to be done wins.
+    Yield None if ``path`` exists or another process is creating it. A claim is a lock on the temporary file, so it ends
+    with its process, even if that is killed, and the next claim empties the same file and starts over. If the file
+    system has no locks, or the temporary file belongs to another user and cannot be opened, each process writes a
+    separate temporary file, and the first to finish wins.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     publish: Callable[[Path, Path], object] = Path.replace
@@ -97,27 +105,31 @@ def claim_file(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _publish_first(temporary: Path, path: Path) -> None:
-    """Give a file its name if no other has it: one that is mapped already must stay, also on a network file system."""
+    """Rename ``temporary`` to ``path`` unless ``path`` exists.
+
+    An existing file must not be replaced, because processes may have mapped it into memory, also on a network file
+    system.
+    """
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
         pass
-    except OSError:  # no links here
+    except OSError:  # the file system has no hard links
         temporary.replace(path)
         return
     temporary.unlink()
 
 
 def _locked(path: Path) -> BinaryIO | None:
-    """Open ``path`` empty, for this process alone; None where another has it.
+    """Open and lock ``path``, and empty it. Return None if another process holds the lock.
 
     Raises:
-        NotImplementedError: there are no locks here, or it is another user's.
+        NotImplementedError: the file system has no locks, or the file belongs to another user.
     """
     while True:
         created = not path.exists()
         try:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what was written can be read again
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # readable: the writer may read it back
         except PermissionError as error:
             raise NotImplementedError from error
         try:
@@ -134,13 +146,14 @@ def _locked(path: Path) -> BinaryIO | None:
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 file.truncate(0)
                 return file
-        file.close()  # its maker renamed or removed it before the lock was this process's
+        file.close()  # another process renamed or removed the file before this one got the lock
 
 
 def locked(folder: Path, stack: ExitStack) -> bool:
-    """Take ``folder`` for this process alone, until ``stack`` closes or the process ends, killed or not.
+    """Lock ``folder`` for this process, until ``stack`` closes or the process ends, even if it is killed.
 
-    False where another process has it. Where there are no locks, a line in the log says so.
+    Returns:
+        False if another process holds the lock. On a file system without locks, log a warning and return True.
     """
     file = stack.enter_context((folder / ".lock").open("w"))
     try:
@@ -148,41 +161,42 @@ def locked(folder: Path, stack: ExitStack) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        log(f"{folder} is on a file system without locks: start nothing else in it")
+        log(f"{folder}: this file system has no locks; do not use the folder in two processes at the same time")
     return True
 
 
 def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
-    """The state of a file, 16 bytes: a digest of its absolute path, its size and its times.
+    """Return the state of a file, 16 bytes: a digest of its absolute path, its size and its times.
 
     Args:
-        min_age_ns: how long ago the last change must be, in nanoseconds. A file that changed more recently may change
-            again while its times stay the same.
+        path: file to look up.
+        min_age_ns: minimum age of the last change, in nanoseconds. A file that changed more recently may change again
+            while its times stay the same.
 
     Returns:
-        ``b""`` where there is no regular file, None where it changed too recently.
+        ``b""`` if ``path`` is not a regular file, None if the file changed too recently.
     """
     try:
-        status = os.stat(path)  # noqa: PTH116 - Path would be made anew for each of millions of files
-    except (OSError, ValueError):  # the latter of a NUL byte
+        status = os.stat(path)  # noqa: PTH116 - not Path.stat: it is slow for millions of files
+    except (OSError, ValueError):  # ValueError: the path has a NUL byte
         return b""
     if not stat.S_ISREG(status.st_mode):
         return b""
     now = time.time_ns()
     if any(abs(now - changed) < min_age_ns for changed in (status.st_mtime_ns, status.st_ctime_ns)):
         return None
-    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may hold anything
+    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may contain anything
     return hashlib.blake2b(times.encode() + os.fsencode(os.path.abspath(path)), digest_size=16).digest()  # noqa: PTH100
 
 
 def cache_folder(table: str | Path) -> Path:
-    """Where what is derived from a node or edge table is kept: ``$MMGRAPH_CACHE``, else beside the table."""
+    """Return the cache folder of a node or edge table: ``$MMGRAPH_CACHE``, else ``mmgraph_cache`` beside the table."""
     return Path(os.environ.get("MMGRAPH_CACHE") or Path(table).parent / "mmgraph_cache")
 
 
 @contextmanager
 def explain_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """Say of an ``OSError`` in the block, as of a full disk, where, why and what to do, as a :class:`RunError`."""
+    """Turn an ``OSError`` in the block, such as a full disk, into a :class:`RunError` with folder, cause and remedy."""
     try:
         yield
     except OSError as error:
@@ -191,7 +205,7 @@ def explain_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,12 @@
-"""The run's text log: printed at once, written to the file in batches, by the main process alone.
+"""The text log of a run: printed immediately and written to a file in batches, by the main process only.
 
-``log()`` and ``flush_log()`` are module functions, as in the original, so that any module can log without being
-handed a logger. Outside a run there is no file: lines are printed, and the last thousand wait for a run to open one.
+``log()`` and ``flush_log()`` are module functions, as in the original trainer (the single-GPU research trainer that
+mmgraph grew from), so that any module can log without a logger object. Outside a run there is no file: lines are
+printed, and the last 1,000 are buffered until a run opens a file.
 
-``logging.handlers.MemoryHandler`` is no base for this: its ``flush`` writes record by record, prints a failure instead
-of raising it and then drops the lines; it undoes no half-written line, has no bound and keeps its lines in a fork.
+``logging.handlers.MemoryHandler`` does not work here. Its ``flush`` writes record by record, prints errors instead of
+raising them, and then drops the lines. It does not undo a partial write, its buffer has no limit, and a forked child
+keeps the buffered lines.
 """
 
 import atexit
@@ -19,87 +21,88 @@ from pathlib import Path
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-_waiting: deque[str] = deque(maxlen=1000)
+_buffer: deque[str] = deque(maxlen=1000)
 _path: Path | None = None
-_size = 10
-_lock = threading.RLock()  # trackers log from threads of their own
+_buffer_size = 10
+_lock = threading.RLock()  # trackers log from their own threads
 
 
 def log(*args: object, **kwargs: object) -> None:
-    """Print a line now and append it to the run's log file later.
+    """Print a line immediately, and buffer it for the run's log file.
+
+    Does nothing in processes whose ``RANK`` is not 0 and in DataLoader workers. A line that cannot be printed, because
+    the terminal or pipe is closed, is still written to the file. The file is written when ``log_buffer_size`` lines are
+    buffered, on :func:`flush_log`, and at exit.
 
     Args:
-        *args, **kwargs: as for :func:`print`; ``sep`` and ``end`` are honoured.
-
-    Silent in processes whose ``RANK`` is not 0 and in DataLoader workers. What cannot be printed, to a terminal or a
-    pipe that is gone, is in the file still. That is written when ``log_buffer_size`` lines wait, on :func:`flush_log`,
-    and at exit.
+        *args, **kwargs: as for :func:`print`; only ``sep`` and ``end`` are used.
     """
     if not is_main_process():
         return
     text = str(kwargs.get("sep", " ")).join(map(str, args)) + str(kwargs.get("end", "\n"))
     with suppress(OSError):
-        tqdm.write(text, end="")  # a plain print would tear a progress bar
+        tqdm.write(text, end="")  # print() would break a progress bar
     with _lock:
-        _waiting.append(text)
-        if _path is not None and len(_waiting) >= _size:
-            with suppress(OSError):  # the lines wait, and the next flush_log() tells
+        _buffer.append(text)
+        if _path is not None and len(_buffer) >= _buffer_size:
+            with suppress(OSError):  # the lines stay buffered, and the next direct flush_log() raises
                 flush_log()
 
 
 def flush_log() -> None:
-    """Write all waiting lines to the log file, in one write. Without an open file the lines go on waiting.
+    """Write all buffered lines to the log file in one write. Without an open file they stay buffered.
 
     Raises:
-        OSError: they cannot be written, as on a full disk. They go on waiting, and the file is as it was.
+        OSError: the lines cannot be written, for example on a full disk. They stay buffered; the file is unchanged.
     """
     with _lock:
-        if _path is None or not _waiting:
+        if _path is None or not _buffer:
             return
         with _path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            lines = memoryview("".join(_waiting).encode())
+            lines = memoryview("".join(_buffer).encode())
             try:
                 while lines:
                     lines = lines[file.write(lines) :]
             except OSError:
                 with suppress(OSError):
-                    file.truncate(size)  # no part of a line, which would be written twice
+                    file.truncate(size)  # remove a partial write: the next flush writes all lines again
                 raise
-        _waiting.clear()
+        _buffer.clear()
 
 
 @contextmanager
 def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
-    """Write the log to ``path`` (appended) while the block runs, ``size`` lines at a time; flushed however it ends.
+    """Append the log to ``path`` while the block runs, ``size`` lines at a time. Flush it when the block ends or fails.
 
-    Lines that cannot be written at the end are told on stderr: they were printed, and what ended the block counts more.
+    If this last flush fails, the number of lost lines is printed to stderr, and no error is raised: the lines were
+    already printed, and an error of the block must not be hidden.
     """
-    global _path, _size, _waiting
-    _path, _size = Path(path), size
-    _waiting = deque(_waiting)
+    global _path, _buffer_size, _buffer
+    _path, _buffer_size = Path(path), size
+    _buffer = deque(_buffer)
     try:
         yield
     finally:
         try:
             flush_log()
         except OSError as error:
-            print(f"mmgraph: {path} lacks its last {len(_waiting)} lines: {error.strerror}", file=sys.stderr)
+            print(f"mmgraph: could not write the last {len(_buffer)} lines to {path}: {error.strerror}", file=sys.stderr)
         finally:
-            _path, _waiting = None, deque(maxlen=1000)
+            _path, _buffer = None, deque(maxlen=1000)
 
 
 def is_main_process() -> bool:
-    """True in the process that may write: rank 0 (by the launcher's ``RANK``) and no DataLoader worker."""
+    """Whether this process may write: rank 0 (by the launcher's ``RANK``) and not a DataLoader worker."""
     return os.environ.get("RANK", "0") == "0" and get_worker_info() is None
 
 
-def _drop() -> None:
-    """In a child: the parent writes the lines that wait, and whoever had the lock is no thread of the child's."""
+def _reset_in_child() -> None:
+    """Reset the log in a forked child: the parent writes the buffered lines, and may have held the lock at the fork."""
     global _lock
     _lock = threading.RLock()
-    _waiting.clear()
+    _buffer.clear()
 
 
 atexit.register(flush_log)
-os.register_at_fork(after_in_child=_drop)
+os.register_at_fork(after_in_child=_reset_in_child)
