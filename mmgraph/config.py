@@ -83,9 +83,7 @@ class Config:
         None, "model", "start from an epoch or final file (.pt) of mmgraph or of the original trainer"
     )
     fused_dim: int = flag(512, "model", "width of the cross-attention fusion; a multiple of 8", ABOVE_0, fixed=True)
-    proj_dim: int = flag(
-        256, "model", "width of the three projections (z_graph, z_text, z_vis)", ABOVE_0, fixed=True
-    )
+    proj_dim: int = flag(256, "model", "width of the three projections (z_graph, z_text, z_vis)", ABOVE_0, fixed=True)
     epochs: int = flag(20, "training", "number of passes over the edges", ABOVE_0, common=True)
     max_steps: int | None = flag(
         None, "training", "maximum number of optimizer steps (default: limited only by --epochs)", ABOVE_0, common=True
@@ -227,7 +225,9 @@ class Config:
     save_every: int = flag(500, "output", "steps between resume states; 0: only at the end of each epoch", FROM_0)
     keep_last: int = flag(2, "output", "number of resume states to keep; epoch files are never removed", ABOVE_0)
     log_every: int = flag(50, "output", "steps between progress lines in the text log", ABOVE_0)
-    log_buffer_size: int = flag(10, "output", "lines of the text log to buffer before they are written to its file", ABOVE_0)
+    log_buffer_size: int = flag(
+        10, "output", "lines of the text log to buffer before they are written to its file", ABOVE_0
+    )
     report: bool = flag(True, "output", "write report.html to the output folder when training is done")
     report_to: Literal["auto", "wandb", "tensorboard", "all", "none"] = flag(
         "auto", "tracking", "experiment tracker; auto: wandb if an API key or a login exists, else none", common=True

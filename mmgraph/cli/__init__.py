@@ -1,4 +1,4 @@
-"""The command lines: ``launch.py`` trains, ``mmgraph VERB`` does the rest. Errors become one line here."""
+"""The command lines: ``launch.py`` trains, ``mmgraph VERB`` does everything else. Errors are printed as one line."""
 
 import atexit
 import os
@@ -14,21 +14,25 @@ from mmgraph.utils.log import flush_log
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
-    """Train. Returns the exit code: 0, 2 for wrong usage or bad input, 143 for a run that was stopped."""
+    """Train a model.
+
+    Returns:
+        The exit code: 0; 1 for a failed run; 2 for wrong usage or bad input; 143 for a run that a signal stopped.
+    """
     return run(lambda: run_training(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``mmgraph VERB``: demo, cache, encode, evaluate, convert, bench."""
+    """Run ``mmgraph VERB`` and return the exit code. ``mmgraph --help`` lists the verbs."""
     return run(lambda: run_verb(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def leave(code: int) -> NoReturn:
-    """End this process after its exit hooks; a rank without Python's own teardown.
+    """Run the exit hooks and end this process, on a launched rank without Python's teardown.
 
-    DeepSpeed never lets go of its process groups. Where a thread of gloo gives back a collective's tensors while Python
-    is torn down, the process aborts (pytorch issue 190489), and the launcher would report a run that is done as failed.
-    Where a hook of another package may hang, only the clean-ups of mmgraph are done.
+    DeepSpeed never releases its process groups. If a gloo thread releases a collective's tensors during the teardown,
+    the process aborts (pytorch issue 190489), and the launcher would report a finished run as failed. If an exit hook
+    of another package may hang, only mmgraph's own clean-up runs.
     """
     if hooks_may_hang():
         from mmgraph.data.table_cache import remove_temporary_folders
@@ -36,6 +40,7 @@ def leave(code: int) -> NoReturn:
         end_process(code, end_workers, remove_temporary_folders, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
-    # No public function runs the hooks without the teardown. A first hook that ends the process would run last, but
-    # sys.exit waits for all threads before any hook, also for one that is stuck in a collective or on a disk.
+    # No public function runs the exit hooks without the teardown. A hook that is registered first runs last, so it
+    # could end the process. But sys.exit waits for all threads before it runs any hook, including a thread that is stuck
+    # in a collective or on a disk.
     end_process(code, atexit._run_exitfuncs)

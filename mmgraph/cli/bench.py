@@ -7,41 +7,87 @@ from mmgraph.errors import UserError
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and how; what the parser does not know is the run's, as ``launch.py`` takes it."""
+    """Add the benchmarks and their flags. Unknown flags are parsed as flags of ``launch.py``."""
     parser.set_defaults(run=_bench)
-    kinds = parser.add_subparsers(metavar="WHAT", required=True, dest="what")
+    benchmarks = parser.add_subparsers(metavar="WHAT", required=True, dest="what")
 
-    step = kinds.add_parser("step", help="the original's kind of step, the live and the stored one, by phase")
-    data = kinds.add_parser("data", help="decoding, tokenising, cache hits, and the memory of tables")
-    data.add_argument("--tables", action="store_true", help="only the memory of tables, over an epoch")
-    scale = kinds.add_parser("scale", help="one run of N processes against N runs, one thread each")
-    scale.add_argument("--processes", type=positive, default=2, help="up to this many (2)")
-    scale.add_argument("--steps", type=positive, default=8, help="of a run (8)")
-    loss = kinds.add_parser("loss", help="InfoNCE in parts against the plain one, time and memory")
-    loss.add_argument("--sizes", type=positive, nargs="+", default=[1024, 4096, 8192], help="edges (1024 4096 8192)")
-    study = kinds.add_parser(
-        "study", help="what training is worth on held-out edges: batch sizes, negatives, baselines"
+    step = benchmarks.add_parser(
+        "step", help="time of a step by phase: as in the original trainer, with live towers, from the tower store"
+    )
+    data = benchmarks.add_parser("data", help="decoding, tokenizing, cache hits and the memory of tables")
+    data.add_argument("--tables", action="store_true", help="measure only the memory of tables, over an epoch")
+    scale = benchmarks.add_parser(
+        "scale", help="one run of N processes against N runs of one process, with one thread per process"
+    )
+    scale.add_argument("--processes", type=positive, default=2, help="largest number of processes (default: 2)")
+    scale.add_argument("--steps", type=positive, default=8, help="steps per run (default: 8)")
+    loss = benchmarks.add_parser("loss", help="InfoNCE in chunks against plain InfoNCE: time and memory")
+    loss.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=[1024, 4096, 8192],
+        help="batch sizes, in edges (default: 1024 4096 8192)",
+    )
+    study = benchmarks.add_parser(
+        "study", help="MRR on held-out edges by batch size and false negatives, against baselines"
     )
     study.add_argument("--batch_sizes", "--batch-sizes", type=positive, nargs="+", default=[64, 256, 1024])
-    study.add_argument("--seeds", type=positive, default=3, help="runs of each kind, from --seed on (3)")
     study.add_argument(
-        "--variant", action="append", default=[], help='flags of further runs, as in --variant="--temperature 0.2"'
+        "--seeds", type=positive, default=3, help="number of seeds per setting, starting at --seed (default: 3)"
     )
     study.add_argument(
-        "--at_once", "--at-once", type=positive, default=2, help="runs at a time, of one thread each (2)"
+        "--variant",
+        action="append",
+        default=[],
+        help='flags of additional runs, such as --variant="--temperature 0.2"; repeatable',
     )
-    study.add_argument("--folder", type=Path, help="keep the runs there, for a second start to find (default: nowhere)")
-    study.add_argument("--json", type=Path, help="file to write the figures to")
-    for kind, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
-        kind.add_argument("--repeats", type=positive, default=rounds, help=f"rounds that medians are of ({rounds})")
-        kind.add_argument("--json", type=Path, help="file to write the figures to")
+    study.add_argument(
+        "--at_once",
+        "--at-once",
+        type=positive,
+        default=2,
+        help="number of concurrent runs, with one thread each (default: 2)",
+    )
+    study.add_argument(
+        "--folder",
+        type=Path,
+        help="folder to keep the runs in; a second start reuses them (default: a temporary folder)",
+    )
+    study.add_argument("--json", type=Path, help="JSON file to write the figures to")
+    for benchmark, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
+        benchmark.add_argument(
+            "--repeats",
+            type=positive,
+            default=rounds,
+            help=f"number of rounds; figures are medians over them (default: {rounds})",
+        )
+        benchmark.add_argument("--json", type=Path, help="JSON file to write the figures to")
 
-    graph = kinds.add_parser("graph", help="make a graph to measure on, and towers of ViT-B/32's size")
-    graph.add_argument("folder", type=Path, help="where to")
-    graph.add_argument("--structure", type=Path, help="edge table (src_id, dst_id) to take the edges from")
-    graph.add_argument("--num_nodes", "--num-nodes", type=positive, default=10_000, help="else (10,000)")
-    graph.add_argument("--num_edges", "--num-edges", type=positive, default=100_000, help="else (100,000)")
-    graph.add_argument("--num_images", "--num-images", type=not_negative, help="distinct pictures (one a node)")
+    graph = benchmarks.add_parser(
+        "graph", help="build a graph to measure on, and towers of the size of ViT-B/32 with random weights"
+    )
+    graph.add_argument("folder", type=Path, help="output folder, new or empty")
+    graph.add_argument(
+        "--structure", type=Path, help="edge table (src_id, dst_id) whose edges are used (default: generated edges)"
+    )
+    graph.add_argument(
+        "--num_nodes",
+        "--num-nodes",
+        type=positive,
+        default=10_000,
+        help="number of nodes without --structure (default: 10,000)",
+    )
+    graph.add_argument(
+        "--num_edges",
+        "--num-edges",
+        type=positive,
+        default=100_000,
+        help="number of edges without --structure (default: 100,000)",
+    )
+    graph.add_argument(
+        "--num_images", "--num-images", type=not_negative, help="number of unique images (default: one per node)"
+    )
 
 
 def positive(text: str) -> int:
@@ -58,37 +104,37 @@ def not_negative(text: str) -> int:
     return number
 
 
-def _bench(given: argparse.Namespace) -> None:
-    if given.what == "graph":
+def _bench(args: argparse.Namespace) -> None:
+    if args.what == "graph":
         from mmgraph.bench.graph import build_graph
 
-        if given.flags:
-            raise UserError(f"unknown argument {given.flags[0]} (see mmgraph bench graph --help)")
-        build_graph(given.folder, given.structure, given.num_nodes, given.num_edges, given.num_images)
+        if args.flags:
+            raise UserError(f"unknown argument {args.flags[0]} (see mmgraph bench graph --help)")
+        build_graph(args.folder, args.structure, args.num_nodes, args.num_edges, args.num_images)
         return
     from mmgraph.arguments import parse_config
 
-    config = parse_config(given.flags)
-    if given.what == "scale":
+    config = parse_config(args.flags)
+    if args.what == "scale":
         from mmgraph.bench.scale import bench_scale
 
-        bench_scale(config, given.processes, given.steps, given.repeats, given.json)
-    elif given.what == "loss":
+        bench_scale(config, args.processes, args.steps, args.repeats, args.json)
+    elif args.what == "loss":
         from mmgraph.bench.loss import bench_loss
 
-        bench_loss(config, given.sizes, given.repeats, given.json)
-    elif given.what == "data":
+        bench_loss(config, args.sizes, args.repeats, args.json)
+    elif args.what == "data":
         from mmgraph.bench.data import bench_data
 
-        bench_data(config, given.tables, given.json)
+        bench_data(config, args.tables, args.json)
     else:
         from mmgraph.bench.step import bench_step
         from mmgraph.bench.study import bench_study
         from mmgraph.cli.start import open_graph
 
         accelerator, graph = open_graph(config)
-        if given.what == "study":
-            runs = given.batch_sizes, given.seeds, given.variant, given.at_once, given.folder
-            bench_study(config, graph, *runs, given.json)
+        if args.what == "study":
+            runs = args.batch_sizes, args.seeds, args.variant, args.at_once, args.folder
+            bench_study(config, graph, *runs, args.json)
             return
-        bench_step(config, accelerator, graph, given.repeats, given.json)
+        bench_step(config, accelerator, graph, args.repeats, args.json)

@@ -1,4 +1,4 @@
-"""Errors become one line and an exit code."""
+"""Turn errors into one line and an exit code."""
 
 import errno
 import multiprocessing
@@ -14,20 +14,23 @@ from mmgraph.errors import UserError
 from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
-OTHERS_WAIT_SECONDS = 5  # most errors are every rank's: the main one says it, and the launcher then ends the others
-# What the machine causes: any other OSError, such as EBADF, or ENOENT of a path that no user gave, is a bug.
+OTHERS_WAIT_SECONDS = 5  # most errors occur on all ranks: rank 0 prints first, and the launcher ends the others
+# Errors of the machine. Any other OSError is a bug, such as EBADF, or ENOENT for a path that no user passed.
 ENVIRONMENT_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no room
-    errno.EACCES, errno.EPERM, errno.EROFS,  # not permitted
-    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # disks, also of a network
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no disk space
+    errno.EACCES, errno.EPERM, errno.EROFS,  # no permission
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # failing disks and network file systems
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,  # limits on files, memory and processes
-    errno.ENAMETOOLONG, errno.ELOOP,  # paths that a user gave
-    errno.EPIPE,  # nobody reads what is printed
+    errno.ENAMETOOLONG, errno.ELOOP,  # invalid paths from a user
+    errno.EPIPE,  # the reader of the output is gone
 }  # fmt: skip
 
 
 def run(action: Callable[[], int]) -> int:
-    """Call ``action``. An error that a user or the machine causes ends in one line, from the main process alone."""
+    """Call ``action`` and return its exit code. Print an error of the user or the machine as one line.
+
+    Other errors are bugs and keep their traceback.
+    """
     try:
         return action()
     except Exception as error:
@@ -36,7 +39,7 @@ def run(action: Callable[[], int]) -> int:
         if code is None:
             if not hooks_may_hang():
                 raise
-            traceback.print_exc()  # the interpreter's own end after an error would run the hooks
+            traceback.print_exc()  # not raise: the interpreter would run the exit hooks
             return 1
         return code
     except KeyboardInterrupt:
@@ -45,7 +48,7 @@ def run(action: Callable[[], int]) -> int:
 
 
 def _report(error: Exception) -> int | None:
-    """Print one line about an error that a user or the machine causes. Returns the exit code; None of any other."""
+    """Print an error of the user or the machine as one line and return the exit code. Return None for other errors."""
     rank = os.environ.get("RANK", "0")
     if isinstance(error, UserError):
         if not is_main_process():
@@ -53,9 +56,9 @@ def _report(error: Exception) -> int | None:
         print(f"mmgraph: error: {'' if is_main_process() else f'rank {rank}: '}{error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, RuntimeError):
-        lost = _lost_contact(error) or _lost_worker(error)
-        if lost is not None:
-            print(f"mmgraph: error: rank {rank} {lost}; the last state stands", file=sys.stderr)
+        description = _lost_contact(error) or _lost_worker(error)
+        if description is not None:
+            print(f"mmgraph: error: rank {rank} {description}; the last state is intact", file=sys.stderr)
             return 1
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         print(f"mmgraph: error: {error}", file=sys.stderr)
@@ -64,11 +67,14 @@ def _report(error: Exception) -> int | None:
 
 
 def end_workers() -> None:
-    """End the DataLoader workers. They ignore SIGTERM, which at a stop is for ranks: Python would wait for ever."""
+    """Kill the DataLoader workers.
+
+    They ignore SIGTERM, because it is a stop request to the ranks, so Python would wait for them forever at exit.
+    """
     workers = multiprocessing.active_children()
     if not workers:
         return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker dies
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker dies
     for worker in workers:
         worker.kill()
         worker.join()
@@ -76,23 +82,30 @@ def end_workers() -> None:
 
 
 def _lost_worker(error: RuntimeError) -> str | None:
-    """What happened, where a DataLoader worker is gone or hangs."""
+    """Return a description of a DataLoader worker that died or hangs, or None for other errors."""
     reason = " ".join(str(error).split())
     if reason.startswith("DataLoader timed out"):
         return f"waited --collective_timeout for a DataLoader worker, which hangs ({reason})"
     if reason.startswith("DataLoader worker"):
-        return f"lost a DataLoader worker: out of memory? Then --num_workers or --cache_size is too large ({reason})"
+        return (
+            f"description a DataLoader worker ({reason}); if it ran out of memory, lower --num_workers or --cache_size"
+        )
     return None
 
 
 def _lost_contact(error: RuntimeError) -> str | None:
-    """What happened, where a collective failed because another rank is gone or hangs; the cause is that rank's."""
+    """Return a description of a collective that failed because another rank died or hangs, or None for other errors.
+
+    The cause is on that other rank.
+    """
     from torch.distributed import DistError
 
     reason = " ".join(str(error).split())
-    if not isinstance(error, DistError) and "gloo" not in reason:  # gloo raises plain ones, with its files' names
+    if (
+        not isinstance(error, DistError) and "gloo" not in reason
+    ):  # gloo raises a plain RuntimeError with its file names
         return None
     reason = re.sub(r"\[\S+:\d+\] ", "", reason).split(". ")[0][:200]
     if "timed out" in reason.lower() or "timeout" in reason.lower():
-        return f"waited --collective_timeout for another rank, which hangs or is gone ({reason})"
-    return f"lost another rank, whose own words or the launcher's summary say why ({reason})"
+        return f"waited --collective_timeout for another rank, which hangs or has died ({reason})"
+    return f"description another rank ({reason}): see that rank's error or the launcher's summary for the cause"

@@ -1,4 +1,4 @@
-"""The start of whatever works on a graph: the Accelerator of the launch, and the graph."""
+"""Open the accelerator and the graph."""
 
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from mmgraph.distributed.launch import build_accelerator
 
 
 def open_graph(config: Config) -> tuple[Accelerator, Graph]:
-    """Open both. Called by all ranks; with ``--demo`` the graph is built if it is not there.
+    """Build the Accelerator of the launch and load the graph. Called by all ranks.
+
+    With ``--demo``, the demo graph is built first if it does not exist.
 
     Raises:
-        UserError: a launch or a graph that will not do.
+        UserError: the launch or the graph is not valid.
     """
     accelerator = build_accelerator(config.collective_timeout)
     if config.demo:

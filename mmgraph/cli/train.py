@@ -1,4 +1,4 @@
-"""``launch.py``: train."""
+"""The command line of ``launch.py``."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def run_training(arguments: list[str]) -> int:
-    """Train. Returns the exit code."""
+    """Train a model and return the exit code."""
     from mmgraph.arguments import parse_config
     from mmgraph.distributed.signals import follow_launcher
 
@@ -22,28 +22,28 @@ def run_training(arguments: list[str]) -> int:
     accelerator, graph = open_graph(config)
     check_run(config, accelerator, graph)
     if config.check:
-        log(f"checked: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
+        log(f"check passed: {len(graph.nodes):,} nodes, {len(graph.rows):,} edges; nothing was trained")
         return 0
     run = build_run(config, accelerator, graph)
     code = run.train(at_end=write_report if config.report else None)
-    accelerator.end_training()  # not after an error: leaving the group may wait for a rank that is gone
+    accelerator.end_training()  # not after an error: leaving the process group may wait for a dead rank
     return code
 
 
 def write_report(run: "Run") -> None:
-    """Write ``report.html`` at a run's end, and show the trackers what is on it. Called by all ranks.
+    """Write ``report.html`` at the end of a run and send its figures to the trackers. Called by all ranks.
 
-    All is saved by then: whatever fails here is a line.
+    The run is saved by then, so an error here is only logged.
     """
     from mmgraph.distributed.collectives import raise_on_all_ranks
     from mmgraph.utils.log import log
 
     nodes, edges_seen = len(run.graph.nodes), run.progress.step * run.config.global_batch_size
-    later = f"mmgraph report {run.config.output_folder} makes one"
+    hint = f"to write one, run mmgraph report {run.config.output_folder}"
     if run.evaluation is None and 2 * edges_seen < nodes:
-        log(f"no report of so few steps: {later}, and embeds all nodes")
+        log(f"no report: the run was too short to see each node once; {hint} (it embeds all nodes)")
         return
-    log(f"report: embedding {nodes:,} nodes; Ctrl-C leaves it out")
+    log(f"report: embedding {nodes:,} nodes; Ctrl-C skips the report")
     try:
         with run.signals.interruptible():
             make = raise_on_all_ranks(run.accelerator, _import_report)
@@ -53,12 +53,12 @@ def write_report(run: "Run") -> None:
                 page = run.config.output_folder / make.FILE
                 run.run_log.trackers.show(run.progress.step, figures.pictures, figures.tables, page)
     except Exception as error:
-        log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {later}")
+        log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {hint}")
     except KeyboardInterrupt:
-        log(f"no report: interrupted; {later}")
+        log(f"no report (interrupted); {hint}")
 
 
 def _import_report():  # type: ignore[no-untyped-def]  # a module
-    from mmgraph.report import make  # scikit-learn and Bokeh cost seconds
+    from mmgraph.report import make  # imported late: scikit-learn and Bokeh take seconds
 
     return make

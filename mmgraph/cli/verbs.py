@@ -1,4 +1,4 @@
-"""``mmgraph VERB``: everything but training."""
+"""The command line of ``mmgraph VERB``: everything except training."""
 
 import argparse
 from pathlib import Path
@@ -9,104 +9,111 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
 
-CHECKPOINT = "a run's folder, or an epoch or final file"
-RUN_FLAGS = {  # flags of Config that replace a setting of the checkpoint's run, and their help
+CHECKPOINT = "folder of a run, or an epoch or final file (.pt)"
+RUN_FLAGS = {  # flags of Config that override a setting of the checkpoint's run, and their help
     "nodes": "node table (default: the run's)",
-    "image_root": "folder that image paths start from (default: the run's)",
-    "model_name": "CLIP towers the checkpoint was trained with (default: the run's)",
+    "image_root": "base folder of relative image paths (default: the run's)",
+    "model_name": "CLIP towers that the checkpoint was trained with (default: the run's)",
     "confine_images": "refuse image paths that leave the image root",
 }
-SPLIT_FLAGS = {  # likewise, for the edges to rank
-    "edges": "edge table that was trained on (default: the run's)",
+SPLIT_FLAGS = {  # the same, for the edges to rank
+    "edges": "edge table used in training (default: the run's)",
     "eval_edges": "edge table to rank (default: the run's)",
-    "eval_fraction": "share of the edges that the run held out",
-    "seed": "of the split, and of what is drawn (default: the run's)",
+    "eval_fraction": "fraction of the edges that the run held out (default: the run's)",
+    "seed": "seed of the split and of random draws (default: the run's)",
 }
 
 
 def run_verb(arguments: list[str]) -> int:
-    """Run a verb. Returns the exit code."""
-    given, flags = _build_parser().parse_known_args(arguments)
-    if flags and not hasattr(given, "flags"):
+    """Run a verb and return the exit code."""
+    args, flags = _build_parser().parse_known_args(arguments)
+    if flags and not hasattr(args, "flags"):
         raise UserError(f"unknown argument {flags[0]} (see mmgraph {arguments[0]} --help)")
-    given.flags = flags
-    given.run(given)
+    args.flags = flags
+    args.run(args)
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong flag is one line, not a usage dump."""
+    """Raises :class:`UserError` on a wrong flag instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def _build_parser() -> _Parser:
-    parser = _Parser(prog="mmgraph", description="Multimodal graph node encoders. accelerate launch launch.py trains.")
+    parser = _Parser(
+        prog="mmgraph",
+        description="Use and measure multimodal graph node encoders. To train one, run: accelerate launch launch.py",
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, help, add_arguments in (
         ("demo", "build the emoji demo graph", _add_demo_arguments),
         ("cache", "build the tower store of a run; takes the flags of launch.py", _add_cache_arguments),
         ("encode", "write the embeddings of all nodes", _add_encode_arguments),
-        ("evaluate", "rank held-out edges by a checkpoint's embeddings, or by features", _add_evaluate_arguments),
-        ("neighbors", "the nodes nearest to a node, a text or an image", _add_neighbors_arguments),
-        ("report", "one HTML page of a run, or of several side by side", _add_report_arguments),
-        ("bench", "measure this machine on a graph; takes the flags of launch.py too", _add_bench_arguments),
-        ("convert", "checkpoint between .pt and .safetensors, nothing lost", _add_convert_arguments),
+        (
+            "evaluate",
+            "rank held-out edges with the embeddings of a checkpoint or with feature files",
+            _add_evaluate_arguments,
+        ),
+        ("neighbors", "find the nearest nodes of a node, a text or an image", _add_neighbors_arguments),
+        ("report", "write an HTML report of a run, or of several side by side", _add_report_arguments),
+        ("bench", "run a benchmark on this machine; also takes the flags of launch.py", _add_bench_arguments),
+        ("convert", "convert a checkpoint between .pt and .safetensors without loss", _add_convert_arguments),
     ):
         add_arguments(verbs.add_parser(verb, help=help))
     return parser
 
 
 def _spellings(name: str) -> list[str]:
-    """A flag with underscores, and with dashes."""
+    """Return the spellings of a flag, with underscores and with dashes."""
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, helps: dict[str, str]) -> None:
-    """Add flags of Config with its types. A flag that is not given is None: the run's setting then holds."""
+    """Add flags of Config with its types. A flag that is not set is None, which keeps the run's setting."""
     types = get_type_hints(Config)
     for name, help in helps.items():
         if types[name] is bool:
             parser.add_argument(*_spellings(name), action="store_true", default=None, help=help)
         else:
-            kind = next(iter(get_args(types[name])), types[name])  # of "str | None": str
-            parser.add_argument(*_spellings(name), type=kind, metavar=name.rsplit("_", 1)[-1].upper(), help=help)
+            value_type = next(iter(get_args(types[name])), types[name])  # str for "str | None"
+            parser.add_argument(*_spellings(name), type=value_type, metavar=name.rsplit("_", 1)[-1].upper(), help=help)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every verb that reads a checkpoint."""
     _add_config_flags(parser, RUN_FLAGS)
-    help = "DataLoader workers, where towers run (0)"  # the run's value is not used
+    help = "DataLoader workers, if the towers run live (default: 0)"  # the run's value is not used
     parser.add_argument(*_spellings("num_workers"), type=not_negative, default=0, metavar="N", help=help)
 
 
-def _of_run(given: argparse.Namespace) -> dict[str, Any]:
-    """The settings that replace the run's; those not given are None."""
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that override the run's settings; flags that are not set are None."""
     names = (*RUN_FLAGS, *SPLIT_FLAGS, "num_workers")
-    return {name: value for name, value in vars(given).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where to")
+    parser.add_argument("folder", type=Path, help="output folder")
     parser.set_defaults(run=_demo)
 
 
-def _demo(given: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> None:
     from mmgraph.demo.graph import build_demo
 
     if is_main_process():
-        build_demo(given.folder)
+        build_demo(args.folder)
 
 
 def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_cache, flags=None)  # with "flags", unknown ones are passed on as the run's
+    parser.set_defaults(run=_cache, flags=None)  # because of "flags", run_verb accepts unknown flags
 
 
-def _cache(given: argparse.Namespace) -> None:
+def _cache(args: argparse.Namespace) -> None:
     from mmgraph.arguments import parse_config
 
-    config = parse_config(given.flags)
+    config = parse_config(args.flags)
 
     from mmgraph.cli.start import open_graph
     from mmgraph.towers.cached import build_store
@@ -119,107 +126,125 @@ def _cache(given: argparse.Namespace) -> None:
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=CHECKPOINT)
     _add_run_arguments(parser)
-    folder_help = "default: features in the run's folder"
+    folder_help = "output folder (default: features/ in the run's folder, or here if there is no run)"
     parser.add_argument(*_spellings("output_dir"), type=Path, metavar="DIR", help=folder_help)
-    parser.add_argument("--features", nargs="+", help="z_graph, fused, text_only, image_only, concat (all)")
-    parser.add_argument("--format", default="pt", help="pt, safetensors, parquet or npy (pt)")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        help="embeddings to write: z_graph, fused, text_only, image_only, concat (default: all)",
+    )
+    parser.add_argument("--format", default="pt", help="file format: pt, safetensors, parquet or npy (default: pt)")
     parser.set_defaults(run=_encode)
 
 
-def _encode(given: argparse.Namespace) -> None:
+def _encode(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES, encode
     from mmgraph.inference.pretrained import find_checkpoint, run_settings, settings_of
 
-    checkpoint = find_checkpoint(given.source)
-    config = settings_of(checkpoint, _of_run(given))
+    checkpoint = find_checkpoint(args.source)
+    config = settings_of(checkpoint, _overrides(args))
     beside = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
     accelerator = build_accelerator()
-    encode(checkpoint, config, accelerator, given.output_dir or beside, given.features or FEATURES, given.format)
+    encode(checkpoint, config, accelerator, args.output_dir or beside, args.features or FEATURES, args.format)
     accelerator.end_training()
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "a run's folder, an epoch or final file; or feature files"
+    sources = "folder of a run, an epoch or final file (.pt), or feature files"
     parser.add_argument("source", type=Path, nargs="+", help=sources)
     _add_run_arguments(parser)
     _add_config_flags(parser, SPLIT_FLAGS)
-    parser.add_argument("--json", type=Path, metavar="JSON", help="file to write all figures to")
+    parser.add_argument("--json", type=Path, metavar="JSON", help="JSON file to write all figures to")
     parser.set_defaults(run=_evaluate)
 
 
-def _evaluate(given: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.evaluation.command import evaluate, find_features
     from mmgraph.inference.pretrained import find_checkpoint, settings_of
 
-    features = find_features(given.source)
-    if not features and len(given.source) > 1:
-        raise UserError("evaluate takes one run or checkpoint at a time")
-    checkpoint = None if features else find_checkpoint(given.source[0])
-    config = settings_of(checkpoint or features[0], _of_run(given))
+    features = find_features(args.source)
+    if not features and len(args.source) > 1:
+        raise UserError("evaluate takes only one run or checkpoint: evaluate several one after the other")
+    checkpoint = None if features else find_checkpoint(args.source[0])
+    config = settings_of(checkpoint or features[0], _overrides(args))
     accelerator = build_accelerator()
-    evaluate(checkpoint, features, config, accelerator, given.json)
+    evaluate(checkpoint, features, config, accelerator, args.json)
     accelerator.end_training()
 
 
 def _add_neighbors_arguments(parser: argparse.ArgumentParser) -> None:
-    newest = "(default: the run below runs/ that ended last)"
+    newest = "(default: the run in runs/ that finished last)"
     parser.add_argument("source", type=Path, nargs="?", help=f"{CHECKPOINT} {newest}")
-    parser.add_argument("--node", metavar="NAME", help="node_id, or short_name, of a node of the graph")
+    parser.add_argument("--node", metavar="NAME", help="node_id or short_name of a node in the graph")
     parser.add_argument("--text", help="text of a node that is not in the graph")
-    parser.add_argument("--image", metavar="FILE", help="image of a node that is not in the graph")
-    parser.add_argument(*_spellings("top_k"), type=positive, default=10, metavar="K", help="how many (10)")
-    parser.add_argument("--embedding", default="z_graph", help="z_graph, fused, text_only, image_only or concat")
+    parser.add_argument("--image", metavar="FILE", help="image file of a node that is not in the graph")
+    parser.add_argument(
+        *_spellings("top_k"), type=positive, default=10, metavar="K", help="number of nodes to print (default: 10)"
+    )
+    parser.add_argument(
+        "--embedding",
+        default="z_graph",
+        help="embedding to compare: z_graph, fused, text_only, image_only or concat (default: z_graph)",
+    )
     _add_run_arguments(parser)
     parser.set_defaults(run=_neighbors)
 
 
-def _neighbors(given: argparse.Namespace) -> None:
+def _neighbors(args: argparse.Namespace) -> None:
     from mmgraph.distributed.collectives import broadcast_from_main_process
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES
     from mmgraph.inference.neighbor_search import neighbors, query_of
     from mmgraph.inference.pretrained import find_checkpoint, last_checkpoint, newest_run, settings_of
 
-    query = query_of(given.node, given.text, given.image)
-    if given.embedding not in FEATURES:
-        raise UserError(f"--embedding {given.embedding}: must be one of {', '.join(FEATURES)}")
-    source = given.source or newest_run()
+    query = query_of(args.node, args.text, args.image)
+    if args.embedding not in FEATURES:
+        raise UserError(f"--embedding {args.embedding}: must be one of {', '.join(FEATURES)}")
+    source = args.source or newest_run()
     accelerator = build_accelerator()
     find = last_checkpoint if source.is_dir() else find_checkpoint
-    checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))  # a run may be writing them
-    config = settings_of(checkpoint, _of_run(given))
-    neighbors(checkpoint, config, accelerator, query, given.embedding, given.top_k)
+    checkpoint = broadcast_from_main_process(
+        accelerator, lambda: find(source)
+    )  # on one rank only: a run may be writing checkpoints
+    config = settings_of(checkpoint, _overrides(args))
+    neighbors(checkpoint, config, accelerator, query, args.embedding, args.top_k)
     accelerator.end_training()
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, nargs="*", metavar="RUN", help="folders of runs (the one that ended last)")
-    page = "the page (report.html in the run's folder, or here)"
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="folders of runs (default: the run in runs/ that finished last)",
+    )
+    page = "HTML file to write (default: report.html in the run's folder, or here for several runs)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=page)
     for name, help in (
-        ("node", "node_id or short_name of a node to show with its nearest; may be given several times"),
-        ("text", "text of a node that is not in the graph, to show with its nearest; likewise"),
-        ("image", "image file of a node that is not in the graph; likewise"),
+        ("node", "node_id or short_name of a node to show with its nearest neighbors; repeatable"),
+        ("text", "text of a node that is not in the graph, to show with its nearest neighbors; repeatable"),
+        ("image", "image file of a node that is not in the graph, to show with its nearest neighbors; repeatable"),
     ):
         parser.add_argument(f"--{name}", action="append", default=[], metavar=name.upper(), help=help)
     _add_run_arguments(parser)
     parser.set_defaults(run=_report)
 
 
-def _report(given: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.neighbor_search import query_of
     from mmgraph.inference.pretrained import newest_run
     from mmgraph.report.make import FILE, report
 
-    runs = given.source or [newest_run()]
+    runs = args.source or [newest_run()]
     names = ("node", "text", "image")
-    queries = [query_of(**{**dict.fromkeys(names), name: value}) for name in names for value in getattr(given, name)]
-    output = given.output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))
+    queries = [query_of(**{**dict.fromkeys(names), name: value}) for name in names for value in getattr(args, name)]
+    output = args.output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))
     accelerator = build_accelerator()
-    report(runs, output, _of_run(given), accelerator, queries)
+    report(runs, output, _overrides(args), accelerator, queries)
     accelerator.end_training()
 
 
@@ -234,8 +259,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_convert)
 
 
-def _convert(given: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> None:
     from mmgraph.checkpoints.convert import convert
 
     if is_main_process():
-        convert(given.source, given.target)
+        convert(args.source, args.target)

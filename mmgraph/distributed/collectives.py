@@ -28,8 +28,9 @@ def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result])
         The result of this rank's call.
 
     Raises:
-        UserError: the call failed on another rank; the message names the rank. A rank whose own call failed raises the
-            original error.
+        UserError: the call failed on another rank with a user error; the message names the rank.
+        RunError: the call failed on another rank with any other error; the message names the rank.
+        Exception: the call failed on this rank; its error is raised unchanged.
     """
     error: Exception | None = None
     try:
@@ -72,7 +73,8 @@ def write_on_main_process(accelerator: Accelerator, folder: Path, write: Callabl
 
     def write_or_explain() -> None:
         with explain_disk_errors(
-            folder, "existing files are intact. Free disk space, then run the same command to resume from the last state"
+            folder,
+            "existing files are intact. Free disk space, then run the same command to resume from the last state",
         ):
             write()
 

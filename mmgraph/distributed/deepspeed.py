@@ -14,7 +14,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_avai
 import mmgraph
 from mmgraph.errors import UserError
 
-OURS = {  # settings of DeepSpeed that would conflict with the run's flags, and the flags to use
+RESERVED_KEYS = {  # keys of a DeepSpeed config that would conflict with the run's flags, and these flags
     "optimizer": "AdamW with --learning_rate and --weight_decay",
     "scheduler": "--lr_schedule",
     "gradient_clipping": "--max_grad_norm",
@@ -47,7 +47,8 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get(CONFIG_FILE, "none")
     if path != "none":
-        in_checkout = Path(mmgraph.__file__).parent.parent / path  # relative to the checkout, for a launch from another folder
+        # The path may be relative to the checkout, although the launch is from another folder.
+        in_checkout = Path(mmgraph.__file__).parent.parent / path
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not in_checkout.exists() else str(in_checkout)
     # Accelerate rejects mixed_precision in its own config next to a DeepSpeed JSON, although it uses that precision for
     # each "auto" in the JSON.
@@ -57,7 +58,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (OSError, ValueError) as error:
         raise UserError(f"DeepSpeed config {path}: {' '.join(str(error).split())[:300]}") from None
-    for key, flag in OURS.items():
+    for key, flag in RESERVED_KEYS.items():
         harmless = ("auto", 1) if key == "gradient_accumulation_steps" else ("auto",)
         if plugin.deepspeed_config.get(key, "auto") not in harmless:
             raise UserError(f"DeepSpeed config {path}: remove '{key}' or set it to \"auto\"; mmgraph uses {flag}")

@@ -155,7 +155,9 @@ def _check_world(accelerator: Accelerator) -> None:
     unsupported = [name for name in ("FSDP", "MEGATRON_LM", "TPU") if _is_requested(name)]
     if unsupported or accelerator.distributed_type not in SUPPORTED:
         backend_name = unsupported[0] if unsupported else accelerator.distributed_type.value
-        raise UserError(f"{backend_name} is not supported; use a config from accelerate_configs/ (data parallel or DeepSpeed)")
+        raise UserError(
+            f"{backend_name} is not supported; use a config from accelerate_configs/ (data parallel or DeepSpeed)"
+        )
     if _is_requested("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError("DeepSpeed was requested but is not in use: start with accelerate launch, without --cpu")
     if accelerator.gradient_accumulation_steps != 1:
@@ -165,12 +167,12 @@ def _check_world(accelerator: Accelerator) -> None:
 
 
 def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> None:
-    """Raise :class:`UserError` if a global batch does not divide evenly over the ranks or exceeds the number of edges."""
+    """Raise :class:`UserError` if a global batch does not divide evenly over the ranks or is larger than the graph."""
     if batch_size % num_processes:
         below = batch_size - batch_size % num_processes
         sizes = " or ".join(str(size) for size in (below, below + num_processes) if size)
         raise UserError(
-            f"--global_batch_size {batch_size} is not divisible by the number of processes, {num_processes}; use {sizes}"
+            f"--global_batch_size {batch_size} is not divisible by the number of processes ({num_processes}); use {sizes}"
         )
     if batch_size > num_edges:
         raise UserError(
@@ -187,7 +189,7 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     )
     hint = ""
     if device != "cpu" and batch_size // count < 64:
-        hint = f" (set --global_batch_size to {64 * count} or more: a GPU should get 64 edges per step)"
+        hint = f"; a GPU needs 64 or more: set --global_batch_size {64 * count}"
     threads = f", {torch.get_num_threads()} thread(s) each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "

@@ -41,7 +41,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the stop signals while the block runs. After an error in the block, a launched rank ignores SIGTERM."""
+        """Handle the stop signals while the block runs.
+
+        After an error in the block, a launched rank ignores SIGTERM until it exits.
+        """
         read, write = os.pipe()
         os.set_blocking(write, False)
         # Python calls a handler only between two bytecodes, so not while this rank waits in a collective. A thread that
@@ -53,7 +56,7 @@ class StopRequest:
         try:
             yield
         except Exception:
-            if "RANK" in os.environ:  # the launcher sends it if a rank is lost; this rank must still report its error
+            if "RANK" in os.environ:  # the launcher sends it if a rank is lost, but this rank must still report
                 del before[signal.SIGTERM]
             raise
         finally:
@@ -61,7 +64,8 @@ class StopRequest:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             self._stopping.set()
-            os.write(write, bytes([NO_SIGNAL]))  # not close: DataLoader workers inherited this end, so the reader would see no end
+            # Closing this end is not enough to end the reader: DataLoader workers inherited it.
+            os.write(write, bytes([NO_SIGNAL]))
             watcher.join()
             os.close(read)
             os.close(write)
@@ -92,7 +96,10 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let stop signals raise ``KeyboardInterrupt`` in the block. Use it only where an interruption loses no results."""
+        """Let stop signals raise ``KeyboardInterrupt`` in the block.
+
+        Use it only where an interruption loses nothing of the run.
+        """
         before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
         try:
             yield
@@ -115,7 +122,9 @@ class StopRequest:
                 continue
             self.requested = True
             requested_at = time.monotonic()
-            while not (late := time.monotonic() - max(requested_at, self._last_step) > self._step_seconds + self._grace):
+            while not (
+                late := time.monotonic() - max(requested_at, self._last_step) > self._step_seconds + self._grace
+            ):
                 if self._stopping.wait(timeout=0.2):
                     break
             if late:

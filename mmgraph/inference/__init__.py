@@ -1,1 +1,1 @@
-"""From a checkpoint to embeddings: encoding, feature files, neighbor search."""
+"""Embedding nodes with a checkpoint: encoding, feature files, neighbor search."""

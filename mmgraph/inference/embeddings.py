@@ -1,4 +1,4 @@
-"""One vector for each node of a run's graph, kept below the run's folder: a second question finds them there."""
+"""Unit-length embeddings of all nodes of a graph, cached on disk for later queries."""
 
 import os
 from contextlib import ExitStack
@@ -19,14 +19,14 @@ from mmgraph.inference.pretrained import Inference
 from mmgraph.utils.files import locked
 from mmgraph.utils.log import log
 
-KEPT = 3  # of other checkpoints: a process may be reading one
+KEPT_FOLDERS = 3  # shard folders of other checkpoints or settings: another process may be reading one
 
 
 class NodeVectors(NamedTuple):
-    """Of N nodes, in the order of the table."""
+    """Embeddings and image status of N nodes, in the order of the node table."""
 
     vectors: np.ndarray  # (N, d) float32, of unit length
-    image_status: np.ndarray  # (N,) uint8, indices into mmgraph.data.images.IMAGE_STATUS
+    image_status: np.ndarray  # (N,) uint8 indices into mmgraph.data.images.IMAGE_STATUS
 
 
 NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
@@ -35,14 +35,18 @@ NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
 def embed_all_nodes(
     inference: Inference, config: Config, accelerator: Accelerator, kind: str, folder: Path
 ) -> NodeVectors:
-    """Embed all nodes, or read what was kept of it. Called by all ranks; on those but the main one, of no node.
+    """Embed all nodes, or read the cached embeddings. Called by all ranks.
 
     Args:
-        kind: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
-        folder: where to keep them; in a temporary one where it cannot be written to.
+        kind: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
+        folder: where the embeddings are cached. If it cannot be written to, they go to a temporary folder.
+
+    Returns:
+        The embeddings on the main process, :data:`NO_VECTORS` on the other ranks.
 
     Raises:
-        UserError: another process embeds these nodes; or a vector is not finite.
+        UserError: another process is embedding these nodes, a vector is not finite, or ``folder`` cannot be written to
+            and the ranks are on several machines.
     """
     shards = FeatureShards(inference, folder / kind, (kind,), config.truncated_images)
     with ExitStack() as stack:
@@ -51,7 +55,7 @@ def embed_all_nodes(
                 accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)
             )
             shards = FeatureShards(inference, opened, (kind,), config.truncated_images)
-            build_shards(shards, accelerator, others=KEPT)
+            build_shards(shards, accelerator, others=KEPT_FOLDERS)
         return raise_on_all_ranks(
             accelerator, lambda: _read(shards, kind) if accelerator.is_main_process else NO_VECTORS
         )
@@ -62,15 +66,17 @@ def _read(shards: FeatureShards, kind: str) -> NodeVectors:
 
 
 def normalize_rows(vectors: torch.Tensor) -> np.ndarray:
-    """(N, d) float32 rows of unit length. Raises :class:`UserError` where one is not finite."""
+    """Scale (N, d) rows to unit length, float32. Raises :class:`UserError` if a row is not finite."""
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
-        raise UserError(f"the embedding of row {int((~finite).nonzero()[0])} is not finite: nothing is near it")
+        raise UserError(
+            f"the embedding of row {int((~finite).nonzero()[0])} is not finite, so its nearest nodes are undefined"
+        )
     return F.normalize(vectors.float(), dim=1).cpu().numpy()
 
 
 def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
-    """The folder, made and locked; a temporary one where it cannot be, and all ranks are on this machine."""
+    """Create and lock the folder. If that fails and all ranks are on this machine, return a temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if locked(folder, stack):
@@ -78,6 +84,6 @@ def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
     except OSError as error:
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             raise UserError(f"{folder}: {error.strerror}") from None
-        log(f"{folder}: {error.strerror}: the embeddings are made, and not kept")
+        log(f"{folder}: {error.strerror}; the embeddings are computed but not cached")
         return Path(stack.enter_context(TemporaryDirectory()))
-    raise UserError(f"{folder}: another process embeds into it; try again when it is done")
+    raise UserError(f"{folder}: another process is writing embeddings to it; try again when it has finished")

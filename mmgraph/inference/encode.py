@@ -1,4 +1,4 @@
-"""All nodes' embeddings from any checkpoint, to files: by all ranks, in constant memory, resumed where it stopped."""
+"""Writes the embeddings of all nodes to files: on all ranks, in constant memory, and resumable."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,19 +23,20 @@ FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 def encode(
     checkpoint: Path, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
 ) -> None:
-    """Write ``features_<name>.<kind>``: one float32 vector a node, in node order. Called by all ranks.
+    """Write ``features_<name>.<kind>``: one float32 vector per node, in node order. Called by all ranks.
 
-    Blocks of nodes are embedded by all ranks and kept beside the files to be; a second start goes on from those. Then
-    they are put together, a feature a rank.
+    All ranks embed shards of nodes and store them in a hidden folder in ``output``; an interrupted call resumes from
+    these shards. Then the shards are joined into the output files. Each feature is written by one rank.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original.
-        output: folder to write to, which all ranks see.
-        features: names of :data:`FEATURES`.
-        kind: one of :data:`mmgraph.inference.feature_files.FORMATS`.
+        checkpoint: an epoch or final file, of mmgraph or the original trainer.
+        output: folder to write to. All ranks must see it.
+        features: names from :data:`FEATURES`.
+        kind: file format, one of :data:`mmgraph.inference.feature_files.FORMATS`.
 
     Raises:
-        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or ``output`` cannot be written.
+        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or a name or the format is unknown,
+            ``output`` cannot be written to, or another process is encoding into it.
     """
     _check(features, kind)
     with ExitStack() as stack:
@@ -44,43 +45,52 @@ def encode(
 
 
 def _encode(
-    inference: Inference, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
+    inference: Inference,
+    config: Config,
+    accelerator: Accelerator,
+    output: Path,
+    features: Sequence[str],
+    file_format: str,
 ) -> None:
     shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)), config.truncated_images)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     build_shards(shards, accelerator)
-    with progress_bar(accelerator, len(inference.nodes) * len(shards.features), 0, "row") as shown:
-        written = shards.write(shards.features[rank::world_size], kind)
-        for others in work_on_all_ranks(accelerator, show_progress(written, shown, output)):
-            shown.update(others)
-    on_main_process(accelerator, lambda: _finish(shards, output, kind))
+    with progress_bar(accelerator, len(inference.nodes) * len(shards.features), 0, "row") as bar:
+        written = shards.write(shards.features[rank::world_size], file_format)
+        for others in work_on_all_ranks(accelerator, show_progress(written, bar, output)):
+            bar.update(others)
+    on_main_process(accelerator, lambda: _finish(shards, output, file_format))
 
 
-def _check(features: Sequence[str], kind: str) -> None:
+def _check(features: Sequence[str], file_format: str) -> None:
     unknown = [name for name in features if name not in FEATURES]
     if unknown:
-        raise UserError(f"--features {unknown[0]}: must be of {', '.join(FEATURES)}")
-    if kind not in FORMATS:
-        raise UserError(f"--format {kind}: must be one of {', '.join(FORMATS)}")
+        raise UserError(f"--features {unknown[0]}: unknown feature; choose from {', '.join(FEATURES)}")
+    if file_format not in FORMATS:
+        raise UserError(f"--format {file_format}: unknown format; choose from {', '.join(FORMATS)}")
 
 
 def _open_folder(folder: Path, stack: ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not locked(folder, stack):
-            raise UserError(f"--output_dir {folder}: another process encodes into it")
+            raise UserError(
+                f"--output_dir {folder}: another process is encoding into it; choose another folder or wait for it"
+            )
     except OSError as error:
         raise UserError(f"--output_dir {folder}: {error.strerror}") from None
 
 
-def _finish(shards: FeatureShards, output: Path, kind: str) -> None:
+def _finish(shards: FeatureShards, output: Path, file_format: str) -> None:
     image_status = shards.image_status()
-    told = ", ".join(
-        f"{count:,} {cause}"
-        for cause, count in zip(IMAGE_STATUS, image_status.tolist(), strict=True)
-        if cause and count
+    counts = ", ".join(
+        f"{count:,} {status}"
+        for status, count in zip(IMAGE_STATUS, image_status.tolist(), strict=True)
+        if status and count
     )
-    if told:
-        log(f"images that are black or in part: {told}")
+    if counts:
+        log(f"nodes whose image is black or partial: {counts}")
     shutil.rmtree(shards.folder)
-    log(f"{', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{kind}")
+    log(
+        f"wrote {', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{file_format}"
+    )

@@ -1,4 +1,4 @@
-"""Files of one float32 vector a node, in node order: written and read without holding them in memory."""
+"""Feature files: one float32 vector per node, in node order, written in constant memory."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,22 +16,33 @@ from mmgraph.errors import UserError
 from mmgraph.utils.files import sync
 
 FORMATS = ("pt", "safetensors", "parquet", "npy")
-ID, VECTOR = "node_id", "vector"  # columns of a Parquet file
+ID, VECTOR = "node_id", "vector"  # column names in Parquet
 
 
 def write_features(
     path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray], ids: Iterable[pa.ChunkedArray]
 ) -> Iterator[int]:
-    """Write (N, d) vectors that come in blocks to a file of the format that its ending names; yields rows done.
+    """Write (N, d) vectors, passed in blocks, to a file in the format that its suffix names.
 
-    ``.pt`` is written by ``torch.save`` and needs twice its size on the disk meanwhile; ``.safetensors`` has one tensor
-    of the file's name; ``.npy`` an array; ``.parquet`` columns ``node_id`` (text) and ``vector`` (a list of d). The
-    file is there when it is whole.
+    The contents by format:
+
+    - ``.pt``: a tensor, written by ``torch.save``; during the write it takes twice its size on the disk.
+    - ``.safetensors``: one tensor, named as the file without ``features_``.
+    - ``.npy``: an array.
+    - ``.parquet``: columns ``node_id`` (text) and ``vector`` (a list of d float32).
+
+    The file appears under its name only when it is complete.
 
     Args:
         shape: N and d.
-        blocks: (n, d) float32 each, N rows together.
-        ids: of the same blocks' nodes; read for Parquet alone.
+        blocks: (n, d) float32 arrays, N rows in total.
+        ids: ``node_id`` columns of the same blocks; used for Parquet only.
+
+    Yields:
+        The number of rows of each block, once it is written.
+
+    Raises:
+        ValueError: the blocks do not have N rows (not checked for Parquet).
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -56,10 +67,10 @@ def _write_parquet(
     vector = pa.list_(pa.field("element", pa.float32(), nullable=False), width)
     schema = pa.schema([(ID, pa.large_string()), (VECTOR, vector)])
     with pq.ParquetWriter(path, schema) as writer:
-        for block, of_block in zip(blocks, ids, strict=False):
+        for block, block_ids in zip(blocks, ids, strict=False):
             values = pa.array(np.ascontiguousarray(block, np.float32).reshape(-1))
             columns = [
-                of_block.cast(pa.large_string()).combine_chunks(),
+                block_ids.cast(pa.large_string()).combine_chunks(),
                 pa.FixedSizeListArray.from_arrays(values, type=vector),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
@@ -67,12 +78,12 @@ def _write_parquet(
 
 
 def _write_pt(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Iterator[int]:
-    """Write the vectors to a raw file and have ``torch.save`` read them from there: it takes only a whole tensor."""
+    """Write the vectors to a raw file, and ``torch.save`` a memory map of it: it only takes a complete tensor."""
     raw = path.with_suffix(".raw")
     try:
         with raw.open("wb") as file:
             yield from _write_rows(file, shape[0], blocks)
-        # shared: the kernel counts private pages, which may be written to, as memory of this process.
+        # shared: the kernel counts private writable pages as memory of this process.
         vectors = torch.from_file(str(raw), shared=True, size=shape[0] * shape[1], dtype=torch.float32)
         save(vectors.view(shape), path)
     finally:
@@ -86,7 +97,7 @@ def _write_rows(file: BinaryIO, count: int, blocks: Iterable[np.ndarray]) -> Ite
         left -= len(block)
         yield len(block)
     if left:
-        raise ValueError(f"{count - left} vectors came instead of {count}")
+        raise ValueError(f"expected {count} vectors, got {count - left}")
 
 
 def _write_npy_header(file: BinaryIO, _: str, shape: tuple[int, int]) -> None:
@@ -104,31 +115,34 @@ _HEADERS = {".npy": _write_npy_header, ".safetensors": _write_safetensors_header
 
 
 def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
-    """The (N, d) vectors of a file of any of the formats, float32, and their nodes' ids where it has them.
+    """Read a feature file in any of the formats.
+
+    Returns:
+        The vectors, (N, d) float32; and the N node ids if the file is Parquet, else None.
 
     Raises:
-        UserError: no such file, or it holds something else.
+        UserError: the file does not exist, or is not a feature file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        found, ids = _READERS[path.suffix](path)
+        vectors, ids = _READERS[path.suffix](path)
     except KeyError:
-        raise UserError(f"{path}: features are in .{', .'.join(FORMATS)} files") from None
-    except Exception as error:  # whatever broken files make torch, pyarrow, NumPy and safetensors raise
+        raise UserError(f"{path}: not a feature file; the formats are .{', .'.join(FORMATS)}") from None
+    except Exception as error:  # torch, pyarrow, NumPy and safetensors raise many types for a broken file
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable file of features ({type(error).__name__}: {reason})") from None
-    if not isinstance(found, torch.Tensor) or found.ndim != 2 or not found.is_floating_point():
-        raise UserError(f"{path}: holds no (nodes, width) tensor of floating-point numbers")
-    check_data(path, {"its tensor": found})
-    return found.float(), ids
+        raise UserError(f"{path}: not a readable feature file ({type(error).__name__}: {reason})") from None
+    if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
+        raise UserError(f"{path}: not a feature file: expected one (nodes, width) tensor of floating-point numbers")
+    check_data(path, {"its tensor": vectors})
+    return vectors.float(), ids
 
 
 def _read_safetensors(path: Path) -> tuple[Any, None]:
     with safe_open(path, "pt") as file:
         names = list(file.keys())
         if len(names) != 1:
-            raise SafetensorError(f"has {len(names)} tensors, not one")
+            raise SafetensorError(f"expected one tensor, got {len(names)}")
         return file.get_tensor(names[0]), None
 
 

@@ -1,4 +1,4 @@
-"""Features of runs of nodes, embedded by all ranks and kept in files: what was made is not made again."""
+"""Feature shards: embeddings of consecutive nodes, computed by all ranks and cached in files."""
 
 import hashlib
 import json
@@ -30,17 +30,19 @@ from mmgraph.towers.cached import VISIBLE_SECONDS
 from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 
-SHARD_NODES = 16 * BATCH  # nodes whose features are kept in a file: what is lost when it is stopped
+SHARD_NODES = 16 * BATCH  # nodes per shard; an interrupted rank loses at most one shard
 
 
 def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int = 0) -> None:
-    """Make all blocks that are not there, the ranks in turns; a second start goes on from those. Called by all ranks.
+    """Build the missing shards, assigned to the ranks in turn. Called by all ranks.
+
+    An interrupted call loses only the unfinished shards: the next call builds the remaining ones.
 
     Args:
-        others: how many folders of blocks of other features stay beside these.
+        others: how many folders with other shards (of another checkpoint, features or settings) to keep.
 
     Raises:
-        UserError: the folder is not one that all machines see; its disk is full.
+        UserError: not all machines see the folder, or its disk is full.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     on_main_process(accelerator, lambda: shards.make_folder(others))
@@ -48,32 +50,35 @@ def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int 
     total = len(shards.inference.nodes)
     done = total - sum(len(shards.rows(number)) for number in missing)
     if done:
-        log(f"goes on: {done:,} of {total:,} nodes were embedded before")
-    with progress_bar(accelerator, total, done, "node") as shown:
+        log(f"resuming: {done:,} of {total:,} nodes are already embedded")
+    with progress_bar(accelerator, total, done, "node") as bar:
         for count in work_on_all_ranks(
-            accelerator, show_progress(shards.make(missing[rank::world_size]), shown, shards.output)
+            accelerator, show_progress(shards.make(missing[rank::world_size]), bar, shards.output)
         ):
-            shown.update(count)
+            bar.update(count)
     raise_on_all_ranks(accelerator, lambda: shards.wait_for(missing))
 
 
 def missing_shards(shards: "FeatureShards", accelerator: Accelerator) -> list[int]:
-    """Which blocks are not there, damaged, or not of the images as they are now; looked at by all ranks in turns."""
-    mine, own = range(accelerator.process_index, len(shards), accelerator.num_processes), list[int]()
-    for _ in work_on_all_ranks(accelerator, shards.missing_shards(mine, own)):
+    """Return the numbers of the shards that do not exist, are damaged or are out of date. Called by all ranks.
+
+    A shard is out of date if one of its images has changed. Each rank checks a part of the shards.
+    """
+    mine, missing = range(accelerator.process_index, len(shards), accelerator.num_processes), list[int]()
+    for _ in work_on_all_ranks(accelerator, shards.missing_shards(mine, missing)):
         pass
-    return sorted(number for numbers in gather_object([own]) for number in numbers)
+    return sorted(number for numbers in gather_object([missing]) for number in numbers)
 
 
 def progress_bar(accelerator: Accelerator, total: int, initial: int, unit: str) -> "tqdm[Any]":
-    """A progress bar, on the main process alone."""
+    """Return a progress bar that is shown only on the main process, and only in a terminal."""
     disable = None if accelerator.is_main_process else True
     return tqdm(total=total, initial=initial, unit=unit, disable=disable, dynamic_ncols=True)
 
 
 def show_progress(counts: Iterator[int], shown: "tqdm[Any]", output: Path) -> Iterator[int]:
-    """Show what is done as it is, and say of a full disk what to do."""
-    with explain_disk_errors(output, "make room, and the same command goes on where it stopped"):
+    """Pass on ``counts`` and add them to the progress bar. A disk error is raised with a remedy."""
+    with explain_disk_errors(output, "free disk space, then run the same command again to resume"):
         for count in counts:
             shown.update(count)
             yield count
@@ -91,10 +96,11 @@ def _write(content: bytes, path: Path) -> None:
 
 
 class FeatureShards:
-    """Features of runs of nodes, each in a file of its own in a hidden folder of the output.
+    """Shards of a graph's features in a hidden folder of ``output``: one file for each range of consecutive nodes.
 
-    The folder's name is of all that features depend on but the images, whose times and sizes a block remembers: a block
-    of anything else is made anew.
+    The folder's name is a hash of the node table, the checkpoint, ``truncated_images``, the feature names and the shard
+    size. The features also depend on the images: each shard stores a digest of the paths, sizes and times of its image
+    files, and is rebuilt if they have changed.
     """
 
     def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], truncated_images: str):
@@ -112,14 +118,14 @@ class FeatureShards:
         return self.folder / f"{number:08d}.safetensors"
 
     def make_folder(self, others: int) -> None:
-        """Make the folder of the blocks, and remove those of other features but the last ``others``."""
-        found = [folder for folder in self.folder.parent.glob(".blocks-*") if folder != self.folder]
-        for other in sorted(found, key=lambda folder: -folder.stat().st_mtime_ns)[others:]:
+        """Create the shard folder, and remove the other shard folders except the ``others`` newest."""
+        folders = [folder for folder in self.folder.parent.glob(".blocks-*") if folder != self.folder]
+        for other in sorted(folders, key=lambda folder: -folder.stat().st_mtime_ns)[others:]:
             shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
 
     def missing_shards(self, numbers: Sequence[int], missing: list[int]) -> Iterator[int]:
-        """Add to ``missing`` the blocks that are not there, damaged, or not of the images as they are now."""
+        """Append to ``missing`` the shards that do not exist, are damaged or are out of date. Yields 1 per shard."""
         for number in numbers:
             if not self._is_current(number):
                 missing.append(number)
@@ -128,52 +134,61 @@ class FeatureShards:
     def _is_current(self, number: int) -> bool:
         try:
             with safe_open(self.file(number), "pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in (*self.features, "causes")}
         except (OSError, SafetensorError):
             return False
-        return told == {"images": self._images(number), "sha256": _digest(tensors)}
+        return metadata == {"images": self._images(number), "sha256": _digest(tensors)}
 
     def wait_for(self, numbers: Sequence[int]) -> None:
-        """Until all ranks' blocks are seen here: a network file system may take a while to show them."""
+        """Wait until this rank sees these shards: a network file system may show them late.
+
+        Raises:
+            UserError: some are not visible after :data:`VISIBLE_SECONDS`.
+        """
         deadline = time.monotonic() + VISIBLE_SECONDS
         while not all(self.file(number).is_file() for number in numbers):
             if time.monotonic() > deadline:
-                raise UserError(f"{self.output}: must be one folder that all machines see")
+                raise UserError(
+                    f"{self.output}: not all shards are visible on this machine; use a folder that all machines share"
+                )
             time.sleep(1)
 
     def _images(self, number: int) -> str:
+        """Return a digest of the signatures of a shard's images."""
         digest = hashlib.sha256()
         images = self.inference.images
         for node in self.inference.nodes.scan(self.rows(number), images.columns):
             signature = images.signature(images.locate(node), MIN_AGE_NS)
-            if signature is None:  # it changed a moment ago and may change again unnoticed: equal to nothing
+            if (
+                signature is None
+            ):  # just changed; a further change could go unnoticed, so a random value marks it outdated
                 signature = os.urandom(HASH.itemsize)
             digest.update(signature.ljust(HASH.itemsize, b"\0"))
         return digest.hexdigest()
 
     @torch.no_grad()
     def make(self, numbers: Sequence[int]) -> Iterator[int]:
-        """Embed and write these blocks. Yields how many nodes each batch has."""
+        """Embed and write these shards. Yields the number of nodes of each batch."""
         outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
         for number in numbers:
-            images = self._images(number)  # before they are read
-            found: dict[str, list[torch.Tensor]] = {}
+            images = self._images(number)  # first, so that a change while the shard is embedded is noticed later
+            batches: dict[str, list[torch.Tensor]] = {}
             left = len(self.rows(number))
             while left:
                 tokens, image_status = next(outputs)
                 embedded = self.inference.module.embeddings(tokens)
                 for name in self.features:
-                    found.setdefault(name, []).append(embedded[name].float().cpu())
-                found.setdefault("causes", []).append(torch.from_numpy(image_status.astype(np.uint8)))
+                    batches.setdefault(name, []).append(embedded[name].float().cpu())
+                batches.setdefault("causes", []).append(torch.from_numpy(image_status.astype(np.uint8)))
                 left -= len(image_status)
                 yield len(image_status)
-            tensors = {name: torch.cat(parts) for name, parts in found.items()}
+            tensors = {name: torch.cat(parts) for name, parts in batches.items()}
             content = save(tensors, metadata={"images": images, "sha256": _digest(tensors)})
             write_durably(self.file(number), partial(_write, content))
 
     def write(self, features: Sequence[str], kind: str) -> Iterator[int]:
-        """Put the blocks of some features together. Yields how many rows were written."""
+        """Join the shards into one file per feature, in format ``kind``. Yields the number of rows written."""
         for feature in features:
             shape = len(self.inference.nodes), self._read(0, feature).shape[1]
             shards = (self._read(number, feature).numpy() for number in range(len(self)))
@@ -181,14 +196,14 @@ class FeatureShards:
             yield from write_features(path, shape, shards, self._ids())
 
     def image_status(self) -> np.ndarray:
-        """How many nodes there are of each of :data:`mmgraph.data.images.IMAGE_STATUS`."""
+        """Count the nodes by image status: (len(IMAGE_STATUS),) int64, as :data:`mmgraph.data.images.IMAGE_STATUS`."""
         counts = np.zeros(len(IMAGE_STATUS), np.int64)
         for number in range(len(self)):
             counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(IMAGE_STATUS))
         return counts
 
     def read(self, name: str) -> torch.Tensor:
-        """A feature of all nodes, (N, d); or ``image_status``, (N,)."""
+        """Read one tensor for all nodes: a feature, (N, d) float32, or ``causes``, the image status, (N,) uint8."""
         return torch.cat([self._read(number, name) for number in range(len(self))])
 
     def _read(self, number: int, name: str) -> torch.Tensor:
@@ -197,5 +212,5 @@ class FeatureShards:
 
     def _ids(self) -> Iterator[pa.ChunkedArray]:
         for number in range(len(self)):
-            with self.inference.nodes.column("node_id") as ids:  # of a block at a time, which is written meanwhile
+            with self.inference.nodes.column("node_id") as ids:  # once per shard: its end frees the pages read
                 yield ids.slice(SHARD_NODES * number, SHARD_NODES)

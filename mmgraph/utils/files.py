@@ -25,7 +25,7 @@ def write_durably(path: Path, write: Callable[[Path], object], shared: bool = Fa
 
     Args:
         path: file to write.
-        write: fills the file at the path that it gets.
+        write: fills the temporary file, whose path is its argument.
         shared: other processes may write ``path`` at the same time; the last rename wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
@@ -49,7 +49,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
                 if error.errno is not None:
                     raise
                 # NumPy compares the number of items written with the array's size, and does not know the reason.
-                raise OSError(errno.EIO, "NumPy could not write the complete array (is the disk full?)", str(path)) from error
+                raise OSError(
+                    errno.EIO, "NumPy could not write the full array (is the disk full?)", str(path)
+                ) from error
 
     write_durably(path, save, shared=True)
 
@@ -67,7 +69,7 @@ def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
             if file is not None:
                 make(file)
         if file is None:
-            time.sleep(POLL_SECONDS)  # another process is creating it; if that fails, this one can claim it
+            time.sleep(POLL_SECONDS)  # another process is creating it; if that process fails, this one can claim it
 
 
 @contextmanager
@@ -129,7 +131,9 @@ def _locked(path: Path) -> BinaryIO | None:
     while True:
         created = not path.exists()
         try:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # readable: the writer may read it back
+            file = os.fdopen(
+                os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b"
+            )  # readable, to read back what was written
         except PermissionError as error:
             raise NotImplementedError from error
         try:

@@ -21,9 +21,9 @@ from pathlib import Path
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-_buffer: deque[str] = deque(maxlen=1000)
+_waiting: deque[str] = deque(maxlen=1000)
 _path: Path | None = None
-_buffer_size = 10
+_size = 10
 _lock = threading.RLock()  # trackers log from their own threads
 
 
@@ -43,8 +43,8 @@ def log(*args: object, **kwargs: object) -> None:
     with suppress(OSError):
         tqdm.write(text, end="")  # print() would break a progress bar
     with _lock:
-        _buffer.append(text)
-        if _path is not None and len(_buffer) >= _buffer_size:
+        _waiting.append(text)
+        if _path is not None and len(_waiting) >= _size:
             with suppress(OSError):  # the lines stay buffered, and the next direct flush_log() raises
                 flush_log()
 
@@ -56,11 +56,11 @@ def flush_log() -> None:
         OSError: the lines cannot be written, for example on a full disk. They stay buffered; the file is unchanged.
     """
     with _lock:
-        if _path is None or not _buffer:
+        if _path is None or not _waiting:
             return
         with _path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            lines = memoryview("".join(_buffer).encode())
+            lines = memoryview("".join(_waiting).encode())
             try:
                 while lines:
                     lines = lines[file.write(lines) :]
@@ -68,7 +68,7 @@ def flush_log() -> None:
                 with suppress(OSError):
                     file.truncate(size)  # remove a partial write: the next flush writes all lines again
                 raise
-        _buffer.clear()
+        _waiting.clear()
 
 
 @contextmanager
@@ -78,18 +78,20 @@ def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
     If this last flush fails, the number of lost lines is printed to stderr, and no error is raised: the lines were
     already printed, and an error of the block must not be hidden.
     """
-    global _path, _buffer_size, _buffer
-    _path, _buffer_size = Path(path), size
-    _buffer = deque(_buffer)
+    global _path, _size, _waiting
+    _path, _size = Path(path), size
+    _waiting = deque(_waiting)
     try:
         yield
     finally:
         try:
             flush_log()
         except OSError as error:
-            print(f"mmgraph: could not write the last {len(_buffer)} lines to {path}: {error.strerror}", file=sys.stderr)
+            print(
+                f"mmgraph: could not write the last {len(_waiting)} lines to {path}: {error.strerror}", file=sys.stderr
+            )
         finally:
-            _path, _buffer = None, deque(maxlen=1000)
+            _path, _waiting = None, deque(maxlen=1000)
 
 
 def is_main_process() -> bool:
@@ -101,7 +103,7 @@ def _reset_in_child() -> None:
     """Reset the log in a forked child: the parent writes the buffered lines, and may have held the lock at the fork."""
     global _lock
     _lock = threading.RLock()
-    _buffer.clear()
+    _waiting.clear()
 
 
 atexit.register(flush_log)

@@ -1,7 +1,5 @@
-"""Every config by a real launch: the same training on each, and one state that goes on under any other."""
+"""Every topology: the same training on each, in micro batches too, and one state that resumes under any other."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 
@@ -39,18 +37,6 @@ TOPOLOGIES = {
 def test_every_config_is_here() -> None:
     files = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
     assert files - {"cpu", "single_gpu"} == CONFIGS.keys()
-
-
-@pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3_offload"])
-def test_zero_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
-    done = launch(f"{name}.yaml {CONFIGS[name]} {FLOAT32}", *settings(graph, tmp_path / "run", "--max_steps=30"))
-    [start] = json.loads((tmp_path / "run/environment.json").read_text())
-    assert (start["processes"], start["distributed_type"]) == (2, "DEEPSPEED")
-    [told] = [line for line in done.stdout.splitlines() if re.search(r"\bDEEPSPEED\b", line)]
-    assert re.search(r"\bcpu\b", told)
-    final = tmp_path / "run/checkpoints/multimodal_encoder_final.pt"
-    assert done.stdout.count(str(final)) == 1  # one process writes
-    assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5
 
 
 def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_path: Path) -> None:
@@ -120,6 +106,31 @@ def test_files_written_under_zero3_are_the_originals(graph: Path, zero3: Path, o
         for moment in ("exp_avg", "exp_avg_sq"):
             assert other[moment].shape == state[moment].shape and other[moment].dtype == torch.float32
             assert torch.allclose(other[moment], state[moment], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DDP-2", "ZeRO-2"])
+def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, name: str) -> None:
+    """Halves, quarters and eighths of a process's 16 edges, over two processes."""
+    script, target = str(Path(__file__).parent / "micro_batch_gradients.py"), str(tmp_path / "gradients.pt")
+    done = run_warm([script, target, *settings(graph, tmp_path / "run", "--batch_size=32")], TOPOLOGIES[name])
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, *parts = torch.load(target)
+    norm = torch.cat([gradient.flatten() for gradient in whole]).norm()
+    assert norm > 0.1
+    for number, gradients in zip((2, 4, 8), parts, strict=True):
+        difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, whole, strict=True)]).norm() / norm
+        print(f"1/{number}: {float(difference):.1e}")
+        assert 0 <= difference < 1e-5
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("1 process", "DDP-2", "ZeRO-1", "ZeRO-2")]
+
+
+@pytest.mark.parametrize("name", ["ZeRO-3", *SLOW])
+def test_a_run_in_micro_batches(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
+    """Ranks have different numbers of distinct nodes, and must still make the same number of parts under ZeRO-3."""
+    launch(TOPOLOGIES[name], *settings(graph, tmp_path / "run", "--max_steps=30", "--micro_batch_size=1"))
+    assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Real launches: one process against two, and a run that is killed and goes on."""
+"""``accelerate launch`` as users run it: the same training, a killed run, and launches that are refused."""
 
 import json
 import re
@@ -10,9 +10,25 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import LOSSES, PACKAGE, newest, read_metrics, same_state, settings
-from launches import launch, launch_command, run
+from conftest import LOSSES, PACKAGE, loss_difference, newest, read_metrics, same_state, settings
+from launches import launch_command, run
 from safetensors.torch import load_file
+
+FLAGS = ("--max_steps=30", "--save_every=5")
+
+
+def launched(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Launch through the launcher and check that it succeeds."""
+    done = run(launch_command(config, *arguments))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def two_processes(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """30 steps on two processes: the output folder, and what was printed."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    return output, launched("cpu_2proc.yaml", *settings(graph, output, *FLAGS)).stdout
 
 
 def norm_relative(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -24,14 +40,13 @@ def starts(output: Path) -> list[dict[str, Any]]:
     return json.loads((output / "environment.json").read_text())
 
 
-def test_two_processes_train_as_one(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    output = tmp_path / "two"
-    done = launch("cpu_2proc.yaml", *settings(graph, output, "--max_steps=30"))
+def test_two_processes_train_as_one(one_process: Path, two_processes: tuple[Path, str]) -> None:
+    output, printed = two_processes
     [start] = starts(output)
     assert (start["processes"], start["distributed_type"]) == (2, "MULTI_CPU")
-    [told] = [line for line in done.stdout.splitlines() if "MULTI_CPU" in line]
+    [told] = [line for line in printed.splitlines() if "MULTI_CPU" in line]
     assert all(re.search(rf"\b{fact}\b", told) for fact in ("2", "cpu", "12", "6"))  # edges a step, and a process
-    assert done.stdout.count(str(output / "checkpoints/multimodal_encoder_final.pt")) == 1  # one process writes
+    assert printed.count(str(output / "checkpoints/multimodal_encoder_final.pt")) == 1  # one process writes
     one, two = read_metrics(one_process), read_metrics(output)
     assert [row["step"] for row in two] == list(range(1, 31))
     worst = max(abs(a[name] - b[name]) for a, b in zip(one, two, strict=True) for name in LOSSES)
@@ -49,16 +64,20 @@ def test_two_processes_train_as_one(graph: Path, one_process: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "config",
-    ["cpu.yaml", "cpu_2proc.yaml", pytest.param("cpu_2proc.yaml --num_processes 3", marks=pytest.mark.slow)],
+    [
+        "cpu_2proc.yaml",
+        pytest.param("cpu.yaml", marks=pytest.mark.slow),
+        pytest.param("cpu_2proc.yaml --num_processes 3", marks=pytest.mark.slow),
+    ],
 )
-def test_a_killed_run_goes_on_to_the_bit(graph: Path, one_process: Path, tmp_path: Path, config: str) -> None:
-    if config == "cpu.yaml":
-        reference = one_process
-    else:
-        reference = tmp_path / "reference"
-        launch(config, *settings(graph, reference, "--max_steps=30", "--save_every=5"))
+def test_a_killed_run_resumes_to_the_bit(
+    graph: Path, two_processes: tuple[Path, str], tmp_path: Path, config: str
+) -> None:
+    reference = two_processes[0]
+    if config != "cpu_2proc.yaml":
+        launched(config, *settings(graph, reference := tmp_path / "reference", *FLAGS))
     output = tmp_path / "killed"
-    flags = settings(graph, output, "--max_steps=30", "--save_every=5")
+    flags = settings(graph, output, *FLAGS)
     process = subprocess.Popen(launch_command(config, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (output / "state/step-00000020").exists():  # in the middle of the second epoch
@@ -68,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_bit(graph: Path, one_process: Path, tmp_pat
         victim.kill()
     process.wait()
     assert not (output / "state/step-00000030").exists()
-    done = launch(config, *flags)
+    done = launched(config, *flags)
     begun = [start["from_step"] for start in starts(output)]
     assert begun in ([0, 20], [0, 25])
     state = str(output / f"state/step-{begun[1]:08d}")
@@ -100,3 +119,15 @@ def test_launches_that_would_train_wrongly_are_refused(
     assert done.returncode != 0
     assert re.search(".*".join(rf"(?<![\w-]){re.escape(fact)}(?!\w)" for fact in facts), told), told
     assert PACKAGE not in done.stderr and not (tmp_path / "run").exists()  # no line of a traceback
+
+
+def test_zero_with_offload_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path) -> None:
+    config = "deepspeed_zero2_offload.yaml --num_processes 2 --mixed_precision no"
+    done = launched(config, *settings(graph, tmp_path / "run", "--max_steps=30"))
+    [start] = starts(tmp_path / "run")
+    assert (start["processes"], start["distributed_type"]) == (2, "DEEPSPEED")
+    [line] = [line for line in done.stdout.splitlines() if re.search(r"\bDEEPSPEED\b", line)]
+    assert re.search(r"\bcpu\b", line)
+    final = tmp_path / "run/checkpoints/multimodal_encoder_final.pt"
+    assert done.stdout.count(str(final)) == 1  # one process writes
+    assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5

@@ -1,13 +1,11 @@
-"""Batches larger than memory: the same gradients in parts, and a part's memory."""
+"""A batch embedded in parts: the same gradients, and a part's memory."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import loss_difference, settings, tiny_configs
-from launches import ZERO3, launch, run_warm
+from conftest import tiny_configs
 from transformers import CLIPImageProcessor
 
 from mmgraph.data.batches import EdgeBatch
@@ -15,33 +13,6 @@ from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.clip import random_towers
 from mmgraph.towers.live import LiveTowers
-
-ZERO = "deepspeed_zero{}.yaml --num_processes 2 --mixed_precision no"
-
-
-@pytest.mark.parametrize("config", ["cpu_2proc.yaml", ZERO.format(2)])
-def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, config: str) -> None:
-    """Halves, quarters and eighths of a process's 16 edges, over two processes."""
-    script, target = str(Path(__file__).parent / "micro_batch_gradients.py"), str(tmp_path / "gradients.pt")
-    done = run_warm([script, target, *settings(graph, tmp_path / "run", "--batch_size=32")], config)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole, *parts = torch.load(target)
-    norm = torch.cat([gradient.flatten() for gradient in whole]).norm()
-    assert norm > 0.1
-    for number, gradients in zip((2, 4, 8), parts, strict=True):
-        difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, whole, strict=True)]).norm() / norm
-        print(f"1/{number}: {float(difference):.1e}")
-        assert 0 <= difference < 1e-5
-
-
-@pytest.mark.parametrize(
-    "config", [ZERO3, *(pytest.param(c, marks=pytest.mark.slow) for c in ("cpu.yaml", "cpu_2proc.yaml",
-                                                                                  ZERO.format(1), ZERO.format(2)))]
-)  # fmt: skip
-def test_a_run_in_micro_batches(graph: Path, one_process: Path, tmp_path: Path, config: str) -> None:
-    """Ranks have different numbers of distinct nodes, and must still make the same number of parts under ZeRO-3."""
-    launch(config, *settings(graph, tmp_path / "run", "--max_steps=30", "--micro_batch_size=1"))
-    assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5
 
 
 @pytest.mark.parametrize("nodes", [3, 8, 11])
