@@ -1,1 +1,1 @@
-"""``mmgraph bench``: what this machine does with this graph. Ratios are of times measured in turn, in one run."""
+"""``mmgraph bench``: benchmarks of this machine and graph. Variants to compare take turns in one run."""

@@ -1,4 +1,4 @@
-"""What ``bench study`` compares the encoder with: MLPs on one vector a node, and a DistMult."""
+"""Baselines of ``bench study``: MLPs on one text and one image vector per node, and a DistMult."""
 
 import dataclasses
 import warnings
@@ -30,14 +30,19 @@ DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024,
 
 
 def check_baselines(config: Config, graph: Graph) -> None:
-    """Raise :class:`UserError` where they could not be trained, before anything else was."""
+    """Check before the first run that the baselines can be trained.
+
+    Raises:
+        UserError: PyTorch Geometric is not installed, an edge table has no relations, or a held-out relation does not
+            occur in training.
+    """
     _distmult()
     held_out = graph.held_out
     if graph.relations is None or held_out is None or held_out.relations is None:
-        raise UserError("bench study trains a DistMult, on relations: both edge tables need a rel_id")
+        raise UserError("bench study trains a DistMult on relations: both edge tables need a rel_id column")
     unknown = sorted({*held_out.names} - {*graph.relation_names})
     if unknown:
-        raise UserError(f"{config.eval_edges}: has relation '{unknown[0]}', which {config.edges} has not")
+        raise UserError(f"{config.eval_edges}: relation '{unknown[0]}' does not occur in {config.edges}")
 
 
 def _distmult() -> Any:
@@ -51,9 +56,15 @@ def _distmult() -> Any:
 
 
 class ConcatMLP(nn.Module):
-    """The encoder without cross-attention: text and image are one vector each, and meet in an MLP.
+    """The encoder without cross-attention: an MLP on one text vector and one image vector per node.
 
-    It has about as many parameters as the fusion and heads that it stands for, and the same heads.
+    Its heads are those of the encoder. It has about as many parameters as the encoder's fusion and heads.
+
+    Args:
+        d_text: width of a text vector.
+        d_vis: width of an image vector.
+        fused_dim: width of ``fused``.
+        proj_dim: width of the ``z_`` embeddings.
     """
 
     def __init__(self, d_text: int, d_vis: int, fused_dim: int, proj_dim: int):
@@ -67,7 +78,7 @@ class ConcatMLP(nn.Module):
         self.graph_proj, self.text_proj, self.vis_proj = (nn.Linear(fused_dim, proj_dim) for _ in range(3))
 
     def forward(self, text: torch.Tensor, vis: torch.Tensor) -> dict[str, torch.Tensor]:
-        """From (U, d_text) and (U, d_vis): ``z_graph``, ``z_text``, ``z_vis`` (U, proj_dim), and ``fused``."""
+        """Embed (U, d_text) and (U, d_vis) as ``z_graph``, ``z_text``, ``z_vis``, (U, proj_dim), and ``fused``."""
         fused = self.mlp(torch.cat([text, vis], dim=1))
         return {
             "z_graph": F.normalize(self.graph_proj(fused), dim=1),
@@ -78,13 +89,13 @@ class ConcatMLP(nn.Module):
 
 
 class Baselines:
-    """Trains and ranks them in this process, whose launch it is; what the towers say comes from a tower store.
+    """Trains and evaluates the baselines in this process. The tower outputs are read from a tower store.
 
     Args:
-        config: settings of the runs that they are compared with.
+        config: settings of the runs that the baselines are compared with.
 
     Raises:
-        UserError: as the run's start.
+        UserError: as at the start of a run; or there are no held-out edges or no tower store.
     """
 
     def __init__(self, config: Config):
@@ -96,25 +107,28 @@ class Baselines:
         towers = towers_fingerprint(read_tower_state(config.model_name))
         source = open_store(config, self.accelerator, graph, self.content_hashes, inputs, towers, planned_nodes=2**62)
         if source is None or held_out is None:
-            raise UserError("bench study needs held-out edges and a tower store (--tower_cache)")
+            raise UserError("bench study needs held-out edges (--eval_edges) and a tower store (--tower_cache)")
         self.neighbors = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
         self.evaluation = Evaluation(self.accelerator, self.neighbors, held_out, config.seed)
         outputs = NodeOutputs(graph.nodes, graph.images, inputs, source, 0, config.collective_timeout)
         pooled = [(o.tokens.text_pooled, o.tokens.image_pooled) for o in outputs.of([range(len(graph.nodes))])]
         self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 
-    def mlp(self, given: str, batch_size: int, false_negatives: Any, seed: int) -> Table:
-        """Train a :class:`ConcatMLP` with a run's losses, order and optimizer, and rank with it.
+    def mlp(self, source: str, batch_size: int, false_negatives: Any, seed: int) -> Table:
+        """Train a :class:`ConcatMLP` with a run's losses, edge order and optimizer, and evaluate it.
 
         Args:
-            given: what the nodes' vectors are: ``concat``, the towers' pooled outputs; ``text_only`` or ``image_only``,
-                the other is 0; ``random``, numbers that say nothing but which node it is.
+            source: the nodes' vectors. ``concat``: the pooled tower outputs. ``text_only`` or ``image_only``: the same
+                with zeros for the other modality. ``random``: random numbers, which only identify the node.
+            batch_size: edges per step.
+            false_negatives: as the setting of that name.
+            seed: seed of weights, random vectors and edge order.
         """
         config, device = self.config, self.accelerator.device
         chosen = dataclasses.replace(config, false_negatives=false_negatives, missing_image="black")
         masks = build_false_negatives(chosen, len(self.graph.nodes), self.content_hashes, self.neighbors, device)
         torch.manual_seed(seed)
-        text, vis = self._vectors(given)
+        text, vis = self._vectors(source)
         model = ConcatMLP(text.shape[1], vis.shape[1], config.fused_dim, config.proj_dim).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         sampler = GlobalBatchSampler(len(self.graph.rows), batch_size, seed)
@@ -134,20 +148,20 @@ class Baselines:
                 losses.total.backward()
                 optimizer.step()
         with torch.no_grad():
-            found = model(text, vis)
-        return self.evaluation.table({name: self.evaluation.ranks(found[name]) for name in ("z_graph", "fused")})
+            embeddings = model(text, vis)
+        return self.evaluation.table({name: self.evaluation.ranks(embeddings[name]) for name in ("z_graph", "fused")})
 
-    def _vectors(self, given: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _vectors(self, source: str) -> tuple[torch.Tensor, torch.Tensor]:
         text, vis = self.text_only, self.image_only
-        if given == "random":
+        if source == "random":
             return torch.randn_like(text), torch.randn_like(vis)
         zeros = {"text_only": (text, torch.zeros_like(vis)), "image_only": (torch.zeros_like(text), vis)}
-        return zeros.get(given, (text, vis))
+        return zeros.get(source, (text, vis))
 
     def distmult(self, seed: int) -> Table:
-        """A DistMult (Yang et al., 2015) of PyTorch Geometric on the same edges, ranked by its own scores.
+        """Train PyTorch Geometric's DistMult (Yang et al., 2015) on the same edges, and rank by its own scores.
 
-        Unlike the encoder it is told each edge's relation, and it knows neither texts nor images.
+        Unlike the encoder, it gets the relation of each edge, in training and in ranking, but no texts or images.
         """
         distmult = _distmult()
         triples, names = self._triples()
@@ -155,25 +169,25 @@ class Baselines:
         model = distmult(len(self.graph.nodes), len(names), DISTMULT_WIDTH)
         optimizer = torch.optim.Adam(model.parameters(), DISTMULT_RATE)
         for _ in range(DISTMULT_EPOCHS):
-            for part in torch.randperm(len(triples)).split(DISTMULT_BATCH):
+            for batch in torch.randperm(len(triples)).split(DISTMULT_BATCH):
                 optimizer.zero_grad(set_to_none=True)
-                model.loss(*triples[part].T).backward()
+                model.loss(*triples[batch].T).backward()
                 optimizer.step()
         return self._rank_distmult(model, names)
 
     def _triples(self) -> tuple[torch.Tensor, list[str]]:
-        """(E, 3) source, relation and destination of the training edges, and the relations' names."""
-        graph, every = self.graph, np.arange(len(self.graph.rows))
+        """Return source, relation and destination of the training edges, (E, 3), and the names of the relations."""
+        graph, indices = self.graph, np.arange(len(self.graph.rows))
         assert graph.relations is not None
-        ends, relations = graph.rows[every], graph.relations[every]
+        ends, relations = graph.rows[indices], graph.relations[indices]
         return torch.from_numpy(np.stack([ends[:, 0], relations, ends[:, 1]], axis=1)), list(graph.relation_names)
 
     def _rank_distmult(self, model: Any, names: list[str]) -> Table:
         numbers = {name: number for number, name in enumerate(names)}
-        told = [numbers[self.evaluation.names[number]] for number in self.evaluation.relations]
+        edge_relations = [numbers[self.evaluation.names[number]] for number in self.evaluation.relations]
         device = self.accelerator.device
         nodes, relations = (layer.weight.detach().to(device) for layer in (model.node_emb, model.rel_emb))
-        relations, ends = relations[told], self.evaluation.rows.T.to(device)
+        relations, ends = relations[edge_relations], self.evaluation.rows.T.to(device)
         ranks = [
             filtered_ranks(nodes, ends[a], ends[b], self.evaluation.known, nodes[ends[a]] * relations)
             for a, b in ((0, 1), (1, 0))

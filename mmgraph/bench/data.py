@@ -1,4 +1,4 @@
-"""``bench data``: decoding, tokenising, what the shared image cache spares, and the memory of tables."""
+"""``bench data``: time to decode and tokenize, hits of the image cache, and memory of the tables."""
 
 import os
 import statistics
@@ -24,17 +24,23 @@ from mmgraph.distributed.collectives import broadcast_from_main_process, raise_o
 from mmgraph.distributed.launch import build_accelerator, check_batch_size
 from mmgraph.towers.load import load_tokenizer_and_processor
 
-SAMPLE, WARM = 256, 10
+SAMPLE, WARM = 256, 10  # nodes to time; batches per worker before its memory is measured
 
 
 def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
-    """Measure and report; all ranks of a launch take part. Pictures are cached in a folder that is removed."""
+    """Measure and report. Called by all ranks. Images are cached in a temporary folder.
+
+    Args:
+        config: names the graph, the towers and the loader's settings.
+        tables_only: measure only the memory of the tables.
+        path: JSON file to write.
+    """
     accelerator = build_accelerator(config.collective_timeout)
-    before, begun = resident_mb(), time.perf_counter()
+    before, start = resident_mb(), time.perf_counter()
     graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
     figures: dict[str, Any] = {"nodes": len(graph.nodes), "edges": len(graph.rows)}
-    figures["opening the tables, s"] = time.perf_counter() - begun
+    figures["opening the tables, s"] = time.perf_counter() - start
     figures |= _table_memory(config, graph, before)
     rows: list[dict[str, Any]] = []
     if not tables_only:
@@ -47,34 +53,36 @@ def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
 
 
 def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
-    """Median ms of one text and of one image, on one thread, over up to SAMPLE nodes drawn by seed."""
+    """Return the median milliseconds of each operation, in one thread, over :data:`SAMPLE` random nodes or fewer."""
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:SAMPLE].tolist()
     nodes = [graph.nodes[row] for row in drawn]
     references = [graph.images.locate(node) for node in nodes]
     texts = [node_text(node) for node in nodes]
-    kinds: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
+    operations: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
         "read a node": (lambda row: graph.nodes[row], drawn),
         "tokenise a text": (lambda text: inputs.texts([text]), texts),
         "read an image file": (graph.images.read, references),
         "decode and resize it": (lambda reference: inputs.picture_of(*graph.images.read(reference)), references),
     }
-    return [{"what": what, "ms": 1000 * statistics.median(_seconds(act, over))} for what, (act, over) in kinds.items()]
+    return [
+        {"what": what, "ms": 1000 * statistics.median(_seconds(run, items))} for what, (run, items) in operations.items()
+    ]
 
 
-def _seconds(act: Callable[[Any], object], over: Sequence[Any]) -> list[float]:
-    found = []
-    for item in over:
-        begun = time.perf_counter()
-        act(item)
-        found.append(time.perf_counter() - begun)
-    return found
+def _seconds(run: Callable[[Any], object], items: Sequence[Any]) -> list[float]:
+    seconds = []
+    for item in items:
+        start = time.perf_counter()
+        run(item)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[str, float]:
-    """Which share of an epoch's lookups (two an edge) decode nothing, in the first epoch and in the second."""
+    """Return the fraction of image lookups, two per edge, that decode nothing, in the first and the second epoch."""
     figures = {}
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(broadcast_from_main_process(accelerator, lambda: own))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(broadcast_from_main_process(accelerator, lambda: temporary))
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), config.cache_size)
         if config.image_cache_gb:
             inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, folder)
@@ -84,19 +92,22 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
         )
         for epoch in (1, 2):
             sampler.begin(epoch)
-            begun, lookups, decoded = time.perf_counter(), 0, 0
+            start, lookups, decoded = time.perf_counter(), 0, 0
             for batch in loader:
                 lookups, decoded = lookups + len(batch.rows), decoded + batch.decoded
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             lookups, decoded = (sum(gather_object([count])) for count in (lookups, decoded))
             figures[f"epoch {epoch}: lookups that decode nothing"] = 1 - decoded / lookups
             figures[f"epoch {epoch}: edges/s"] = lookups / 2 / seconds
-        accelerator.wait_for_everyone()  # before the folder goes
+        accelerator.wait_for_everyone()  # before the main process removes the folder
     return figures
 
 
 class _NodeReader(EdgeCollator):
-    """Reads a batch's nodes and drops them; tells the memory of the process it is in."""
+    """Reads and discards the nodes of a batch, and returns the memory of its process.
+
+    A batch is the process id, and the resident and the private memory in MB.
+    """
 
     def __init__(self, nodes: NodeTable):
         super().__init__()
@@ -109,10 +120,10 @@ class _NodeReader(EdgeCollator):
 
 
 def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, float]:
-    """Growth in MB over an epoch in which workers read each batch's nodes.
+    """Return the growth of memory in MB over an epoch in which workers read the nodes of each batch.
 
-    The main process's is from before the tables were opened; a worker's from its tenth batch, when Python's own pages
-    that a fork shares have become its own.
+    The growth of the main process is measured from before the tables are opened. That of a worker is measured after
+    :data:`WARM` batches, when it has its own copies of the Python pages that it shared with its parent after the fork.
     """
     opened = resident_mb()
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
@@ -125,26 +136,26 @@ def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, floa
         timeout=config.collective_timeout,
         worker_init_fn=start_worker,
     )
-    begun, seen = time.perf_counter(), dict[int, list[tuple[float, float]]]()
+    start, seen = time.perf_counter(), dict[int, list[tuple[float, float]]]()
     for process, *memory in loader:
         seen.setdefault(process, []).append((memory[0], memory[1]))
-    seconds, after = time.perf_counter() - begun, resident_mb()
+    seconds, after = time.perf_counter() - start, resident_mb()
     figures = {"main process, opening": opened - before, "main process, with an epoch": after - before}
     for number, name in enumerate(("resident", "private")):
-        growth = [max(m[number] for m in of[WARM:] or of[-1:]) - of[min(WARM, len(of) - 1)][number]
-                  for of in seen.values()]  # fmt: skip
+        growth = [max(m[number] for m in batches[WARM:] or batches[-1:]) - batches[min(WARM, len(batches) - 1)][number]
+                  for batches in seen.values()]  # fmt: skip
         figures[f"a worker, {name}, over an epoch"] = max(growth)
     return {f"{name}, MB": value for name, value in figures.items()} | {"the epoch's reading, s": seconds}
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, in MB (10^6 bytes)."""
+    """Return the resident memory of this process in MB (10^6 bytes)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) * 1024 / 1e6
 
 
 def private_mb() -> float:
-    """What this process alone holds: without what it shares with the one that it was forked from."""
+    """Return the private memory of this process in MB: without the pages that it shares with other processes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return (sizes["Private_Clean"] + sizes["Private_Dirty"]) * 1024 / 1e6

@@ -1,4 +1,4 @@
-"""A graph to measure with, where there is none at hand: given or generated edges, generated texts and pictures."""
+"""``bench graph``: builds a graph to measure on, with given or generated edges and generated texts and images."""
 
 import io
 from pathlib import Path
@@ -19,21 +19,22 @@ WORDS, ROW_CHUNK = 20_000, 100_000
 
 
 def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges: int, num_images: int | None) -> None:
-    """Write ``nodes.csv``, ``edges.parquet``, ``images/`` and ``towers/``, the same bytes each time.
+    """Write ``nodes.csv``, ``edges.parquet``, ``images/`` and ``towers/``. The same arguments give the same bytes.
 
-    Texts have 40 to 80 words; images are JPEGs of 300 pixels on the long side; towers have the shape of ViT-B/32 and
-    random weights, as speed does not depend on them.
+    Texts have 40 to 80 words. Images are JPEGs, 300 pixels wide and 200 to 300 high. Towers have the size of ViT-B/32,
+    except for the vocabulary, and random weights, because speed does not depend on the weights.
 
     Args:
-        structure: an edge table (``src_id, dst_id``) whose edges are used; its ids become the nodes.
-        num_nodes, num_edges: without a structure: edges whose ends follow a power law.
-        num_images: distinct pictures, which nodes share in turn; default: one a node.
+        folder: output folder, new or empty.
+        structure: an edge table (``src_id, dst_id``) to use the edges of; its ids are the nodes.
+        num_nodes, num_edges: size of the generated graph if ``structure`` is None; node degrees follow a power law.
+        num_images: number of unique images, which are assigned to the nodes in turn; default: one per node.
 
     Raises:
-        UserError: the folder holds something, or the structure cannot be read.
+        UserError: the folder is not empty, or ``structure`` cannot be read.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; give a folder to make")
+        raise UserError(f"{folder}: not empty; name a new or empty folder")
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(0)
     if structure is not None:
@@ -42,7 +43,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         pq.write_table(pa.Table.from_pandas(edges, preserve_index=False), folder / "edges.parquet")
     else:
         ids = np.arange(num_nodes).astype(str)
-        ends = (num_nodes * generator.random((num_edges, 2)) ** 3).astype(np.int64)  # a hundredth of them has a fifth
+        ends = (num_nodes * generator.random((num_edges, 2)) ** 3).astype(np.int64)  # 1 % of the nodes have a fifth of the ends
         pq.write_table(pa.table({"src_id": ends[:, 0], "dst_id": ends[:, 1]}), folder / "edges.parquet")
     words = _words(generator)
     count = len(ids) if num_images is None else min(num_images, len(ids))
@@ -52,7 +53,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         (folder / f"images/{i}.jpg").write_bytes(_picture(generator))
     build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=True)
     log(
-        f"{folder}: {len(ids):,} nodes, {count:,} pictures; --nodes {folder}/nodes.csv --edges {folder}/edges.parquet "
+        f"{folder}: {len(ids):,} nodes, {count:,} images; --nodes {folder}/nodes.csv --edges {folder}/edges.parquet "
         f"--model_name {folder}/towers"
     )
 
@@ -66,7 +67,7 @@ def _write_nodes(
     path: Path, ids: np.ndarray, first: int, images: int, words: np.ndarray, generator: np.random.Generator
 ) -> None:
     lengths = generator.integers(40, 81, len(ids))
-    # Frequent words are frequent, as in a language (Zipf), so that the tokenizer meets most of them whole.
+    # Word frequencies are skewed as in natural language (Zipf's law), so that the tokenizer rarely splits a word.
     drawn = words[(WORDS * generator.random(int(lengths.sum())) ** 3).astype(int)]
     summaries = [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
     rows = np.arange(first, first + len(ids))
@@ -78,7 +79,7 @@ def _write_nodes(
 
 
 def _picture(generator: np.random.Generator) -> bytes:
-    """Blurred noise, whose JPEG is about as large as a photograph's."""
+    """Return a JPEG of blurred noise, about as large as a JPEG of a photograph of that size."""
     height = int(generator.integers(200, 301))
     noise = generator.integers(0, 256, (height // 6, 50, 3), dtype=np.uint8)
     file = io.BytesIO()

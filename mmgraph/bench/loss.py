@@ -1,4 +1,4 @@
-"""``bench loss``: InfoNCE in parts against the plain one, time and memory."""
+"""``bench loss``: time and memory of InfoNCE in chunks against plain InfoNCE."""
 
 import statistics
 import time
@@ -13,60 +13,71 @@ from mmgraph.config import Config
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.losses import contrastive as losses
 
-MAX_PLAIN_EDGES = 8192  # edges; the plain loss of as many takes 5 GB
+MAX_PLAIN_EDGES = 8192  # the plain loss takes 5 GB for this many edges, and is not run for more
 
 
 def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None) -> None:
-    """Measure and report batches of ``sizes`` edges; forward and backward, of both losses."""
+    """Measure and report the forward and backward pass of both losses.
+
+    Args:
+        config: sets the width of the embeddings.
+        sizes: batch sizes in edges.
+        repeats: rounds; the figures are medians over them. Sizes above :data:`MAX_PLAIN_EDGES` are run once.
+        path: JSON file to write.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [compare_losses(size, config.proj_dim, device, repeats if size <= MAX_PLAIN_EDGES else 1) for size in sizes]
     report(f"loss: width {config.proj_dim}, {device.type}, forward and backward, medians of {repeats}", rows, {}, path)
 
 
 def compare_losses(edges: int, width: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One row: seconds and GB more than the embeddings, in parts and plain, and the greatest difference."""
+    """Measure both losses, and return a row for the table.
+
+    The row has the seconds of each loss, the memory in GB that it adds to the embeddings, the ratio of the times (in
+    chunks to plain), and the relative difference of the gradients (norm of the difference to norm).
+    """
     torch.manual_seed(0)
     # z_graph, z_text, z_vis
     z = [F.normalize(torch.randn(2 * edges, width, device=device), dim=1).requires_grad_() for _ in range(3)]
-    found: dict[str, list[tuple[float, float]]] = {"plain": [], "parts": []}
-    results = {}
-    for _ in range(repeats + (edges <= MAX_PLAIN_EDGES)):  # the first of several does not count
-        for kind in found if edges <= MAX_PLAIN_EDGES else ("parts",):
-            found[kind].append(_measure(z, kind == "parts"))
-            results[kind] = torch.cat([tensor.grad.flatten().cpu() for tensor in z if tensor.grad is not None])
+    measurements: dict[str, list[tuple[float, float]]] = {"plain": [], "parts": []}
+    gradients = {}
+    for _ in range(repeats + (edges <= MAX_PLAIN_EDGES)):  # plus one warm-up round
+        for variant in measurements if edges <= MAX_PLAIN_EDGES else ("parts",):
+            measurements[variant].append(_measure(z, variant == "parts"))
+            gradients[variant] = torch.cat([tensor.grad.flatten().cpu() for tensor in z if tensor.grad is not None])
     row: dict[str, Any] = {"edges": edges}
-    for kind, measured in found.items():
-        kept = measured[1:] or measured
-        row[f"{kind} s"], row[f"{kind} GB"] = (
-            (statistics.median(values) for values in zip(*kept, strict=True)) if kept else ("-", "-")
+    for variant, rounds in measurements.items():
+        counted = rounds[1:] or rounds
+        row[f"{variant} s"], row[f"{variant} GB"] = (
+            (statistics.median(values) for values in zip(*counted, strict=True)) if counted else ("-", "-")
         )
     if edges > MAX_PLAIN_EDGES:
         return row | {"time ratio": "-", "difference": "-"}
-    ratio = statistics.median(b[0] / a[0] for a, b in zip(found["plain"][1:], found["parts"][1:], strict=True))
-    difference = (results["plain"] - results["parts"]).norm() / results["plain"].norm()
+    ratio = statistics.median(b[0] / a[0] for a, b in zip(measurements["plain"][1:], measurements["parts"][1:], strict=True))
+    difference = (gradients["plain"] - gradients["parts"]).norm() / gradients["plain"].norm()
     return row | {"time ratio": ratio, "difference": float(difference)}
 
 
-def _measure(z: list[torch.Tensor], in_parts: bool) -> tuple[float, float]:
-    """Seconds, and GB that were needed on top of what there was before."""
+def _measure(z: list[torch.Tensor], in_chunks: bool) -> tuple[float, float]:
+    """Return the seconds of a forward and backward pass, and the GB by which it raises the peak of memory."""
     device, usual = z[0].device, losses.LOGIT_CHUNK
     for tensor in z:
         tensor.grad = None
-    losses.LOGIT_CHUNK = usual if in_parts else 1 << 62
-    _forget_peak(device)
+    losses.LOGIT_CHUNK = usual if in_chunks else 1 << 62
+    _reset_peak(device)
     before = peak_memory_gb(device)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         losses.contrastive_losses(z[0], z[1], z[2], 0.07, 1.0).total.backward()
     finally:
         losses.LOGIT_CHUNK = usual
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun, peak_memory_gb(device) - before
+    return time.perf_counter() - start, peak_memory_gb(device) - before
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is then what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the current resident memory

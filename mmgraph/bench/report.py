@@ -1,4 +1,4 @@
-"""What a bench found: a table on the screen, and JSON."""
+"""Prints the results of a benchmark as a table and writes them as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,17 @@ Row = Mapping[str, Any]
 
 
 def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> None:
-    """Print rows as a table and the figures below it, and write both, with the machine's description, to ``path``."""
+    """Print the rows as a table, then the figures, and write both to a JSON file.
+
+    Args:
+        title: heading of the table.
+        rows: rows with the same columns.
+        figures: values to print below the table, by name.
+        path: the file, which also gets a description of the machine; None writes no file.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     print(f"\n{title}")
     columns = list(rows[0])
     cells = [columns, *([shown(row[column]) for column in columns] for row in rows)]
@@ -23,13 +33,13 @@ def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> 
         print(f"{name}: {shown(value)}")
     if path is not None:
         content = {"title": title, "rows": list(rows), "figures": dict(figures), "machine": machine()}
-        with explain_disk_errors(path, "give --json a file in a folder that exists and has room"):
+        with explain_disk_errors(path, "set --json to a file in an existing folder with free space"):
             write_durably(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
         print(f"written: {path}")
 
 
 def shown(value: Any) -> str:
-    """A value as a table has it."""
+    """Format a value for a table."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,4 +1,4 @@
-"""Real runs of ``launch.py`` and ``mmgraph cache`` in processes of their own, for benches to compare."""
+"""Runs of ``launch.py`` and ``mmgraph cache`` in separate processes, for benchmarks."""
 
 import dataclasses
 import os
@@ -21,19 +21,27 @@ Process = subprocess.Popen[bytes]
 
 
 def flags(config: Config, **others: Any) -> list[str]:
-    """A run's settings as flags, some of them others; without a report, which is not what is measured."""
+    """Return the settings of a run as flags, without a report, which would add to the measured run.
+
+    Args:
+        config: the settings.
+        others: settings that replace those of ``config``.
+    """
     return as_arguments({**dataclasses.asdict(config), "report": False, **others})
 
 
 def launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Process:
-    """Start a run, whose output goes to ``folder/<name>.log``.
+    """Start a run, with its output in ``folder/<name>.log``.
 
     Args:
-        arguments: of ``launch.py``; or ``cache`` and its own.
-        threads: of each process.
+        folder: folder for the log file.
+        name: name of the log file.
+        arguments: arguments of ``launch.py``; or ``cache`` and the arguments of ``mmgraph cache``.
+        processes: number of processes.
+        threads: threads of each process; None keeps the default.
     """
     script = folder / "run.py"
-    if not script.exists():  # another run may be about to read it
+    if not script.exists():  # do not replace it: another run may be reading it
         write_durably(script, lambda path: path.write_text(SCRIPT), shared=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
@@ -43,8 +51,8 @@ def launch(folder: Path, name: str, arguments: list[str], processes: int, thread
 
 
 def finish(process: Process, log_file: Path) -> None:
-    """Wait for a run. Raises :class:`UserError` with its last words where it failed."""
+    """Wait for a run. Raises :class:`UserError` with its error message, or else its last line, if it failed."""
     if process.wait() != 0:
         lines = log_file.read_text().splitlines()
-        said = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
-        raise UserError(f"bench: a run failed: {' '.join(said[:1])} (see {log_file})")
+        messages = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
+        raise UserError(f"bench: a run failed: {' '.join(messages[:1])} (see {log_file})")

@@ -1,1 +1,1 @@
-"""Checkpoint files in the original's format, and resume states."""
+"""Checkpoint files in the original trainer's format, and resume states."""

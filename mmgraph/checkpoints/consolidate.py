@@ -1,4 +1,4 @@
-"""What is trained, whole and on the CPU, whether a plain optimizer, DDP or DeepSpeed's ZeRO holds it."""
+"""The trained state, consolidated on the CPU, for a plain optimizer, DDP and DeepSpeed ZeRO."""
 
 import torch
 from accelerate import Accelerator
@@ -10,12 +10,15 @@ from mmgraph.distributed.deepspeed import is_engine
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DDP's or DeepSpeed's wrapper. (``accelerator.unwrap_model`` imports DeepSpeed if it can.)"""
+    """Return the module inside the DDP or DeepSpeed wrapper, or ``module`` itself.
+
+    ``accelerator.unwrap_model`` is not used: it imports DeepSpeed if it is installed.
+    """
     return getattr(module, "module", module)
 
 
 def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
-    """Copy the trained module and Adam's moments to the CPU. Called by all ranks; every rank gets the whole."""
+    """Copy the trained module and Adam's moments to the CPU. Call on all ranks; each gets the complete state."""
     if is_engine(module):
         return zero_partitions.consolidate(module)
     weights, first, second, adam_step = {}, {}, {}, 0
@@ -33,9 +36,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
-    """Put a consolidated state's moments into the optimizer of a prepared module that has its weights. On every rank.
+    """Load the moments of a consolidated state into the optimizer. Call on all ranks.
 
-    Under ZeRO the float32 weights too: the module may hold them in 16 bits.
+    The prepared module must already have the state's weights. Under ZeRO, also load the float32 weights, because the
+    module may store them in 16 bits.
     """
     if is_engine(module):
         zero_partitions.restore(module, trained)
@@ -53,7 +57,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: Traine
 
 
 def loss_scale(accelerator: Accelerator, module: nn.Module) -> dict[str, float] | None:
-    """What fp16 scales the loss with; None in other precisions."""
+    """Return the state of fp16's dynamic loss scale; None in other precisions, or if the scale is fixed."""
     if is_engine(module):
         return zero_partitions.loss_scale(module)
     if accelerator.scaler is None or not accelerator.scaler.is_enabled():
@@ -62,7 +66,7 @@ def loss_scale(accelerator: Accelerator, module: nn.Module) -> dict[str, float] 
 
 
 def set_loss_scale(accelerator: Accelerator, module: nn.Module, saved: dict[str, float]) -> None:
-    """Go on with what :func:`loss_scale` gave, where this launch scales at all."""
+    """Restore a state from :func:`loss_scale`. Do nothing if this launch has no dynamic loss scale."""
     if loss_scale(accelerator, module) is None:
         return
     if is_engine(module):

@@ -1,4 +1,4 @@
-"""Checkpoints between the original's ``.pt`` and safetensors, nothing lost, under the original's keys."""
+"""Lossless conversion of checkpoints between the original trainer's ``.pt`` format and safetensors."""
 
 import json
 from pathlib import Path
@@ -12,29 +12,30 @@ from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import file_keys
 from mmgraph.utils.files import write_durably
 
-OPTIMIZER = "optimizer_state_dict."  # prefix of an epoch file's moments: params are numbered, as in the .pt
+OPTIMIZER = "optimizer_state_dict."  # key prefix of the optimizer's tensors; params are numbered, as in the .pt file
 
 
 def convert(source: Path, target: Path) -> None:
-    """Convert an epoch or final file to the format that ``target``'s ending names.
+    """Convert an epoch or final file to the format of ``target``'s file ending.
 
-    The model's tensors keep the original's keys. An epoch file's moments go to
-    ``optimizer_state_dict.<param>.<name>``, its epoch, loss and settings to the metadata; converted back it is an epoch
-    file again.
+    The model's tensors keep the original trainer's keys. An epoch file's optimizer state is stored under
+    ``optimizer_state_dict.<param>.<name>``. Its epoch, loss and optimizer settings are stored in the metadata.
+    Converting the result back yields an epoch file again.
 
     Raises:
-        UserError: endings that are not one ``.pt`` and one ``.safetensors``, or an unreadable source.
+        UserError: the file endings are not one ``.pt`` and one ``.safetensors``, the source is unreadable or has
+            optimizer settings that JSON cannot store, the target is a folder, or its folder does not exist.
     """
     if {source.suffix, target.suffix} != {".pt", ".safetensors"}:
-        raise UserError(f"{source} -> {target}: one must end in .pt, the other in .safetensors")
+        raise UserError(f"{source} -> {target}: one file must end in .pt and the other in .safetensors")
     if not target.parent.is_dir():
-        raise UserError(f"{target.parent}: no such folder")
+        raise UserError(f"{target.parent}: no such folder; create it first")
     if target.is_dir():
-        raise UserError(f"{target}: is a folder; give the name of a file")
+        raise UserError(f"{target}: is a folder; pass a file name")
     if source.suffix == ".pt":
         checkpoint = read_checkpoint(source)
         tensors, metadata = _to_safetensors(checkpoint)
-        # Not save_file: its files can be read by nobody else.
+        # Not save_file: only the owner may read its files.
         write_durably(target, lambda path: path.write_bytes(save(tensors, metadata)))
     else:
         write_checkpoint(target, _read_safetensors(source))
@@ -42,14 +43,14 @@ def convert(source: Path, target: Path) -> None:
 
 def _to_safetensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = dict(checkpoint.model_state_dict)
-    metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # safetensors keeps no order of its own
+    metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # safetensors does not preserve the order
     if checkpoint.optimizer_state_dict is not None:
         for param, state in checkpoint.optimizer_state_dict["state"].items():
             tensors |= {f"{OPTIMIZER}{param}.{name}": torch.as_tensor(value) for name, value in state.items()}
         try:
             groups = json.dumps(checkpoint.optimizer_state_dict["param_groups"])
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"the optimizer's settings are not plain ones, which alone can be kept: {error}") from None
+            raise UserError(f"optimizer_state_dict: param_groups cannot be stored as JSON: {error}") from None
         metadata |= {"epoch": str(checkpoint.epoch), "loss": repr(checkpoint.loss), "param_groups": groups}
     return {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata
 
@@ -68,7 +69,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
         groups = json.loads(metadata["param_groups"])
         for group in groups:
             if "betas" in group:
-                group["betas"] = tuple(group["betas"])  # JSON has only lists
+                group["betas"] = tuple(group["betas"])  # JSON has no tuples
         epoch, loss = int(metadata["epoch"]), float(metadata["loss"])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key in sorted(key for key in tensors if key.startswith(OPTIMIZER)):

@@ -1,4 +1,4 @@
-"""Where a run stands: the part of a resume state that is no tensor."""
+"""The progress of a run: the part of a resume state that is not a tensor."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands. ``epoch`` is the one in progress, from 1; ``step`` counts finished optimizer steps."""
+    """The progress of a run. ``step`` counts finished optimizer steps; ``epoch`` is the current epoch, from 1."""
 
     step: int = 0
     epoch: int = 1
     samples_in_epoch: int = 0
-    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # losses of the epoch's steps, and steps
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # sums of the epoch's losses, and "steps"
     adam_step: int = 0
-    loss_scale: dict[str, float] | None = None  # fp16: as GradScaler names it
-    metrics_bytes: int = 0
+    loss_scale: dict[str, float] | None = None  # fp16: state of the loss scale, with GradScaler's keys
+    metrics_bytes: int = 0  # size of metrics.jsonl
     wandb_id: str | None = None
     best: dict[str, Any] | None = None  # see mmgraph.training.early_stopping
-    unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation has not ended
-    nonfinite_steps: int = 0  # that were left out
+    unevaluated: dict[str, Any] | None = None  # metrics row of a step whose evaluation has not finished
+    nonfinite_steps: int = 0  # steps skipped because a loss or gradient was not finite
 
     def advance(self, edges: int) -> None:
         """Count a finished step."""
@@ -32,16 +32,16 @@ class Progress:
             self.epoch_sums[name] = self.epoch_sums.get(name, 0) + value
 
     def begin_epoch(self) -> None:
-        """Go on to the next epoch."""
+        """Advance to the next epoch."""
         self.epoch, self.samples_in_epoch, self.epoch_sums = self.epoch + 1, 0, {}
 
     def leave_folder(self) -> None:
-        """Forget what belongs to the output folder that the state was read from: a new folder has none of it."""
+        """Reset the fields that describe the output folder of the state. They do not apply to a new folder."""
         self.metrics_bytes, self.nonfinite_steps = 0, 0
         self.wandb_id = self.best = self.unevaluated = None
 
     def to_record(self) -> dict[str, Any]:
-        """The keys of ``state.json``."""
+        """Return the progress as keys of ``state.json``."""
         components: dict[str, Any] = {"wandb": self.wandb_id}
         if self.best is not None:
             components["best"] = self.best
@@ -54,10 +54,10 @@ class Progress:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Progress":
-        """The progress in a ``state.json``.
+        """Return the progress in a ``state.json`` record.
 
         Raises:
-            ValueError, TypeError, KeyError: the record is not one.
+            ValueError, TypeError, KeyError: the record is not valid.
         """
         for name in ("step", "epoch", "samples_in_epoch", "adam_step", "metrics_bytes"):
             _check(name, record[name], type(record[name]) is int and record[name] >= (name == "epoch"))
@@ -87,4 +87,4 @@ class Progress:
 
 def _check(name: str, value: object, is_valid: bool) -> None:
     if not is_valid:
-        raise ValueError(f"{name} {value!r}")
+        raise ValueError(f"invalid {name}: {value!r}")

@@ -1,4 +1,4 @@
-"""Resume state: one consolidated folder a state, whole or not there, free of how many processes wrote it."""
+"""Resume states: one folder per state, written atomically, independent of the number of processes."""
 
 import dataclasses
 import errno
@@ -31,13 +31,21 @@ WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "st
 
 
 class StateNotReadableError(UserError):
-    """A state that a newer mmgraph wrote, or that cannot be read now: never to be passed over, nor to be removed."""
+    """A state from a newer mmgraph, or one that cannot be read now. It must never be skipped or removed."""
 
 
 def compute_run_fingerprint(config: Config, nodes: str, edges: str) -> dict[str, Any]:
-    """What may not change when a run goes on: data and all that enters the numbers. (Towers are added when loaded.)"""
+    """Return the settings and data that must not change when a run resumes, because they change its results.
+
+    The caller adds the fingerprint of the towers after it has loaded them.
+
+    Args:
+        config: the run's settings.
+        nodes: fingerprint of the node table.
+        edges: fingerprint of the edge table.
+    """
     known: dict[str, Any] = {name: getattr(config, name) for name in FIXED_ON_RESUME}
-    if config.lr_schedule != "constant":  # the rate of a step depends on the last one
+    if config.lr_schedule != "constant":  # the learning rate depends on the total number of steps
         known |= {"epochs": config.epochs, "max_steps": config.max_steps}
     return known | {"nodes table": nodes, "edges table": edges}
 
@@ -50,43 +58,46 @@ def write_state(
     config: Config,
     keep_last: int,
 ) -> Path:
-    """Write ``folder/step-<n>``: to a temporary name, synced, renamed; then remove all but the newest ``keep_last``.
+    """Write ``folder/step-<n>``, then remove all but the newest ``keep_last`` states. Call on the main process only.
 
-    Called on the main process alone.
+    The write is atomic: the files are written to a temporary folder and synced, and the folder is renamed.
+
+    Returns:
+        The folder of the state.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sync(folder.parent)  # where it may be new
+    sync(folder.parent)  # folder may be new
     for leftover in folder.glob(".tmp-*"):
-        with suppress(OSError):  # some file of it may be open still, on a network file system
+        with suppress(OSError):  # on a network file system, a file in it may still be open
             _remove(leftover)
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
     try:
         hashes = _fill(temporary, progress, trained, run_fingerprint, config)
-        if target.exists() and _same_tensors(target, hashes):  # evaluated since, or under raised limits
+        if target.exists() and _same_tensors(target, hashes):  # same step: after an evaluation, or raised limits
             (temporary / RECORD).replace(target / RECORD)
         else:
-            _remove(target)  # an invalid one
+            _remove(target)  # an invalid state, if any
             temporary.rename(target)
     finally:
-        _remove(temporary)  # on a full disk it is in the way
+        _remove(temporary)  # left by an error or a replaced record; takes up disk space
     sync(target)
     sync(folder)
     try:
         _prune(folder, target, keep_last)
-    except OSError as error:  # the new state is there: no reason to end
-        log(f"{folder}: states that are no longer needed cannot be removed: {error}")
+    except OSError as error:  # the new state is complete, so the run continues
+        log(f"{folder}: cannot remove old states: {error}")
     return target
 
 
 def _fill(
     folder: Path, progress: Progress, trained: TrainedState, run_fingerprint: dict[str, Any], config: Config
 ) -> dict[str, str]:
-    """Make a state's files in a new folder, synced. Returns the SHA-256 of each."""
+    """Write and sync a state's files in a new folder. Return the SHA-256 of each file."""
     folder.mkdir()
     moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
     for name, tensors in ((WEIGHTS, trained.weights), (MOMENTS, moments)):
-        (folder / name).write_bytes(save(tensors))  # safetensors' own save_file lets nobody else read the file
+        (folder / name).write_bytes(save(tensors))  # not save_file: only the owner may read its files
     record: dict[str, Any] = {
         "format": FORMAT,
         **progress.to_record(),
@@ -106,15 +117,18 @@ def _fill(
 
 def _same_tensors(path: Path, hashes: dict[str, str]) -> bool:
     try:
-        found = read_record(path)["sha256"]
+        existing = read_record(path)["sha256"]
     except UserError:
         return False
-    return all(found[name] == hashes[name] for name in (WEIGHTS, MOMENTS))
+    return all(existing[name] == hashes[name] for name in (WEIGHTS, MOMENTS))
 
 
 def _prune(folder: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and the valid states before it, ``keep_last`` in all. What is numbered above it was not valid:
-    the run would have gone on from there."""
+    """Remove all states but ``newest`` and the valid ones before it, ``keep_last`` in total.
+
+    States with a higher number than ``newest`` are removed too: they are invalid, or the run would have resumed from
+    them. Until ``keep_last`` states are found, a state that cannot be read now is kept and not counted.
+    """
     kept = 0
     for path in state_folders(folder):
         try:
@@ -130,7 +144,7 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove whatever has this name: a folder, or a file or link that somebody put there."""
+    """Remove a folder, or a file or link that another program has put in its place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -138,13 +152,17 @@ def _remove(path: Path) -> None:
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """Folders named like states, the newest first; whether they are valid is for :func:`read_state` to say."""
+    """Return the folders with the name of a state, newest first. They may be invalid: see :func:`read_record`."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
-    """The newest valid state; ``tell`` gets a line for each newer one that is not."""
+    """Return the newest valid state, or None. Call ``tell`` with a message for each newer state that is invalid.
+
+    Raises:
+        StateNotReadableError: a newer mmgraph wrote one of these states, or it cannot be read now.
+    """
     for path in state_folders(folder):
         try:
             read_record(path)
@@ -152,66 +170,74 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
         except StateNotReadableError:
             raise
         except UserError as error:
-            tell(f"ignored: {error}")
+            tell(f"skipped an invalid state: {error}")
     return None
 
 
 def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | None:
-    """The newest valid state, where it is not the one that a run begins with, as it was read: somebody went on."""
+    """Return the newest valid state if another process has written it since this run read its state, else None.
+
+    Args:
+        folder: folder of the states.
+        start: the state that the run resumes from; None for a new run.
+        progress: the progress in ``start``.
+    """
     newest = newest_state(folder, tell=lambda line: None)
     if newest is None or start is None or newest.resolve() != start.resolve():
         return newest
-    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # was found valid just now
+    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # newest_state has validated it
     return newest if record["metrics_bytes"] != progress.metrics_bytes else None
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a state whose files are whole.
+    """Check the SHA-256 of each file of a state, and return its ``state.json``.
 
     Raises:
-        UserError: no state, a newer format, or a file that its SHA-256 does not match, or that cannot be read; with the
-            file's name.
+        StateNotReadableError: a newer mmgraph wrote the state, or a file cannot be read now.
+        UserError: the folder is not a state, or a file is damaged. The message names the file.
     """
     try:
         text = _read(path / RECORD, Path.read_bytes).decode()
         record = json.loads(text)
         hashes = record["sha256"]
-        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # whatever the format
-            raise UserError(f"{path / RECORD}: damaged, it is not what its own SHA-256 says")
+        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # checked in every format
+            raise UserError(f"{path / RECORD}: damaged, its content does not match its own SHA-256")
         if record["format"] > FORMAT:
             raise StateNotReadableError(
-                f"{path}: format {record['format']}, written by a newer mmgraph; this one reads format {FORMAT}"
+                f"{path}: written by a newer mmgraph in format {record['format']}, but this version reads "
+                f"format {FORMAT}; update mmgraph"
             )
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
-            raise ValueError(f"has SHA-256 of {', '.join(hashes)}")
+            raise ValueError(f"unexpected files in sha256: {', '.join(hashes)}")
         if not isinstance(record["identity"], dict):
-            raise ValueError(f"identity {record['identity']!r}")
+            raise ValueError(f"invalid identity: {record['identity']!r}")
         Progress.from_record(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None
     for name in (WEIGHTS, MOMENTS):
         if _read(path / name, _sha256) != hashes.get(name):
-            raise UserError(f"{path / name}: damaged, its SHA-256 is not the one in {RECORD}")
+            raise UserError(f"{path / name}: damaged, its SHA-256 differs from the one in {RECORD}")
     return record
 
 
-def _read(path: Path, how: Callable[[Path], Result]) -> Result:
-    """Read a file of a state.
+def _read(path: Path, read: Callable[[Path], Result]) -> Result:
+    """Return ``read(path)`` for a file of a state.
 
     Raises:
-        StateNotReadableError: it may be read another time, as on a network file system, or with permission.
-        UserError: it is not there, or damaged.
+        StateNotReadableError: the file cannot be read now, for example because a network file system is not available
+            or a permission is missing.
+        UserError: the file does not exist or is damaged.
     """
     try:
-        return how(path)
+        return read(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path.parent}: not a state, it has no {path.name}") from None
+        raise UserError(f"{path.parent}: not a resume state, {path.name} is missing") from None
     except OSError as error:
         if error.errno == errno.EIO:
-            raise UserError(f"{path}: damaged, the disk cannot read it ({error.strerror})") from None
+            raise UserError(f"{path}: damaged, the disk failed to read it ({error.strerror})") from None
         raise StateNotReadableError(
-            f"{path}: cannot be read now ({error.strerror or error}); start again, or remove {path.parent.name} to "
-            "go on from the state before it"
+            f"{path}: cannot be read now ({error.strerror or error}); run the command again, or remove "
+            f"{path.parent.name} to resume from the state before it"
         ) from None
 
 
@@ -220,13 +246,16 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a ``state.json`` without its own. (States of before this had one of the tensors alone.)"""
+    """Return the SHA-256 of a ``state.json``, computed without the entry for the file itself.
+
+    Older states have hashes of the tensor files only.
+    """
     others = {name: value for name, value in record["sha256"].items() if name != RECORD}
     return hashlib.sha256(_text({**record, "sha256": others}).encode()).hexdigest()
 
 
 def read_state(path: Path) -> tuple[Progress, TrainedState]:
-    """A state's progress and tensors. Raises :class:`UserError` where it is not valid."""
+    """Return the progress and the tensors of a state. Raise :class:`UserError` if it is invalid."""
     record = read_record(path)
     progress = Progress.from_record(record)
     try:
@@ -234,8 +263,8 @@ def read_state(path: Path) -> tuple[Progress, TrainedState]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     first, second = (
-        {key.removeprefix(f"{kind}."): tensor for key, tensor in moments.items() if key.startswith(f"{kind}.")}
-        for kind in ("exp_avg", "exp_avg_sq")
+        {key.removeprefix(f"{name}."): tensor for key, tensor in moments.items() if key.startswith(f"{name}.")}
+        for name in ("exp_avg", "exp_avg_sq")
     )
     return progress, TrainedState(weights, first, second, progress.adam_step)
 

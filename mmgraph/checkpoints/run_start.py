@@ -1,4 +1,4 @@
-"""Where a run begins: from nothing, from a state in its output folder, or from a state that was named."""
+"""The start of a run: a new run, a state in its output folder, or the state that ``--resume`` names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +19,11 @@ NEW_RUN_HINT = "choose another --run_name (or --output_dir) for a new run"
 
 
 def find_state(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
-    """The state to go on from, or None for a new run.
+    """Return the state to resume from, or None for a new run.
 
     Raises:
-        UserError: the output folder holds another run, or one that ``--resume`` says not to touch; the state that was
-            named is not valid.
+        UserError: the output folder contains another run (with ``--resume never``: any run), the state that
+            ``--resume`` names is invalid, or the ``--init_from`` file of a new run does not exist.
     """
     state = _find(config, run_fingerprint)
     if state is None and config.init_from is not None and not Path(config.init_from).is_file():
@@ -37,14 +37,14 @@ def _find(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
         return _named_state(Path(config.resume), output, run_fingerprint)
     if config.resume == "never":
         if _used(output) or (output / "metrics.jsonl").exists():
-            raise UserError(f"--resume never: {output} holds a run; {NEW_RUN_HINT}")
+            raise UserError(f"--resume never: {output} contains a run; {NEW_RUN_HINT}")
         return None
     state = newest_state(output / "state", tell=log)
     if state is None:
         if _used(output):
-            raise UserError(f"{output} holds checkpoints but no valid state to go on from; {NEW_RUN_HINT}")
+            raise UserError(f"{output} contains checkpoints but no valid state to resume from; {NEW_RUN_HINT}")
         return None
-    check_run_fingerprint(state, run_fingerprint, f"{output} holds another run")
+    check_run_fingerprint(state, run_fingerprint, f"{output} contains another run")
     return state
 
 
@@ -53,72 +53,83 @@ def _named_state(state: Path, output: Path, run_fingerprint: Mapping[str, Any]) 
     newest = newest_state(output / "state", tell=log)
     if newest is not None and newest.resolve() != state.resolve():
         raise UserError(
-            f"--resume {state}: {output} has a newer state, {newest.name}; use --resume auto to continue from it, or "
+            f"--resume {state}: {output} has a newer state, {newest.name}; set --resume auto to resume from it, or "
             f"{NEW_RUN_HINT}"
         )
     if newest is None and _used(output):
-        raise UserError(f"--resume {state}: {output} holds another run's checkpoints; {NEW_RUN_HINT}")
-    check_run_fingerprint(state, run_fingerprint, f"--resume {state} is of another run")
+        raise UserError(f"--resume {state}: {output} contains another run's checkpoints; {NEW_RUN_HINT}")
+    check_run_fingerprint(state, run_fingerprint, f"--resume {state} belongs to another run")
     return state
 
 
 def read_start(
     config: Config, state: Path | None, run_fingerprint: Mapping[str, Any], frozen: Mapping[str, torch.Tensor]
 ) -> tuple[Progress, TrainedState | None]:
-    """Where a run begins, and with what, if not with random weights.
+    """Return the progress at the start of a run, and its trained state; None if the weights are random.
 
     Args:
+        config: the run's settings.
         state: from :func:`find_state`.
-        identity: of the run, with its towers.
-        frozen: the towers' tensors under the original's keys, to compare with those of ``--init_from``.
+        run_fingerprint: the run's fingerprint, including the towers.
+        frozen: the towers' tensors under the original trainer's keys. An ``--init_from`` file must have the same.
+
+    Raises:
+        UserError: the state belongs to a run with another fingerprint, or the state or file does not fit the model.
     """
     if state is not None:
-        check_run_fingerprint(state, run_fingerprint, f"{state} was made with other towers")
+        check_run_fingerprint(state, run_fingerprint, f"{state} was written with other towers")
         progress, trained = read_state(state)
         check_fit(trained, _empty_module(config), state)
         if state.parent.resolve() != (config.output_folder / "state").resolve():
             progress.leave_folder()
         return progress, trained
     if config.init_from is not None:
-        trained, epoch = _read_original(config, frozen)
+        trained, epoch = _read_init_from(config, frozen)
         return Progress(epoch=epoch + 1), trained
     return Progress(), None
 
 
-def _read_original(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[TrainedState, int]:
-    """The trained part and the finished epochs of ``--init_from``, whose towers must be this run's."""
+def _read_init_from(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[TrainedState, int]:
+    """Return the trained state and the last finished epoch of ``--init_from``. Its towers must equal this run's."""
     path = Path(str(config.init_from))
     checkpoint = read_checkpoint(path)
     for key, tensor in frozen.items():
-        theirs = checkpoint.model_state_dict.get(key)
-        if theirs is None or theirs.shape != tensor.shape or not torch.equal(theirs.float(), tensor.float()):
-            raise UserError(f"--init_from {path}: its towers are not --model_name {config.model_name}'s ({key})")
+        other = checkpoint.model_state_dict.get(key)
+        if other is None or other.shape != tensor.shape or not torch.equal(other.float(), tensor.float()):
+            raise UserError(f"--init_from {path}: its towers differ from --model_name {config.model_name} ({key})")
     epoch = checkpoint.epoch or 0
     if epoch >= config.epochs:
-        raise UserError(f"--init_from {path}: has finished epoch {epoch}; raise --epochs {config.epochs}")
+        raise UserError(f"--init_from {path}: epoch {epoch} is already finished; raise --epochs (now {config.epochs})")
     module = _empty_module(config)
     extra = checkpoint.model_state_dict.keys() - frozen.keys() - dict(module.named_parameters()).keys()
     if extra:
-        raise UserError(f"--init_from {path}: has {min(extra)} too, which is not this model's")
+        raise UserError(f"--init_from {path}: contains {min(extra)}, which is not a tensor of this model")
     return trained_state(checkpoint, module, path), epoch
 
 
 def _empty_module(config: Config) -> TrainedModule:
-    """What the run trains, without memory: names, shapes and types to compare with."""
+    """Return the run's trained module on the meta device: names and shapes to compare with, without memory."""
     widths = tower_shapes(config.model_name).widths
     with torch.device("meta"):
         return TrainedModule(*widths, config.fused_dim, config.proj_dim)
 
 
 def _used(output: Path) -> bool:
-    best = best_file(output)  # there from the first evaluation on, before a state
-    made = [path for path in (output / "checkpoints").glob("*.pt") if path != best]
-    return bool(made) or any((output / "state").glob("step-*/state.json"))
+    """Whether an output folder contains states, or checkpoints other than the best file."""
+    best = best_file(output)  # the first evaluation may write it before there is a state
+    written = [path for path in (output / "checkpoints").glob("*.pt") if path != best]
+    return bool(written) or any((output / "state").glob("step-*/state.json"))
 
 
 def check_run_fingerprint(state: Path, run_fingerprint: Mapping[str, Any], what: str) -> None:
-    """Raise :class:`UserError` with the differences if a state belongs to a run with another fingerprint."""
-    defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # a state may be older than a flag
+    """Raise :class:`UserError` if a state belongs to a run with another fingerprint.
+
+    Args:
+        state: folder of the state.
+        run_fingerprint: fingerprint of this run.
+        what: start of the error message; the differences follow.
+    """
+    defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # for flags that are newer than the state
     before = {**defaults, **read_record(state)["identity"]}
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"

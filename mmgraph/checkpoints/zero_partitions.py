@@ -1,6 +1,6 @@
-"""ZeRO's partitions joined into one state that any other launch can read, and split again.
+"""Join ZeRO's partitions into one state that any other launch can read, and split such a state again.
 
-DeepSpeed is imported inside the functions: it costs seconds and prints, and most runs do without it.
+DeepSpeed is imported inside the functions: the import takes seconds and prints messages, and most runs do not need it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from mmgraph.checkpoints.files import TrainedState
 
 
 def consolidate(engine: Any) -> TrainedState:
-    """The whole of what the ranks hold in parts, on the CPU, float32. Called by all ranks; every rank gets it."""
+    """Join the partitions of all ranks on the CPU, float32. Call on all ranks; each gets the complete state."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     states = [state for state in engine.basic_optimizer.state.values() if "exp_avg" in state]
@@ -27,9 +27,9 @@ def consolidate(engine: Any) -> TrainedState:
 
 
 def restore(engine: Any, trained: TrainedState) -> None:
-    """Put a whole state into this rank's partitions.
+    """Load a complete state into this rank's partitions.
 
-    The module was prepared with these weights, so its low-precision copies hold them already.
+    The module was prepared with these weights, so its low-precision copies already have them.
     """
     for name, parameter in engine.module.named_parameters():
         _set(parameter, trained.weights[name])
@@ -42,11 +42,11 @@ def restore(engine: Any, trained: TrainedState) -> None:
 
 
 def _create_moments(engine: Any, adam_step: int) -> None:
-    """What AdamW would create in its first step. DeepSpeed has no public way to do so before that."""
+    """Create the optimizer state that AdamW creates in its first step. DeepSpeed has no public API for this."""
     zero, base = engine.optimizer, engine.basic_optimizer
     stage3 = engine.zero_optimization_stage() == 3
     for partition in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
-        fused = base.param_groups[0].get("fused")  # reads its step on the device
+        fused = base.param_groups[0].get("fused")  # fused AdamW reads the step on the device
         base.state[partition] = {
             "step": torch.tensor(float(adam_step), device=partition.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(partition),
@@ -57,7 +57,7 @@ def _create_moments(engine: Any, adam_step: int) -> None:
 
 
 def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
-    """This rank's part of a weight, or of its ``moment``."""
+    """Set this rank's part of a weight, or of its ``moment``, from the complete tensor."""
     from deepspeed import comm
     from deepspeed.utils import (
         safe_set_full_fp32_param,
@@ -66,7 +66,7 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
         safe_set_local_optimizer_state,
     )
 
-    if hasattr(parameter, "ds_tensor"):  # stage 3: the setters of whole values fail where they do not divide evenly
+    if hasattr(parameter, "ds_tensor"):  # stage 3: the full setters fail if the size is not divisible by the ranks
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value.flatten(), (0, size * comm.get_world_size() - value.numel()))
         value = padded.narrow(0, size * comm.get_rank(), size)
@@ -81,20 +81,23 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
 
 
 def loss_scale(engine: Any) -> dict[str, float] | None:
-    """What fp16 scales the loss with, in GradScaler's terms, and DeepSpeed's patience. None: the scale is fixed."""
+    """Return the state of fp16's dynamic loss scale, or None if there is none.
+
+    The keys are GradScaler's, and ``cur_hysteresis``, which only DeepSpeed has.
+    """
     if not engine.fp16_enabled() or not engine.optimizer.loss_scaler.dynamic:
         return None
     scaler = engine.optimizer.loss_scaler
-    steps = scaler.cur_iter - scaler.last_overflow_iter - 1  # without an overflow; goes on where the scale grows
+    steps = scaler.cur_iter - scaler.last_overflow_iter - 1  # since the last overflow; not reset when the scale grows
     return {
         "scale": scaler.cur_scale,
-        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,  # DeepSpeed grows a step later
+        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,  # DeepSpeed's scale grows one step later
         "cur_hysteresis": scaler.cur_hysteresis,
     }
 
 
 def set_loss_scale(engine: Any, saved: dict[str, float]) -> None:
-    """Go on with a saved loss scale, of DeepSpeed or of GradScaler."""
+    """Restore a loss scale that was saved under DeepSpeed or under GradScaler."""
     scaler = engine.optimizer.loss_scaler
     scaler.cur_scale = saved["scale"]
     scaler.last_overflow_iter = scaler.cur_iter - 2 - int(saved["_growth_tracker"])

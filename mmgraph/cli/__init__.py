@@ -17,7 +17,8 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     """Train a model.
 
     Returns:
-        The exit code: 0; 1 for a failed run; 2 for wrong usage or bad input; 143 for a run that a signal stopped.
+        The exit code: 0; 1 for a failed run; 2 for wrong usage or bad input; 130 for a keyboard interrupt; 143 for a
+        run that was stopped by a signal.
     """
     return run(lambda: run_training(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -40,7 +41,7 @@ def leave(code: int) -> NoReturn:
         end_process(code, end_workers, remove_temporary_folders, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
-    # No public function runs the exit hooks without the teardown. A hook that is registered first runs last, so it
-    # could end the process. But sys.exit waits for all threads before it runs any hook, including a thread that is stuck
+    # No public function runs the exit hooks without the teardown. The hook that is registered first runs last, and
+    # could end the process. But sys.exit waits for all threads before it runs any hook, also for a thread that is stuck
     # in a collective or on a disk.
     end_process(code, atexit._run_exitfuncs)

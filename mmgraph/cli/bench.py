@@ -23,19 +23,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_argument("--steps", type=positive, default=8, help="steps per run (default: 8)")
     loss = benchmarks.add_parser("loss", help="InfoNCE in chunks against plain InfoNCE: time and memory")
     loss.add_argument(
-        "--sizes",
-        type=positive,
-        nargs="+",
-        default=[1024, 4096, 8192],
-        help="batch sizes, in edges (default: 1024 4096 8192)",
+        "--sizes", type=positive, nargs="+", default=[1024, 4096, 8192], help="batch sizes (default: 1024 4096 8192)"
     )
     study = benchmarks.add_parser(
         "study", help="MRR on held-out edges by batch size and false negatives, against baselines"
     )
     study.add_argument("--batch_sizes", "--batch-sizes", type=positive, nargs="+", default=[64, 256, 1024])
-    study.add_argument(
-        "--seeds", type=positive, default=3, help="number of seeds per setting, starting at --seed (default: 3)"
-    )
+    study.add_argument("--seeds", type=positive, default=3, help="seeds per setting, starting at --seed (default: 3)")
     study.add_argument(
         "--variant",
         action="append",
@@ -47,12 +41,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--at-once",
         type=positive,
         default=2,
-        help="number of concurrent runs, with one thread each (default: 2)",
+        help="concurrent runs, with one thread each (default: 2)",
     )
     study.add_argument(
         "--folder",
         type=Path,
-        help="folder to keep the runs in; a second start reuses them (default: a temporary folder)",
+        help="folder to keep the runs in, for a later start to reuse (default: a temporary folder)",
     )
     study.add_argument("--json", type=Path, help="JSON file to write the figures to")
     for benchmark, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
@@ -60,7 +54,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             "--repeats",
             type=positive,
             default=rounds,
-            help=f"number of rounds; figures are medians over them (default: {rounds})",
+            help=f"rounds; figures are medians over them (default: {rounds})",
         )
         benchmark.add_argument("--json", type=Path, help="JSON file to write the figures to")
 
@@ -76,18 +70,16 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-nodes",
         type=positive,
         default=10_000,
-        help="number of nodes without --structure (default: 10,000)",
+        help="nodes, without --structure (default: 10,000)",
     )
     graph.add_argument(
         "--num_edges",
         "--num-edges",
         type=positive,
         default=100_000,
-        help="number of edges without --structure (default: 100,000)",
+        help="edges, without --structure (default: 100,000)",
     )
-    graph.add_argument(
-        "--num_images", "--num-images", type=not_negative, help="number of unique images (default: one per node)"
-    )
+    graph.add_argument("--num_images", "--num-images", type=not_negative, help="unique images (default: one per node)")
 
 
 def positive(text: str) -> int:

@@ -19,7 +19,7 @@ OTHERS_WAIT_SECONDS = 5  # most errors occur on all ranks: rank 0 prints first, 
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no disk space
     errno.EACCES, errno.EPERM, errno.EROFS,  # no permission
-    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # failing disks and network file systems
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOLCK, errno.ENOTCONN, errno.ETIMEDOUT,  # disk or network disk
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,  # limits on files, memory and processes
     errno.ENAMETOOLONG, errno.ELOOP,  # invalid paths from a user
     errno.EPIPE,  # the reader of the output is gone
@@ -58,7 +58,7 @@ def _report(error: Exception) -> int | None:
     if isinstance(error, RuntimeError):
         description = _lost_contact(error) or _lost_worker(error)
         if description is not None:
-            print(f"mmgraph: error: rank {rank} {description}; the last state is intact", file=sys.stderr)
+            print(f"mmgraph: error: rank {rank} {description}; the last resume state is intact", file=sys.stderr)
             return 1
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         print(f"mmgraph: error: {error}", file=sys.stderr)
@@ -69,7 +69,7 @@ def _report(error: Exception) -> int | None:
 def end_workers() -> None:
     """Kill the DataLoader workers.
 
-    They ignore SIGTERM, because it is a stop request to the ranks, so Python would wait for them forever at exit.
+    They ignore SIGTERM, which is a stop request to the ranks. Without this, Python would wait for them forever at exit.
     """
     workers = multiprocessing.active_children()
     if not workers:
@@ -85,11 +85,9 @@ def _lost_worker(error: RuntimeError) -> str | None:
     """Return a description of a DataLoader worker that died or hangs, or None for other errors."""
     reason = " ".join(str(error).split())
     if reason.startswith("DataLoader timed out"):
-        return f"waited --collective_timeout for a DataLoader worker, which hangs ({reason})"
+        return f"timed out after --collective_timeout: a DataLoader worker hangs ({reason})"
     if reason.startswith("DataLoader worker"):
-        return (
-            f"description a DataLoader worker ({reason}); if it ran out of memory, lower --num_workers or --cache_size"
-        )
+        return f"lost a DataLoader worker ({reason}); if it ran out of memory, lower --num_workers or --cache_size"
     return None
 
 
@@ -101,11 +99,9 @@ def _lost_contact(error: RuntimeError) -> str | None:
     from torch.distributed import DistError
 
     reason = " ".join(str(error).split())
-    if (
-        not isinstance(error, DistError) and "gloo" not in reason
-    ):  # gloo raises a plain RuntimeError with its file names
+    if not isinstance(error, DistError) and "gloo" not in reason:  # gloo's RuntimeErrors contain its file names
         return None
     reason = re.sub(r"\[\S+:\d+\] ", "", reason).split(". ")[0][:200]
     if "timed out" in reason.lower() or "timeout" in reason.lower():
-        return f"waited --collective_timeout for another rank, which hangs or has died ({reason})"
-    return f"description another rank ({reason}): see that rank's error or the launcher's summary for the cause"
+        return f"timed out after --collective_timeout: another rank hangs or has died ({reason})"
+    return f"lost another rank ({reason}): see its error or the launcher's summary for the cause"

@@ -44,19 +44,15 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser() -> _Parser:
     parser = _Parser(
         prog="mmgraph",
-        description="Use and measure multimodal graph node encoders. To train one, run: accelerate launch launch.py",
+        description="Work with multimodal graph node encoders. To train one, run accelerate launch launch.py.",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, help, add_arguments in (
         ("demo", "build the emoji demo graph", _add_demo_arguments),
         ("cache", "build the tower store of a run; takes the flags of launch.py", _add_cache_arguments),
         ("encode", "write the embeddings of all nodes", _add_encode_arguments),
-        (
-            "evaluate",
-            "rank held-out edges with the embeddings of a checkpoint or with feature files",
-            _add_evaluate_arguments,
-        ),
-        ("neighbors", "find the nearest nodes of a node, a text or an image", _add_neighbors_arguments),
+        ("evaluate", "rank held-out edges with a checkpoint or with feature files", _add_evaluate_arguments),
+        ("neighbors", "find the nodes nearest to a node, a text or an image", _add_neighbors_arguments),
         ("report", "write an HTML report of a run, or of several side by side", _add_report_arguments),
         ("bench", "run a benchmark on this machine; also takes the flags of launch.py", _add_bench_arguments),
         ("convert", "convert a checkpoint between .pt and .safetensors without loss", _add_convert_arguments),
@@ -107,7 +103,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_cache, flags=None)  # because of "flags", run_verb accepts unknown flags
+    parser.set_defaults(run=_cache, flags=None)  # "flags" makes run_verb accept unknown flags, those of launch.py
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -126,7 +122,7 @@ def _cache(args: argparse.Namespace) -> None:
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=CHECKPOINT)
     _add_run_arguments(parser)
-    folder_help = "output folder (default: features/ in the run's folder, or here if there is no run)"
+    folder_help = "output folder (default: features in the run's folder, or ./features for a file outside of a run)"
     parser.add_argument(*_spellings("output_dir"), type=Path, metavar="DIR", help=folder_help)
     parser.add_argument(
         "--features",
@@ -144,9 +140,9 @@ def _encode(args: argparse.Namespace) -> None:
 
     checkpoint = find_checkpoint(args.source)
     config = settings_of(checkpoint, _overrides(args))
-    beside = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
+    default_output = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
     accelerator = build_accelerator()
-    encode(checkpoint, config, accelerator, args.output_dir or beside, args.features or FEATURES, args.format)
+    encode(checkpoint, config, accelerator, args.output_dir or default_output, args.features or FEATURES, args.format)
     accelerator.end_training()
 
 
@@ -166,7 +162,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     features = find_features(args.source)
     if not features and len(args.source) > 1:
-        raise UserError("evaluate takes only one run or checkpoint: evaluate several one after the other")
+        raise UserError("evaluate takes one run or checkpoint at a time: run the command once for each")
     checkpoint = None if features else find_checkpoint(args.source[0])
     config = settings_of(checkpoint or features[0], _overrides(args))
     accelerator = build_accelerator()
@@ -205,9 +201,8 @@ def _neighbors(args: argparse.Namespace) -> None:
     source = args.source or newest_run()
     accelerator = build_accelerator()
     find = last_checkpoint if source.is_dir() else find_checkpoint
-    checkpoint = broadcast_from_main_process(
-        accelerator, lambda: find(source)
-    )  # on one rank only: a run may be writing checkpoints
+    # On one rank only: a run may be writing checkpoints, and ranks could find different ones.
+    checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))
     config = settings_of(checkpoint, _overrides(args))
     neighbors(checkpoint, config, accelerator, query, args.embedding, args.top_k)
     accelerator.end_training()
@@ -221,7 +216,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="folders of runs (default: the run in runs/ that finished last)",
     )
-    page = "HTML file to write (default: report.html in the run's folder, or here for several runs)"
+    page = "HTML file to write (default: report.html in the run's folder; ./report.html for several runs)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=page)
     for name, help in (
         ("node", "node_id or short_name of a node to show with its nearest neighbors; repeatable"),

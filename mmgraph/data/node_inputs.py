@@ -1,4 +1,4 @@
-"""Nodes to tower inputs: the text rule, the image rule, and the cache. Every collator is this and an order of nodes."""
+"""Converts nodes to tower inputs. All collators that return tower inputs use this module."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
@@ -14,33 +14,36 @@ from mmgraph.data.images import IMAGE_STATUS, black_image, decode_picture
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.preprocessing import Preprocessing
 
-TEXT_LENGTH = 77  # tokens, CLIP's
+TEXT_LENGTH = 77  # maximum number of tokens of CLIP's text tower
 
 
 def node_text(node: dict[str, Any]) -> str:
-    """``summary`` if it has more than 3 words, else ``short_name``, else one space. Missing values are not words."""
-    for name, words in (("summary", 4), ("short_name", 1)):
+    """Return a node's text: ``summary`` if it has more than 3 words, else ``short_name``, else one space.
+
+    A value that is not a string, such as None or NaN, is missing. A ``short_name`` without words is not used.
+    """
+    for name, min_words in (("summary", 4), ("short_name", 1)):
         value = node.get(name)
-        if isinstance(value, str) and len(value.split()) >= words:
+        if isinstance(value, str) and len(value.split()) >= min_words:
             return value
     return " "
 
 
 class NodeInputs:
-    """Turns N node dicts into what CLIP's towers take.
+    """Converts N node dicts to inputs of CLIP's towers.
 
-    Calling it gives a dict of ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64, ``pixel_values``
-    (N, 3, S, S) float32.
+    A call returns a dict with ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64 and ``pixel_values``
+    (N, 3, S, S) float32. The image paths of the nodes are opened without an image root.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
-        cache_size: images kept decoded and resized (as bytes, 150 KB each at 224 pixels).
-        truncated_images: what an image file that ends early gives: the part that is there, or black.
-        picture_file: where pictures of known rows are looked up before they are decoded, and kept.
+        cache_size: number of decoded and resized images to cache in memory (uint8, 150 KB each at 224 pixels).
+        truncated_images: result for a truncated image file: the part that can be decoded, or a black image.
+        picture_file: cache on disk for images of known node rows; None: no cache on disk.
 
     Attributes:
-        decoded: image files decoded so far, in this process.
+        decoded: number of image files decoded in this process so far, including unreadable files.
     """
 
     def __init__(
@@ -70,7 +73,12 @@ class NodeInputs:
     def texts(
         self, texts: Sequence[str], padding: Literal["longest", "max_length"] = "longest"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask of N texts, (N, L) int64 each: L is 77, or that of the longest text of these."""
+        """Tokenize N texts.
+
+        Returns:
+            Token ids and attention mask, (N, L) int64 each. L is 77 with ``max_length`` padding, else the number of
+            tokens of the longest of these texts, at most 77.
+        """
         tokens = self.tokenizer(
             list(texts), padding=padding, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
@@ -82,19 +90,22 @@ class NodeInputs:
         rows: Sequence[int] | np.ndarray | None = None,
         images: ImageSource = AS_GIVEN,
     ) -> tuple[torch.Tensor, list[int]]:
-        """Pictures of N nodes, resized and cropped, (N, 3, S, S) uint8, and an index into ``IMAGE_STATUS`` for each.
+        """Read the images of N nodes, resized and cropped, from the caches or the image files.
 
         Args:
-            references: what ``images.locate`` gave of the nodes.
-            rows: the nodes' rows in the node table; without them ``picture_file`` is not used.
-            images: where they are read from; by default the references are paths, opened as they are.
+            references: results of ``images.locate`` for the nodes.
+            rows: the nodes' rows in the node table; None: ``picture_file`` is not used.
+            images: source of the images. By default, references are paths, which are opened without an image root.
+
+        Returns:
+            (N, 3, S, S) uint8, and an index into ``IMAGE_STATUS`` for each node.
         """
-        numbers = repeat(None) if rows is None else map(int, rows)
-        found = [
+        row_numbers = repeat(None) if rows is None else map(int, rows)
+        results = [
             self.cache.get(reference, partial(self._read, images, reference, row))
-            for reference, row in zip(references, numbers, strict=rows is not None)
+            for reference, row in zip(references, row_numbers, strict=rows is not None)
         ]
-        pictures, image_status = zip(*found, strict=True)
+        pictures, image_status = zip(*results, strict=True)
         return torch.stack(pictures), list(image_status)
 
     def _read(self, images: ImageSource, reference: Hashable, row: int | None) -> tuple[torch.Tensor, int]:
@@ -106,7 +117,14 @@ class NodeInputs:
         return self.picture_file.read(row, images, reference, decode)
 
     def picture_of(self, data: bytes | None, status: int) -> tuple[torch.Tensor, int]:
-        """What :meth:`ImageSource.read` gave, decoded and resized: (3, S, S) uint8, and its cause."""
+        """Decode and resize an image.
+
+        Args:
+            data, status: results of :meth:`ImageSource.read`.
+
+        Returns:
+            (3, S, S) uint8, and an index into ``IMAGE_STATUS``.
+        """
         picture, status = decode_picture(data, status, self.truncated_images)
         self.decoded += data is not None or IMAGE_STATUS[status] == "unreadable"
         if not self.preprocessing.fits(picture):

@@ -1,4 +1,4 @@
-"""A node table that stays on the disk: rows of a memory-mapped Arrow file."""
+"""A node table in a memory-mapped Arrow file."""
 
 import mmap
 from bisect import bisect_right
@@ -17,16 +17,17 @@ SCAN_CHUNK = 1024  # rows
 
 
 class NodeTable(Dataset[dict[str, Any]]):
-    """Nodes in the order of the table, read from the disk when they are asked for.
+    """Dataset of nodes in the order of the table. Each row is read from the file when it is accessed.
 
-    ``table[i]`` is a dict of row i's columns without ``node_id``; a missing value is None. A pickled table is its path,
-    opened anew; a forked one goes on with the map it has. The file must not be changed while it is open.
+    ``table[i]`` is a dict of row i's columns without ``node_id``; a missing value is None. A pickled table contains
+    only the path, and unpickling opens the file again. A forked process uses the memory map of its parent. The file
+    must not change while it is open.
 
     Args:
         path: an Arrow IPC file or stream.
 
     Raises:
-        ValueError: it is none (pyarrow's ArrowInvalid), or it is compressed.
+        ValueError: the file is not an Arrow file or stream (pyarrow's ArrowInvalid), or it is compressed.
     """
 
     def __init__(self, path: str | Path):
@@ -52,16 +53,16 @@ class NodeTable(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of a table of {len(self)} nodes")
+            raise IndexError(f"row {row} is out of range for a table of {len(self)} nodes")
         row %= len(self)
         number = bisect_right(self._starts, row) - 1
-        columns, place = self._batches[number], row - self._starts[number]
-        values = {name: column[place].as_py() for name, column in columns.items()}
+        columns, index = self._batches[number], row - self._starts[number]
+        values = {name: column[index].as_py() for name, column in columns.items()}
         self._release()
         return values
 
     def scan(self, rows: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Some columns of consecutive rows; many times as fast as row by row."""
+        """Yield some columns of consecutive rows as dicts. Many times faster than indexing row by row."""
         table = self._table.select(list(columns))
         for start in range(rows.start, rows.stop, SCAN_CHUNK):
             yield from table.slice(start, min(SCAN_CHUNK, rows.stop - start)).to_pylist()
@@ -69,33 +70,38 @@ class NodeTable(Dataset[dict[str, Any]]):
 
     @contextmanager
     def column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """A whole column, to be scanned in a ``with`` block."""
+        """Yield a complete column, to be used only inside the ``with`` block."""
         try:
             yield self._table[name]
         finally:
             self._release()
 
     def ids(self, rows: Iterable[int]) -> list[Any]:
-        """The ``node_id`` of each row: text, or of the type that an Arrow file has."""
-        with self.column("node_id") as column:  # one by one: take() may put all of its chunks together
+        """Return the ``node_id`` of each row: text, or integers if the Arrow file stores integers."""
+        with self.column("node_id") as column:  # not take(): it may join all chunks into a copy
             return [column[int(row)].as_py() for row in rows]
 
     def _release(self) -> None:
-        """Let go of the pages that were read.
+        """Unmap the pages that were read.
 
-        The kernel maps 64 KiB around every place that is read, and counts them to this process until memory is short:
-        in an epoch each process would come to hold the whole file. After this the pages stay in the page cache, which
-        all processes share and which is free to be used otherwise; to read one again costs a page fault, not the disk.
+        The kernel maps 64 KiB around every address that is read, and counts them as memory of this process until
+        memory is short. Over an epoch, the memory of each process would grow by the size of the file. Unmapped pages
+        stay in the page cache, which all processes share and which the kernel can reclaim. Reading such a page again
+        costs a page fault, not a disk read.
         """
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def _mapped(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The batch, if all of it is read from the map itself: what was compressed is a copy in memory."""
+        """Return the batch if all of its data is in the memory map.
+
+        Raises:
+            ValueError: the batch is compressed, so that pyarrow has decompressed it to a copy in memory.
+        """
         first, last = self._buffer.address, self._buffer.address + self._buffer.size
         for column in batch.columns:
             for buffer in column.buffers():
                 if buffer is not None and buffer.size and not first <= buffer.address < last:
-                    raise ValueError(f"{self.path} is compressed")
+                    raise ValueError(f"{self.path}: is compressed, so it cannot be memory-mapped; write it uncompressed")
         return batch
 
     def __reduce__(self) -> tuple[type["NodeTable"], tuple[Path]]:

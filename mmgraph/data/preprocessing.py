@@ -13,11 +13,15 @@ from mmgraph.errors import UserError
 class Preprocessing:
     """CLIP's preprocessing with the settings of a Hugging Face CLIP image processor (or CLIP processor).
 
-    Split in two so that caches can hold bytes: :meth:`resize` gives (3, S, S) uint8, :meth:`normalize` float32. Equal
-    to transformers' torchvision processor; within 0.03 of its Pillow one.
+    It has two steps, so that caches can store uint8: :meth:`resize` returns (3, S, S) uint8, and :meth:`normalize`
+    float32. The result is equal to that of transformers' torchvision processor, and within 0.03 of its Pillow
+    processor.
+
+    Args:
+        processor: a Hugging Face CLIP image processor, or a CLIP processor that contains one.
 
     Raises:
-        UserError: the processor does something else than resize the short side, crop the centre and normalise.
+        UserError: the processor does not do a bicubic resize of the short side and a square center crop.
     """
 
     def __init__(self, processor: Any):
@@ -25,31 +29,31 @@ class Preprocessing:
         try:
             self.short_side = int(processor.size["shortest_edge"])
             self.crop = int(processor.crop_size["height"])
-            usual = processor.resample == 3 and processor.crop_size["width"] == self.crop <= self.short_side
+            is_clip = processor.resample == 3 and processor.crop_size["width"] == self.crop <= self.short_side
             mean, std = processor.image_mean, processor.image_std
         except (AttributeError, KeyError, TypeError):
-            usual = False
-        if not usual:
+            is_clip = False
+        if not is_clip:
             raise UserError(
-                f"{type(processor).__name__} is not CLIP's preprocessing (bicubic resize of the short side, square "
-                "centre crop); use towers that have it"
+                f"{type(processor).__name__} does not have CLIP's preprocessing (bicubic resize of the short side, "
+                "square center crop); use CLIP towers with this preprocessing"
             )
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
 
     def fits(self, picture: torch.Tensor) -> bool:
-        """Whether a picture's resize stays below Pillow's limit of pixels; of one that is 1 x 20,000 it would not."""
+        """Return whether the resized image stays within Pillow's pixel limit. A 1 x 20,000 image exceeds it."""
         height, width = picture.shape[1:]
         resized = self.short_side**2 * max(height, width) / min(height, width)
         return Image.MAX_IMAGE_PIXELS is None or resized <= Image.MAX_IMAGE_PIXELS
 
     def resize(self, picture: torch.Tensor) -> torch.Tensor:
-        """(3, H, W) uint8 -> (3, S, S) uint8."""
+        """Resize the short side and crop the center: (3, H, W) uint8 -> (3, S, S) uint8."""
         picture = transforms.resize(picture, [self.short_side], InterpolationMode.BICUBIC, antialias=True)
-        top, left = ((side - self.crop) // 2 for side in picture.shape[1:])  # torchvision's own crop rounds up
+        top, left = ((side - self.crop) // 2 for side in picture.shape[1:])  # rounded down, unlike torchvision's center_crop
         return picture[:, top : top + self.crop, left : left + self.crop].contiguous()
 
     def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) uint8 -> float32, mean 0 and deviation 1 over CLIP's training images."""
+        """Convert (N, 3, S, S) uint8 to float32 with mean 0 and standard deviation 1 over CLIP's training images."""
         device = pictures.device
         return (pictures.float() / 255 - self.mean.to(device)) / self.std.to(device)

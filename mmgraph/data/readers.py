@@ -1,4 +1,4 @@
-"""Table files: CSV, Parquet and Arrow, read whole or in chunks, with errors that name file and line."""
+"""Reads CSV, Parquet and Arrow tables, completely or in chunks. Error messages contain the file and the line."""
 
 import csv
 import hashlib
@@ -16,17 +16,27 @@ from mmgraph.errors import UserError
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
-ROW_FORMATS = PARQUET + ARROW  # the others are CSV
+ROW_FORMATS = PARQUET + ARROW  # formats without lines; any other suffix is read as CSV
 
 
 def read_chunks(
     path: str | Path, columns: Sequence[str], id_columns: Sequence[str], rows: int | None = None
 ) -> Iterator[pa.Table]:
-    """Read a table of any format, ``rows`` rows at a time (all at once without); ``columns`` of it are made text.
+    """Read a table of any format in chunks, and check it.
+
+    Args:
+        path: a Parquet file (``.parquet``, ``.pq``), an Arrow file (``.arrow``, ``.feather``) or a CSV file (any other
+            suffix).
+        columns: required columns. They are cast to text (large_string).
+        id_columns: those columns in which no value may be missing or empty.
+        rows: maximum number of rows in a chunk; None: one chunk with all rows.
+
+    Yields:
+        The chunks. Each is checked when it is read.
 
     Raises:
-        UserError: no such file, not a table, a column or an id missing, a CSV row of more or fewer fields than the
-            header; with file and line. A chunk is checked when it is read.
+        UserError: the file does not exist or is not a table, it has no rows, a column or an id is missing, or a CSV row
+            has more or fewer fields than the header. The message contains the file and the line.
     """
     path = Path(path)
     _check_file(path)
@@ -36,8 +46,8 @@ def read_chunks(
     for table in (_arrow_tables if path.suffix in ROW_FORMATS else _csv_tables)(path, rows):
         missing = [name for name in columns if name not in table.column_names]
         if missing:
-            raise UserError(f"{path}: no column '{missing[0]}'; it has {', '.join(table.column_names)}")
-        _check_once(path, columns, table.column_names)
+            raise UserError(f"{path}: column '{missing[0]}' is missing; the table has {', '.join(table.column_names)}")
+        _check_not_repeated(path, columns, table.column_names)
         table = _with_text(path, table, columns, id_columns)
         for name in id_columns:
             empty = pc.equal(pc.fill_null(table[name], ""), "").to_numpy()
@@ -54,49 +64,50 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: {'is a folder, not a table' if path.is_dir() else 'no such file'}")
 
 
-def _check_once(path: Path, columns: Sequence[str], header: list[str]) -> None:
+def _check_not_repeated(path: Path, columns: Sequence[str], header: list[str]) -> None:
     repeated = [name for name in columns if header.count(name) > 1]
     if repeated:
-        raise UserError(f"{path}: has the column '{repeated[0]}' more than once; which one is meant?")
+        raise UserError(f"{path}: column '{repeated[0]}' exists more than once; rename or remove the others")
 
 
 def _check_rows(path: Path, columns: Sequence[str]) -> None:
-    """What pandas passes over: rows too short are filled up, and of two columns of one name the first is taken.
+    """Check a CSV for errors that pandas does not report.
 
-    So a quote or a line end too much would make a node of the rest of a text.
+    pandas fills up rows that are too short, and uses the first of two columns with the same name. Without this check,
+    an extra quote or line end inside a text would turn the rest of the text into a node.
     """
     header: list[str] | None = None
     try:
         for line, fields in _records(path):
             if header is None:
                 header = fields
-                _check_once(path, columns, header)
+                _check_not_repeated(path, columns, header)
             elif len(fields) != len(header):
                 raise UserError(
                     f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}; look for a "
-                    "comma or a line end in a text without quotes, or a quote that does not end"
+                    "comma or a line end in a text without quotes, or for a quote that is not closed"
                 )
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
+        raise UserError(f"{path}: cannot be read as a CSV table in UTF-8: {str(error).strip()}") from None
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV, header included, each with the line that it begins in; blank lines are none."""
-    csv.field_size_limit(1 << 30)  # of 128 KiB
+    """Yield the records of a CSV, each with its first line. The header is a record; a blank line is not."""
+    csv.field_size_limit(1 << 30)  # the default is 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(_lines(path, file))
         line = 1
         for fields in reader:
-            if fields:  # quotes make a field even of nothing
+            if fields:  # empty for a blank line; a line of two quotes has one empty field
                 yield line, fields
             line = reader.line_num + 1
 
 
 def _lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
-    """The lines of a CSV; those of spaces and tabs alone are made empty, because pandas skips them too."""
+    """Yield the lines of a CSV. A line with only spaces and tabs is yielded as a blank one, as pandas skips it too."""
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise UserError(f"{path}, line {number}: holds a NUL byte: damaged, or not a CSV table in UTF-8")
+            raise UserError(f"{path}, line {number}: contains a NUL byte; the file is damaged, or not a CSV table in UTF-8")
         yield line if line.strip(" \t\r\n") else "\n"
 
 
@@ -108,25 +119,25 @@ def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
         ) as reader:
             while frame is None or rows is not None:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error", pd.errors.ParserWarning)  # rows too long, else cut silently
+                    warnings.simplefilter("error", pd.errors.ParserWarning)  # else pandas only warns when it cuts a long row
                     try:
                         frame = reader.read(rows)
                     except StopIteration:
                         return
                 yield pa.Table.from_pandas(frame, preserve_index=False)
     except pd.errors.EmptyDataError:
-        raise UserError(f"{path}: is empty") from None
+        raise UserError(f"{path}: the file is empty") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable CSV table in UTF-8: {str(error).strip()}") from None
+        raise UserError(f"{path}: cannot be read as a CSV table in UTF-8: {str(error).strip()}") from None
 
 
 def _arrow_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
-    """Tables of a Parquet or Arrow file."""
-    kind = "Parquet" if path.suffix in PARQUET else "Arrow"
+    """Yield the chunks of a Parquet or Arrow file, with at most ``rows`` rows each."""
+    file_format = "Parquet" if path.suffix in PARQUET else "Arrow"
     try:
-        if kind == "Parquet" and rows is None:
+        if file_format == "Parquet" and rows is None:
             yield _validated(pq.read_table(path))
-        elif kind == "Parquet":
+        elif file_format == "Parquet":
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(rows):
                     yield _validated(pa.Table.from_batches([batch]))
@@ -134,21 +145,27 @@ def _arrow_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
             with pa.memory_map(str(path)) as file:
                 tables = (_validated(pa.Table.from_batches([batch])) for batch in arrow_batches(file))
                 if rows is None:
-                    yield from [pa.concat_tables(whole) for whole in [list(tables)] if whole]
+                    yield from [pa.concat_tables(batches) for batches in [list(tables)] if batches]
                 else:
                     yield from (table.slice(start, rows) for table in tables for start in range(0, len(table), rows))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable {kind} table: {str(error).strip()}") from None
+        raise UserError(f"{path}: cannot be read as {file_format}: {str(error).strip()}") from None
 
 
 def _validated(table: pa.Table) -> pa.Table:
-    """A table whose offsets lie in its data and whose texts are UTF-8: what reads damaged ones would die of it."""
+    """Return the table after a full validation, such as offsets within its data and texts in UTF-8.
+
+    Without it, reading a damaged table could crash the process.
+
+    Raises:
+        pa.ArrowException: the table is invalid.
+    """
     table.validate(full=True)
     return table
 
 
 def arrow_batches(source: pa.NativeFile | pa.Buffer) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow file or stream; of a memory map, without a copy where it is not compressed."""
+    """Yield the record batches of an Arrow file or stream. Uncompressed batches of a memory map are not copied."""
     try:
         file = pa.ipc.open_file(source)
     except pa.ArrowInvalid:
@@ -160,42 +177,52 @@ def arrow_batches(source: pa.NativeFile | pa.Buffer) -> Iterator[pa.RecordBatch]
 
 
 def _with_text(path: Path, table: pa.Table, columns: Sequence[str], id_columns: Sequence[str]) -> pa.Table:
+    """Return the table with ``columns`` cast to large_string."""
     for name in columns:
         number = table.column_names.index(name)
-        kind = table.schema.field(number).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # a pandas categorical
-        if name in id_columns and not (pa.types.is_integer(kind) or is_text(kind)):
-            raise UserError(f"{path}: column '{name}' holds {kind}; ids must be integers or text")
+        data_type = table.schema.field(number).type
+        data_type = data_type.value_type if pa.types.is_dictionary(data_type) else data_type  # a pandas categorical
+        if name in id_columns and not (pa.types.is_integer(data_type) or is_text(data_type)):
+            raise UserError(f"{path}: column '{name}' has type {data_type}; ids must be integers or text")
         try:
-            table = table.set_column(number, name, table[number].cast(kind).cast(pa.large_string()))
+            table = table.set_column(number, name, table[number].cast(data_type).cast(pa.large_string()))
         except pa.ArrowException:
-            raise UserError(f"{path}: column '{name}' holds {kind}, which is not text") from None
+            raise UserError(f"{path}: column '{name}' has type {data_type}, which cannot be converted to text") from None
     return table
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is one of the string types."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def location(path: str | Path, row: int, short: bool = False) -> str:
-    """Where row ``row`` (from 0) stands: the file's line in a CSV, whose quoted fields may span lines."""
+    """Return the location of a row for a message: the row number, or in a CSV the line in the file.
+
+    A CSV is read again up to the row, because quoted fields may span lines.
+
+    Args:
+        path: the table.
+        row: index of the row, from 0.
+        short: omit the path.
+    """
     if Path(path).suffix in ROW_FORMATS:
         return f"row {row}" if short else f"{path}, row {row}"
     line = 1
-    for begins, _ in islice(_records(Path(path)), row + 2):  # the header is a record too
-        line = begins
+    for first_line, _ in islice(_records(Path(path)), row + 2):  # the header is a record too
+        line = first_line
     return f"line {line}" if short else f"{path}, line {line}"
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
-        UserError: no such file, or it cannot be read.
+        UserError: the file does not exist or cannot be read.
     """
     _check_file(Path(path))
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: not readable: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

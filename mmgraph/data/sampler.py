@@ -1,4 +1,4 @@
-"""The order of edges: a pure function of (seed, epoch), and the sampler that walks it in global batches."""
+"""The sampler of global batches, and its order of edges: a pure function of (seed, epoch)."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,19 +10,21 @@ ROUNDS = 8
 
 
 def permuted(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed permutation of 0..length-1 sends each of ``positions``; O(1) memory and time a position.
+    """Apply a keyed permutation of 0..length-1 to ``positions``, in O(1) memory and time per position.
 
-    A balanced Feistel network (Luby and Rackoff, 1988) over the next power of four, walked until it lands inside the
-    range (Black and Rogaway, 2002). The key is (seed, epoch), so the order never depends on who asks, when, or how
-    often.
+    The permutation is a balanced Feistel network (Luby and Rackoff, 1988) over the next power of four. It is applied
+    again until the value is inside the range (Black and Rogaway, 2002). The key is (seed, epoch), so the order does not
+    depend on the process, the time or the number of calls.
 
     Args:
         positions: int64 array of values in [0, length).
+        length: number of values.
+        seed, epoch: key of the permutation.
 
     Returns:
-        int64 array of the same shape; over all positions, each value once.
+        int64 array of the same shape. Over all positions, each value occurs once.
     """
-    half_bits = max(4, (max(length - 1, 1).bit_length() + 1) // 2)  # short halves would mix badly
+    half_bits = max(4, (max(length - 1, 1).bit_length() + 1) // 2)  # at least 4: shorter halves would mix badly
     digest = hashlib.shake_256(f"mmgraph order {seed} {epoch}".encode()).digest(8 * ROUNDS)
     keys = np.frombuffer(digest, dtype="<u8")
     values = positions.astype(np.uint64)
@@ -42,22 +44,22 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014); uint64 arithmetic wraps."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood, 2014). uint64 arithmetic wraps around."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields the global batches of one epoch: lists of ``batch_size`` edges, over all processes together.
+    """Yields the global batches of an epoch, each a list of ``batch_size`` edge numbers for all processes together.
 
-    ``Accelerator.prepare`` gives each rank its slice of every batch; never slice here too. The incomplete last batch
-    is dropped. Its whole state is the place to begin at, set by :meth:`begin`.
+    ``Accelerator.prepare`` slices every batch over the ranks, so this class must not slice. The incomplete last batch
+    is dropped. The only state is the start of the next iteration, set by :meth:`begin`.
 
     Args:
-        num_edges: edges of the graph.
-        batch_size: edges of a global batch.
-        seed: the run's.
+        num_edges: number of edges of the graph.
+        batch_size: number of edges in a global batch.
+        seed: the run's seed.
     """
 
     def __init__(self, num_edges: int, batch_size: int, seed: int):
@@ -66,15 +68,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.begin(epoch=1)
 
     def begin(self, epoch: int, samples: int = 0) -> None:
-        """Start the next iteration in ``epoch`` (from 1), after its first ``samples`` edges."""
+        """Set the start of the next iteration: in ``epoch`` (from 1), after its first ``samples`` edges."""
         self.epoch, self.samples = epoch, samples
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in a complete epoch."""
         return self.num_edges // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch  # an iterator stays in its epoch, also while a loader prefetches
+        epoch = self.epoch  # read once: a loader may prefetch from this iterator after the next begin()
         for start in range(self.samples, len(self) * self.batch_size, self.batch_size):
             positions = np.arange(start, start + self.batch_size)
             yield permuted(positions, self.num_edges, self.seed, epoch).tolist()

@@ -105,7 +105,8 @@ def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterat
 def _sums_between_syncs(counts: Iterator[int]) -> Iterator[int]:
     """Yield the sum of ``counts`` every ``SYNC_SECONDS``, or earlier after a count of 0. The rank syncs at each yield.
 
-    A sync per shard would be too late: with large towers, a shard can take minutes on one rank and seconds on another.
+    A sync only after each complete shard would be too late: with large towers, a shard can take minutes on one rank
+    and seconds on another.
     """
     total, start = 0, time.monotonic()
     for count in counts:

@@ -172,7 +172,7 @@ def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> Non
         below = batch_size - batch_size % num_processes
         sizes = " or ".join(str(size) for size in (below, below + num_processes) if size)
         raise UserError(
-            f"--global_batch_size {batch_size} is not divisible by the number of processes ({num_processes}); use {sizes}"
+            f"--global_batch_size {batch_size} is not divisible by the {num_processes} processes; use {sizes}"
         )
     if batch_size > num_edges:
         raise UserError(
@@ -189,7 +189,7 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     )
     hint = ""
     if device != "cpu" and batch_size // count < 64:
-        hint = f"; a GPU needs 64 or more: set --global_batch_size {64 * count}"
+        hint = f"; give each GPU 64 or more: set --global_batch_size {64 * count}"
     threads = f", {torch.get_num_threads()} thread(s) each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "

@@ -131,7 +131,7 @@ class StopRequest:
                 rank = os.environ.get("RANK", "0")
                 print(
                     f"mmgraph: rank {rank} received a stop signal and did not finish its step within {self._grace:g} s "
-                    "(--stop_grace) beyond the usual time: it exits without a new state; the last state is intact",
+                    "(--stop_grace) beyond the usual time: it exits without a new resume state; the last one is intact",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,1 +1,1 @@
-"""Ranking held-out edges."""
+"""Ranking of held-out edges."""

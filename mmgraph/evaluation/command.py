@@ -1,4 +1,4 @@
-"""The table of held-out edges for any checkpoint, or any files of features."""
+"""Evaluates a checkpoint or feature files on held-out edges, and prints the table."""
 
 import json
 from collections.abc import Sequence
@@ -24,57 +24,64 @@ from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
-MAX_RELATIONS = 20  # in the printed table
+MAX_RELATIONS = 20  # rows of the printed table
 
 
 def find_features(sources: Sequence[Path]) -> list[Path]:
-    """The files of features that are meant: themselves, or those in a folder; none where a checkpoint is.
+    """Return the feature files in ``sources`` (files or folders), or an empty list for a run or a checkpoint.
 
     Raises:
-        UserError: checkpoints and features are mixed.
+        UserError: feature files are mixed with runs, checkpoints or other files.
     """
-    found: list[Path] = []
+    features: list[Path] = []
     others = 0
     for source in sources:
         if source.is_dir() and not final_file(source).is_file():
             in_folder = sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
-            found += in_folder
+            features += in_folder
             others += not in_folder
         elif source.suffix[1:] in FORMATS and not _is_checkpoint(source):
-            found.append(source)
+            features.append(source)
         else:
             others += 1
-    if found and others:
-        raise UserError("give one run or checkpoint, or files of features")
-    return found
+    if features and others:
+        raise UserError(
+            "cannot mix feature files with other sources; give one run or checkpoint, or only feature files"
+        )
+    return features
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a file is named as one of the original's checkpoints, or holds several tensors; features are one."""
+    """Return whether a ``.pt`` file holds a dict, as a checkpoint does. A feature file holds one tensor.
+
+    A file that cannot be loaded counts as a checkpoint unless its name starts with ``features_``.
+    """
     if path.suffix != ".pt" or not path.is_file():
         return False
     try:
         return isinstance(load_safely(path, mmap=True), dict)
-    except Exception:  # as whichever reads it will say
+    except Exception:  # the function that reads the file later reports the error
         return not path.name.startswith("features_")
 
 
 def evaluate(
     checkpoint: Path | None, features: Sequence[Path], config: Config, accelerator: Accelerator, path: Path | None
 ) -> None:
-    """Rank held-out edges by a checkpoint's embeddings, or by features, and print the table. Called by all ranks.
+    """Rank held-out edges by a checkpoint's embeddings or by feature files. Called by all ranks.
+
+    The main process prints the table.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original; or
-        features: files of any of :data:`mmgraph.inference.feature_files.FORMATS`.
-        config: names the graph, and the edges to rank.
-        path: JSON to write the table to.
+        checkpoint: an epoch or final file, of mmgraph or the original trainer; None to rank by ``features``.
+        features: files in any of :data:`mmgraph.inference.feature_files.FORMATS`; not used with a checkpoint.
+        config: settings of the graph and of the edges to rank.
+        path: JSON file to write the table to.
 
     Raises:
-        UserError: no edges to evaluate on, or files that do not fit the graph.
+        UserError: there are no edges to rank, or the files do not fit the graph.
     """
     if not config.evaluates:
-        raise UserError("which edges? give --eval_edges FILE, or --eval_fraction as the run had it")
+        raise UserError("no edges to rank: set --eval_edges FILE, or --eval_fraction to the run's value")
     graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
     assert graph.held_out is not None
     trained = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
@@ -87,40 +94,40 @@ def evaluate(
         names = [file.stem.removeprefix("features_") for file in features]
         for name, file in zip(names, features, strict=True):
             vectors = raise_on_all_ranks(accelerator, partial(_features_of, file, graph, config.nodes))
-            alone = names.count(name) == 1 and name != "random"
-            ranks[name if alone else str(file)] = evaluation.ranks(vectors)
+            unique = names.count(name) == 1 and name != "random"
+            ranks[name if unique else str(file)] = evaluation.ranks(vectors)
         table = evaluation.table({**ranks, "random": evaluation.random_ranks()})
-    on_main_process(accelerator, lambda: _tell(table, path))
+    on_main_process(accelerator, lambda: _print_table(table, path))
 
 
 def _features_of(path: Path, graph: Graph, nodes_path: str) -> torch.Tensor:
-    """A file's vectors in the order of the nodes."""
+    """Return a file's vectors, (N, d), in the order of the node table."""
     vectors, ids = read_features(path)
     count = len(graph.nodes)
     if len(vectors) != count:
-        raise UserError(f"{path} has {len(vectors):,} vectors, and {nodes_path} has {count:,} nodes")
+        raise UserError(f"{path} has {len(vectors):,} vectors, but {nodes_path} has {count:,} nodes")
     if ids is None:
         return vectors
     with graph.nodes.column("node_id") as column:
         rows = find_ids(pa.chunked_array([pa.array(ids, pa.large_string())]), column.cast(pa.large_string()))
     if (rows < 0).any():
-        raise UserError(f"{path} has no vector of node '{graph.nodes.ids([int(rows.argmin())])[0]}'")
+        raise UserError(f"{path} has no vector for node '{graph.nodes.ids([int(rows.argmin())])[0]}'")
     return vectors[torch.from_numpy(rows)]
 
 
-def _tell(table: Table, path: Path | None) -> None:
-    log(f"{table['edges']:,} held-out edges, each asked in both directions, among {table['nodes']:,} nodes")
-    header = ("", "MRR", "Hits@1", "Hits@3", "Hits@10", "of 100 sampled: MRR", "Hits@10")
+def _print_table(table: Table, path: Path | None) -> None:
+    log(f"{table['edges']:,} held-out edges, each ranked in both directions, among {table['nodes']:,} nodes")
+    header = ("", "MRR", "Hits@1", "Hits@3", "Hits@10", "100 sampled: MRR", "Hits@10")
     rows = [
         (name, *_digits(values.values()), *_digits([table["sampled"][name][key] for key in ("mrr", "hits@10")]))
         for name, values in table["embeddings"].items()
     ]
     for line in text_table([header, *rows], "<" + ">" * (len(header) - 1)):
         log(line)
-    for key, what in (("retrieval", ""), ("retrieval_shuffled", ", each that of another node")):
+    for key, note in (("retrieval", ""), ("retrieval_shuffled", ", shuffled between nodes")):
         if values := table.get(key):
             log(
-                f"a text finds the image that it was fused with, among {values['images']:,}{what}: "
+                f"retrieval of the image that a text was fused with, among {values['images']:,} images{note}: "
                 f"R@1 {values['r@1']:.4f}, R@10 {values['r@10']:.4f}"
             )
     if table["relations"]:
@@ -132,12 +139,12 @@ def _tell(table: Table, path: Path | None) -> None:
         for line in text_table([("MRR by relation", *columns), *shown], "<" + ">" * len(columns)):
             log(line)
         if len(by_size) > MAX_RELATIONS:
-            log(f"and {len(by_size) - MAX_RELATIONS:,} relations of fewer edges (--json has all)")
+            log(f"and {len(by_size) - MAX_RELATIONS:,} more relations with fewer edges (--json writes all)")
     if path is not None:
         content = json.dumps(table, indent=1) + "\n"
-        with explain_disk_errors(path, "give --json a file in a folder that exists and has room"):
+        with explain_disk_errors(path, "set --json to a file in an existing folder with free disk space"):
             write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
-        log(f"written: {path}")
+        log(f"wrote the table to {path}")
 
 
 def _digits(values: Any) -> list[str]:

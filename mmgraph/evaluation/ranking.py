@@ -1,8 +1,8 @@
-"""Ranks by cosine similarity, exact: no order of summation, no chunk and no number of processes changes one.
+"""Exact ranks by cosine similarity. Summation order, chunk sizes and the number of processes do not change them.
 
-Unit vectors are rounded to multiples of 2^-24, which float32 holds. Products of two are then multiples of 2^-48, and no
-sum of them exceeds 1, so float64 sums them without rounding, in whatever order a library does. Equal vectors have equal
-scores to the bit, and a tie is a tie.
+The values of unit vectors are rounded to multiples of 2^-24, which float32 represents exactly. A product of two values
+is then a multiple of 2^-48. The sums over two unit vectors are about 1 at most, so float64 adds these products without
+rounding, in any order. Equal vectors have equal scores to the bit, so ties are exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from mmgraph.data.adjacency import Adjacency
 from mmgraph.errors import UserError
 
 GRID = 2.0**24
-QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of scores has 32 MB
-VALUE_CHUNK = 1 << 22  # of vectors that are gathered, 32 MB
-SAMPLED = 100  # random negatives of a positive, in the original's protocol
-NEGATIVE_CHUNK = 1024  # positives whose negatives are drawn together
+QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of float64 scores takes 32 MB
+VALUE_CHUNK = 1 << 22  # float64 values of the negatives' vectors in a chunk, 32 MB
+SAMPLED = 100  # random negatives per positive, as in the original trainer
+NEGATIVE_CHUNK = 1024  # positives whose negatives are drawn from one generator
 
 
 def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length, rounded to the grid: (N, d) float32.
+    """Scale rows to unit length and round them to the grid: (N, d) float32.
 
     Raises:
         UserError: a value is not finite.
@@ -30,7 +30,7 @@ def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
     vectors = F.normalize(vectors.float(), dim=1)
     if not vectors.isfinite().all():
         row = int((~vectors.isfinite()).any(dim=1).nonzero()[0])
-        raise UserError(f"the embedding of row {row} is not finite: nothing can be ranked")
+        raise UserError(f"the embedding of row {row} is not finite: edges cannot be ranked")
     return vectors.mul_(GRID).round_().div_(GRID)
 
 
@@ -41,21 +41,21 @@ def filtered_ranks(
     known: Sequence[Adjacency],
     query_vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The rank of each target among all nodes, by similarity to its query; the best is 1.
+    """Return the rank of each target among all nodes, by similarity to its query. The best rank is 1.
 
-    The query itself and its other neighbours are no candidates (Bordes et al., 2013). Of equal scores the rank is the
-    mean one: 1 + those above + half of the other equal ones.
+    The query itself and its other neighbors are not candidates (Bordes et al., 2013). A tie gets the mean rank: 1 + the
+    number of candidates with a higher score + half the number of other candidates with the same score.
 
     Args:
         vectors: (N, d), from :func:`round_to_grid`.
         queries, targets: (Q,) int64 rows; no query is its own target.
-        known: all true edges.
-        query_vectors: (Q, d) vectors of the queries, where they are not their nodes' own.
+        known: adjacencies that together have all true edges.
+        query_vectors: (Q, d) vectors to use for the queries. Default: ``vectors[queries]``.
 
     Returns:
         (Q,) float64.
     """
-    asked = vectors[queries] if query_vectors is None else query_vectors
+    scoring_vectors = vectors[queries] if query_vectors is None else query_vectors
 
     def remove(scores: torch.Tensor, part: slice, first: int) -> None:
         query, stop = queries[part], first + scores.shape[1]
@@ -65,56 +65,57 @@ def filtered_ranks(
             owners, rows = neighbors.of(query, first, stop)
             scores[owners, rows - first] = -torch.inf
 
-    return _mean_ranks(asked, vectors, targets, remove)
+    return _mean_ranks(scoring_vectors, vectors, targets, remove)
 
 
 def matching_ranks(queries: torch.Tensor, candidates: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """The rank of each query's match among all candidates, ties as in :func:`filtered_ranks`; (Q,) float64.
+    """Return the rank of each query's match among all candidates, (Q,) float64; ties as in :func:`filtered_ranks`.
 
     Args:
         queries, candidates: (Q, d) and (C, d), from :func:`round_to_grid`.
-        matches: (Q,) int64, places among the candidates.
+        matches: (Q,) int64 indices into the candidates.
     """
     return _mean_ranks(queries, candidates, matches, lambda *_: None)
 
 
 def _mean_ranks(
-    asked: torch.Tensor,
+    queries: torch.Tensor,
     candidates: torch.Tensor,
     targets: torch.Tensor,
     remove: Callable[[torch.Tensor, slice, int], None],
 ) -> torch.Tensor:
-    """Ranks of (Q,) targets among (C, d) candidates by (Q, d) queries, a tile of scores at a time.
+    """Return the ranks of (Q,) targets among (C, d) candidates for (Q, d) queries, one tile of scores at a time.
 
     Args:
-        remove: puts -inf where a tile's candidates are none: given (q, c) scores, which queries they are of, and the
-            number of the first candidate.
+        remove: sets the scores of excluded candidates to -inf. Called with a tile's (q, c) scores, the slice of its
+            queries and the index of its first candidate.
     """
-    of_target = (asked.double() * candidates[targets].double()).sum(1)  # (Q,)
-    above, equal = torch.zeros_like(of_target), torch.zeros_like(of_target)
+    target_scores = (queries.double() * candidates[targets].double()).sum(1)  # (Q,)
+    above, equal = torch.zeros_like(target_scores), torch.zeros_like(target_scores)
     for first in range(0, len(candidates), CANDIDATE_CHUNK):
         columns = candidates[first : first + CANDIDATE_CHUNK].double().T  # (d, c)
-        for start in range(0, len(asked), QUERY_CHUNK):
+        for start in range(0, len(queries), QUERY_CHUNK):
             part = slice(start, start + QUERY_CHUNK)
-            scores = asked[part].double() @ columns  # (q, c)
+            scores = queries[part].double() @ columns  # (q, c)
             remove(scores, part, first)
-            place = targets[part] - first
-            inside = torch.nonzero((place >= 0) & (place < scores.shape[1])).flatten()
-            scores[inside, place[inside]] = of_target[part][inside]  # also where it was removed
-            above[part] += (scores > of_target[part, None]).sum(1)
-            equal[part] += (scores == of_target[part, None]).sum(1)
+            index = targets[part] - first
+            inside = torch.nonzero((index >= 0) & (index < scores.shape[1])).flatten()
+            scores[inside, index[inside]] = target_scores[part][inside]  # remove() also excludes targets: put them back
+            above[part] += (scores > target_scores[part, None]).sum(1)
+            equal[part] += (scores == target_scores[part, None]).sum(1)
     return 1 + above + (equal - 1) / 2
 
 
 def sampled_ranks(
     vectors: torch.Tensor, queries: torch.Tensor, targets: torch.Tensor, first: int, seed: int
 ) -> torch.Tensor:
-    """The rank of each target among itself and 100 random nodes, as the original ranks: unfiltered; (Q,) float64.
+    """Return the rank of each target among itself and 100 random nodes, unfiltered: (Q,) float64.
 
-    The nodes are drawn uniformly from all but the target, by the seed and the positive's number.
+    This is the protocol of the original trainer. The nodes are drawn uniformly from all nodes but the target, by the
+    seed and the positive's number.
 
     Args:
-        vectors, queries, targets: as :func:`filtered_ranks`.
+        vectors, queries, targets: as in :func:`filtered_ranks`.
         first: the number of the first positive.
     """
     ranks = [vectors.new_empty(0, dtype=torch.float64)]
@@ -122,22 +123,25 @@ def sampled_ranks(
         query, target = queries[start : start + NEGATIVE_CHUNK], targets[start : start + NEGATIVE_CHUNK]
         drawn = _negatives(first + start, len(query), len(vectors) - 1, seed).to(query.device)  # (q, 100)
         drawn += drawn >= target[:, None]
-        places = torch.cat([target[:, None], drawn], dim=1)  # (q, 101)
-        size = max(1, VALUE_CHUNK // (places.shape[1] * vectors.shape[1]))
-        for some, asked in zip(places.split(size), query.split(size), strict=True):
-            scores = (vectors[some].double() @ vectors[asked].double()[:, :, None]).squeeze(2)  # (q, 101)
-            of_target = scores[:, :1]
-            ranks.append(1 + (scores > of_target).sum(1) + ((scores == of_target).sum(1) - 1) / 2)
+        candidates = torch.cat([target[:, None], drawn], dim=1)  # (q, 101)
+        size = max(1, VALUE_CHUNK // (candidates.shape[1] * vectors.shape[1]))
+        for rows, query_rows in zip(candidates.split(size), query.split(size), strict=True):
+            scores = (vectors[rows].double() @ vectors[query_rows].double()[:, :, None]).squeeze(2)  # (q, 101)
+            target_scores = scores[:, :1]
+            ranks.append(1 + (scores > target_scores).sum(1) + ((scores == target_scores).sum(1) - 1) / 2)
     return torch.cat(ranks).double()
 
 
 def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
-    """Numbers below a limit for the positives ``first`` and those after it, the same wherever a part begins."""
-    blocks = range(first // NEGATIVE_CHUNK, (first + count - 1) // NEGATIVE_CHUNK + 1)
-    drawn = [np.random.default_rng([seed, block]).integers(0, below, (NEGATIVE_CHUNK, SAMPLED)) for block in blocks]
+    """Draw integers in [0, ``below``) for the positives ``first`` to ``first + count - 1``: (count, 100) int64.
+
+    The draw of a positive depends only on its number and the seed, not on ``first`` or ``count``.
+    """
+    chunks = range(first // NEGATIVE_CHUNK, (first + count - 1) // NEGATIVE_CHUNK + 1)
+    drawn = [np.random.default_rng([seed, chunk]).integers(0, below, (NEGATIVE_CHUNK, SAMPLED)) for chunk in chunks]
     return torch.from_numpy(np.concatenate(drawn)[first % NEGATIVE_CHUNK :][:count])
 
 
 def summary(ranks: np.ndarray) -> dict[str, float]:
-    """MRR and Hits@1, 3 and 10 of ranks of any shape; the mean rank of a tie counts as it is."""
+    """Return MRR and Hits@1, 3 and 10 of ranks of any shape. The mean rank of a tie is not rounded."""
     return {"mrr": float((1 / ranks).mean()), **{f"hits@{k}": float((ranks <= k).mean()) for k in (1, 3, 10)}}

@@ -39,7 +39,7 @@ def embed_all_nodes(
 
     Args:
         kind: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
-        folder: where the embeddings are cached. If it cannot be written to, they go to a temporary folder.
+        folder: where the embeddings are cached. If it cannot be written to, they are not cached.
 
     Returns:
         The embeddings on the main process, :data:`NO_VECTORS` on the other ranks.

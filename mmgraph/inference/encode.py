@@ -35,7 +35,7 @@ def encode(
         kind: file format, one of :data:`mmgraph.inference.feature_files.FORMATS`.
 
     Raises:
-        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or a name or the format is unknown,
+        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or a feature or the format is unknown,
             ``output`` cannot be written to, or another process is encoding into it.
     """
     _check(features, kind)
@@ -91,6 +91,4 @@ def _finish(shards: FeatureShards, output: Path, file_format: str) -> None:
     if counts:
         log(f"nodes whose image is black or partial: {counts}")
     shutil.rmtree(shards.folder)
-    log(
-        f"wrote {', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{file_format}"
-    )
+    log(f"{', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{file_format}")

@@ -26,8 +26,8 @@ def write_features(
 
     The contents by format:
 
-    - ``.pt``: a tensor, written by ``torch.save``; during the write it takes twice its size on the disk.
-    - ``.safetensors``: one tensor, named as the file without ``features_``.
+    - ``.pt``: a tensor, written by ``torch.save``. Until it is complete, it takes twice its size on the disk.
+    - ``.safetensors``: one tensor, named like the file without ``features_`` and suffix.
     - ``.npy``: an array.
     - ``.parquet``: columns ``node_id`` (text) and ``vector`` (a list of d float32).
 
@@ -78,12 +78,12 @@ def _write_parquet(
 
 
 def _write_pt(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Iterator[int]:
-    """Write the vectors to a raw file, and ``torch.save`` a memory map of it: it only takes a complete tensor."""
+    """Write the vectors to a raw file, then save a memory map of it: ``torch.save`` takes only a complete tensor."""
     raw = path.with_suffix(".raw")
     try:
         with raw.open("wb") as file:
             yield from _write_rows(file, shape[0], blocks)
-        # shared: the kernel counts private writable pages as memory of this process.
+        # shared: the kernel counts the pages of a private map, which is writable, as memory of this process.
         vectors = torch.from_file(str(raw), shared=True, size=shape[0] * shape[1], dtype=torch.float32)
         save(vectors.view(shape), path)
     finally:

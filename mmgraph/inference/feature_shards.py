@@ -39,7 +39,7 @@ def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int 
     An interrupted call loses only the unfinished shards: the next call builds the remaining ones.
 
     Args:
-        others: how many folders with other shards (of another checkpoint, features or settings) to keep.
+        others: number of shard folders for other checkpoints, features or settings to keep.
 
     Raises:
         UserError: not all machines see the folder, or its disk is full.
@@ -77,7 +77,12 @@ def progress_bar(accelerator: Accelerator, total: int, initial: int, unit: str) 
 
 
 def show_progress(counts: Iterator[int], shown: "tqdm[Any]", output: Path) -> Iterator[int]:
-    """Pass on ``counts`` and add them to the progress bar. A disk error is raised with a remedy."""
+    """Yield ``counts`` and add them to the progress bar. A disk error is raised again with a remedy.
+
+    Args:
+        shown: the progress bar.
+        output: the folder that the error message names.
+    """
     with explain_disk_errors(output, "free disk space, then run the same command again to resume"):
         for count in counts:
             shown.update(count)
@@ -160,9 +165,7 @@ class FeatureShards:
         images = self.inference.images
         for node in self.inference.nodes.scan(self.rows(number), images.columns):
             signature = images.signature(images.locate(node), MIN_AGE_NS)
-            if (
-                signature is None
-            ):  # just changed; a further change could go unnoticed, so a random value marks it outdated
+            if signature is None:  # changed so recently that a further change may go unnoticed: make it match nothing
                 signature = os.urandom(HASH.itemsize)
             digest.update(signature.ljust(HASH.itemsize, b"\0"))
         return digest.hexdigest()
@@ -196,7 +199,7 @@ class FeatureShards:
             yield from write_features(path, shape, shards, self._ids())
 
     def image_status(self) -> np.ndarray:
-        """Count the nodes by image status: (len(IMAGE_STATUS),) int64, as :data:`mmgraph.data.images.IMAGE_STATUS`."""
+        """Return the number of nodes, int64, for each of :data:`mmgraph.data.images.IMAGE_STATUS`."""
         counts = np.zeros(len(IMAGE_STATUS), np.int64)
         for number in range(len(self)):
             counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(IMAGE_STATUS))
@@ -212,5 +215,5 @@ class FeatureShards:
 
     def _ids(self) -> Iterator[pa.ChunkedArray]:
         for number in range(len(self)):
-            with self.inference.nodes.column("node_id") as ids:  # once per shard: its end frees the pages read
+            with self.inference.nodes.column("node_id") as ids:  # once per shard, to release the pages that were read
                 yield ids.slice(SHARD_NODES * number, SHARD_NODES)

@@ -1,4 +1,4 @@
-"""The nodes nearest to a node, or to a text or an image that is not in the graph: exact, by cosine similarity."""
+"""Exact search for the nodes nearest to a node, a text or an image, by cosine similarity."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
 EDGE_CHUNK = 1 << 20
-MAX_NAMES = 20_000  # that are compared for a misspelt one
+MAX_NAMES = 20_000  # names that a misspelled name is compared with
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-SHOWN = 5  # nodes that an error names
+SHOWN = 5  # nodes listed in an error message
 
 
 class Match(NamedTuple):
-    """A node, and how near it is."""
+    """A node and its similarity to the query."""
 
     row: int
     similarity: float  # cosine
 
 
 class Query(NamedTuple):
-    """What is asked for: a node of the graph by id or name; or a text, an image file, or both, of a new one.
+    """A search query: a node of the graph (id or name), or a new node (text, image file or both).
 
-    As text, of a new one.
+    ``str(query)`` describes a new node.
     """
 
     node: str | None = None
@@ -55,37 +55,45 @@ class Query(NamedTuple):
 
 
 def query_of(node: str | None, text: str | None, image: str | None) -> Query:
-    """A query of flags. Raises :class:`UserError` where they ask for nothing, or for two things."""
+    """Build a query from flags.
+
+    Raises:
+        UserError: no flag is set, ``node`` is combined with ``text`` or ``image``, or a value is empty or not UTF-8.
+    """
     if node is not None and (text is not None or image is not None):
-        raise UserError("--node is a node of the graph, --text and --image are a new one's: give one of the two")
+        raise UserError(
+            "--node is for a node of the graph, --text and --image are for a new node: set one or the other"
+        )
     if node is None and text is None and image is None:
-        raise UserError("nearest to what? give --node NAME; or --text TEXT, --image FILE, or both, of a new node")
+        raise UserError("no query: set --node NAME; or, for a new node, --text TEXT, --image FILE or both")
     for flag, value in (("node", node), ("text", text), ("image", image)):
         if value is not None and not value.strip():
             raise UserError(f"--{flag} is empty")
         if value is not None and value != value.encode(errors="replace").decode():
-            raise UserError(f"--{flag} {value!r}: is not UTF-8")
+            raise UserError(f"--{flag} {value!r}: not valid UTF-8")
     return Query(node, text, image)
 
 
 def nearest_neighbors(
     vectors: np.ndarray, queries: np.ndarray, count: int, own: Sequence[int | None]
 ) -> list[list[Match]]:
-    """The ``count`` nearest of N nodes to each of Q queries, best first, and equal ones in the order of the table.
+    """Return the ``count`` nearest of N nodes for each of Q queries, nearest first.
 
-    Which of those that are equal to the last are left out is not said.
+    Ties are in the order of the node table. If several nodes tie for the last position, it is undefined which of them
+    are returned.
 
     Args:
         vectors: (N, d) float32, of unit length.
         queries: (Q, d) float32, of unit length.
-        own: the row of each query, which is no answer; None of one that is no node.
+        own: for each query, its own row, which is excluded; None for a query that is not in the graph.
     """
-    asked = min(len(vectors), count + 1)
-    search = NearestNeighbors(n_neighbors=asked, algorithm="brute").fit(vectors)  # of unit vectors: the order of cosine
-    found = search.kneighbors(queries, return_distance=False)  # (Q, asked)
+    candidates = min(len(vectors), count + 1)
+    # The default metric is Euclidean distance. For unit vectors it gives the same order as cosine similarity.
+    search = NearestNeighbors(n_neighbors=candidates, algorithm="brute").fit(vectors)
+    nearest = search.kneighbors(queries, return_distance=False)  # (Q, candidates)
     matches = []
-    for query, rows, row_of_query in zip(queries, found, own, strict=True):
-        # A product of matrices would sum equal rows in different orders.
+    for query, rows, row_of_query in zip(queries, nearest, own, strict=True):
+        # Not a matrix product: it may sum equal rows in different orders and so break ties.
         similarities = np.einsum("nd,d->n", vectors[rows].astype(np.float64), query.astype(np.float64)).clip(-1, 1)
         order = np.lexsort((rows, -similarities))
         ranked = [Match(int(rows[i]), float(similarities[i])) for i in order if rows[i] != row_of_query]
@@ -94,10 +102,10 @@ def nearest_neighbors(
 
 
 def find_node(nodes: NodeTable, name: str) -> int:
-    """The row of the node with this ``node_id``, else of the one with this ``short_name``.
+    """Return the row of the node with this ``node_id``, or else of the node with this ``short_name``.
 
     Raises:
-        UserError: there is none, or several nodes have the name.
+        UserError: no node has the id or name, or several nodes have the name.
     """
     with nodes.column("node_id") as ids, nodes.column("short_name") as names:
         return _find(nodes, _text(ids), _text(names), name)
@@ -113,7 +121,7 @@ def _find(nodes: NodeTable, ids: pa.ChunkedArray, names: pa.ChunkedArray, name: 
     if len(rows):
         shown = ", ".join(str(ids[int(row)]) for row in rows[:SHOWN])
         raise UserError(
-            f"--node '{name}': {len(rows):,} nodes have this short_name; give the node_id of one: {shown}"
+            f"--node '{name}': {len(rows):,} nodes have this short_name; give one node_id: {shown}"
             + (", ..." if len(rows) > SHOWN else "")
         )
     like = [f"'{name_of(nodes, row)}' ({ids[row]})" for row in _alike(ids, names, name)]
@@ -122,17 +130,17 @@ def _find(nodes: NodeTable, ids: pa.ChunkedArray, names: pa.ChunkedArray, name: 
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column as text: an Arrow table may have ids of any type."""
+    """Return a column as text: ids in an Arrow table may have any type."""
     return column if pa.types.is_string(column.type) else column.cast(pa.large_string())
 
 
 def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]:
-    """Up to three rows whose ids or names hold the name, or whose names are spelt alike."""
+    """Return up to three rows with the name in another case, or else containing it, or else spelled similarly."""
     same = _where(pc.equal(pc.utf8_lower(names), name.lower()))[:3]
     if len(same):
         return [int(row) for row in same]
-    held = [_where(pc.match_substring(column, name, ignore_case=True))[:3] for column in (ids, names)]
-    rows = np.unique(np.concatenate(held))[:3]
+    containing = [_where(pc.match_substring(column, name, ignore_case=True))[:3] for column in (ids, names)]
+    rows = np.unique(np.concatenate(containing))[:3]
     if not len(rows):
         known = names.slice(0, MAX_NAMES).to_pylist()
         close = get_close_matches(name, [text for text in known if text], 3)
@@ -145,12 +153,12 @@ def _where(mask: pa.ChunkedArray) -> np.ndarray:
 
 
 class Links:
-    """Which nodes some nodes have edges with.
+    """The training edges and held-out edges of some nodes.
 
     Args:
-        rows: the nodes.
-        trained: the edges that were trained on.
-        held_out: the edges that were not.
+        rows: rows of the nodes.
+        trained: the training edges.
+        held_out: the held-out edges, if any.
     """
 
     def __init__(self, rows: Sequence[int], trained: EdgeTable | np.ndarray, held_out: HeldOut | None):
@@ -161,39 +169,39 @@ class Links:
         if held_out is not None:
             self._add("held out", held_out.rows, chosen)
 
-    def _add(self, kind: str, edges: np.ndarray, chosen: np.ndarray) -> None:
+    def _add(self, label: str, edges: np.ndarray, chosen: np.ndarray) -> None:
         for source, destination in edges[np.isin(edges, chosen).any(axis=1)].tolist():
-            self.pairs[kind] |= {(source, destination), (destination, source)}
+            self.pairs[label] |= {(source, destination), (destination, source)}
 
     def between(self, one: int, other: int) -> str:
-        """``trained`` or ``held out``, as the edge between two nodes is; empty where there is none."""
-        return next((kind for kind in ("trained", "held out") if (one, other) in self.pairs[kind]), "")
+        """Return ``trained`` or ``held out`` for the edge between two nodes, or an empty string without an edge."""
+        return next((label for label in ("trained", "held out") if (one, other) in self.pairs[label]), "")
 
 
 def name_of(nodes: NodeTable, row: int) -> str:
-    """A node's ``short_name``, else its id."""
+    """Return a node's ``short_name``, or its id if it has no name."""
     return name_in(nodes[row], id_of(nodes, row))
 
 
 def id_of(nodes: NodeTable, row: int) -> str:
-    """A node's id as text."""
+    """Return a node's id as text."""
     return str(nodes.ids([row])[0])
 
 
 def name_in(node: Mapping[str, Any], node_id: str) -> str:
-    """:func:`name_of` of a row that was read."""
+    """Return the same as :func:`name_of`, for a row that is already read."""
     name = node.get("short_name")
     shown = plain(name) if isinstance(name, str) else ""
     return shown or plain(node_id)
 
 
 def plain(text: str) -> str:
-    """A text on one line, without what would steer a terminal."""
+    """Return a text on one line, without terminal control characters."""
     return " ".join(CONTROL.sub(" ", text).split())
 
 
 def load_links(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
-    """The edges of some nodes; None where the edge table is not there any more."""
+    """Load the edges of some nodes. If that fails, log why and return None."""
     try:
         edges = load_edges(config, inference.nodes, inference.nodes_fingerprint)
     except UserError as error:
@@ -203,10 +211,13 @@ def load_links(rows: Sequence[int], inference: Inference, config: Config) -> Lin
 
 
 def resolve_query(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
-    """The row of a query's node, or the unit vector (d,) of a new one.
+    """Return the row of a query's node, or the unit vector (d,) of a new node.
+
+    Args:
+        kind: name of the embedding.
 
     Raises:
-        UserError: as :func:`find_node` and :meth:`Inference.embed_new`.
+        UserError: as :func:`find_node` and :meth:`Inference.embed_new`; or the new node's embedding is not finite.
     """
     if query.node is not None:
         return find_node(inference.nodes, query.node)
@@ -214,7 +225,7 @@ def resolve_query(query: Query, inference: Inference, kind: str) -> int | np.nda
 
 
 def embeddings_folder(checkpoint: Path) -> Path:
-    """The folder that a checkpoint's embeddings are kept in: of its run, else beside the file."""
+    """Return the cache folder for a checkpoint's embeddings: in its run's folder, or else beside the file."""
     folder = checkpoint.parent.parent if run_settings(checkpoint) else checkpoint.parent
     return folder / "embeddings"
 
@@ -223,25 +234,27 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
     """Print the nodes nearest to a query. Called by all ranks.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original.
-        kind: of embeddings.
-        count: how many.
+        checkpoint: an epoch or final file, of mmgraph or the original trainer.
+        kind: name of the embedding.
+        count: number of nodes to print.
 
     Raises:
-        UserError: no such node, no such image; as :func:`mmgraph.inference.pretrained.open_checkpoint`.
+        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`, :func:`resolve_query` and
+            :func:`mmgraph.inference.embeddings.embed_all_nodes`.
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
-    wanted = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, kind))  # before all are embedded
-    found = embed_all_nodes(inference, config, accelerator, kind, embeddings_folder(checkpoint))
+    # Resolved first, so that a wrong query fails before all nodes are embedded.
+    target = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, kind))
+    embedded = embed_all_nodes(inference, config, accelerator, kind, embeddings_folder(checkpoint))
 
     def show() -> None:
-        row, vector = (wanted, found.vectors[wanted]) if isinstance(wanted, int) else (None, wanted)
-        [matches] = nearest_neighbors(found.vectors, vector[None], count, [row])
+        row, vector = (target, embedded.vectors[target]) if isinstance(target, int) else (None, target)
+        [matches] = nearest_neighbors(embedded.vectors, vector[None], count, [row])
         links = None if row is None else load_links([row], inference, config)
         if row is None and not (query.text and query.image):
-            log(f"without {'an image: a black picture' if query.text else 'a text: one space'} stands in for it")
+            log(f"the query has {'no image: a black image' if query.text else 'no text: one space'} is used")
         if row is None and has_random_weights(config.model_name):
-            log("the towers are untrained stand-ins with random weights: they know nothing of a new text or image")
+            log("the towers have random weights, so the nodes nearest to a new text or image are not meaningful")
         log(_title(query, row, inference.nodes, checkpoint, kind))
         for line in _table(matches, inference.nodes, row, links):
             log(line)
@@ -250,16 +263,16 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
 
 
 def _title(query: Query, row: int | None, nodes: NodeTable, checkpoint: Path, kind: str) -> str:
-    asked = str(query) if row is None else f"'{name_of(nodes, row)}' ({id_of(nodes, row)})"
-    return f"nearest to {asked} among {len(nodes):,} nodes, by cosine similarity of {kind} ({checkpoint})"
+    description = str(query) if row is None else f"'{name_of(nodes, row)}' ({id_of(nodes, row)})"
+    return f"nearest to {description} among {len(nodes):,} nodes, by cosine similarity of {kind} ({checkpoint})"
 
 
 def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: Links | None) -> list[str]:
     header = ("#", "similarity", *(("edge",) if links else ()), "node_id", "name")
     cells = [header]
-    for place, match in enumerate(matches, 1):
+    for position, match in enumerate(matches, 1):
         edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
         node_id = plain(id_of(nodes, match.row))
-        cells.append((str(place), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
-    # Numbers to the right, words to the left. The name is last and is not padded: its script may have wide characters.
+        cells.append((str(position), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
+    # Numbers are right-aligned, text is left-aligned. The name is last and not padded: it may have wide characters.
     return text_table(cells, ">>" + "<" * (len(header) - 3) + "-")

@@ -1,4 +1,4 @@
-"""What the towers say of a graph's nodes, one batch of rows after the other: from a store, or live."""
+"""Tower outputs of a graph's nodes, in batches: from a tower store or from live towers."""
 
 import os
 from bisect import bisect_right
@@ -20,24 +20,24 @@ from mmgraph.towers.live import run_towers
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.towers.tokens import Tokens, Towers
 
-BATCH = 64  # nodes that are embedded at once; fixed, so that no number of processes changes an embedding
+BATCH = 64  # nodes per batch; fixed, so that embeddings do not depend on the number of processes
 
 
 class Outputs(NamedTuple):
-    """Of U nodes, on the device but for ``image_status``."""
+    """Tower outputs of U nodes: tokens on the device, image status on the CPU."""
 
-    tokens: Tokens  # with the pooled outputs
+    tokens: Tokens  # including the pooled outputs
     image_status: np.ndarray  # (U,) indices into mmgraph.data.images.IMAGE_STATUS
 
 
 class NodeOutputs:
-    """The token source of whatever needs all nodes: evaluation and encoding.
+    """The token source for evaluation and encoding, which need all nodes.
 
     Args:
-        nodes, images: the graph's.
-        inputs: makes what live towers take.
-        source: the store that has the nodes, or live towers; these run in float32.
-        workers: DataLoader workers that read images for live towers.
+        nodes, images: the graph's node table and image source.
+        inputs: builds the inputs of live towers.
+        source: a tower store that has all nodes, or live towers. Live towers run in float32.
+        workers: number of DataLoader workers that read images for live towers.
         timeout: seconds that a worker may take for a batch.
     """
 
@@ -54,11 +54,11 @@ class NodeOutputs:
         self.workers, self.timeout = workers, timeout
 
     def of(self, parts: Sequence[range], image_rows: np.ndarray | None = None) -> Iterator[Outputs]:
-        """Outputs of some parts of the nodes, up to :data:`BATCH` of consecutive ones at a time.
+        """Yield the outputs of some ranges of nodes, up to :data:`BATCH` consecutive nodes at a time.
 
         Args:
-            parts: of consecutive rows.
-            partners: (N,) nodes whose images are taken instead of the nodes' own.
+            parts: ranges of rows.
+            image_rows: (N,) for each node, the row whose image is used. Default: the node's own row.
         """
         batches = _Batches(parts, image_rows)
         if isinstance(self.source, CachedTowers):
@@ -71,14 +71,14 @@ class NodeOutputs:
 
     @torch.no_grad()
     def _from_towers(self, towers: Towers, batches: "_Batches") -> Iterator[Outputs]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns after every fork
         device = next(towers.text_model.parameters()).device
         loader = DataLoader(
             batches,
             batch_size=None,
             collate_fn=partial(_collate, self.nodes, self.images, self.inputs),
             num_workers=self.workers,
-            timeout=self.timeout if self.workers else 0,  # else one that hangs blocks this process for ever
+            timeout=self.timeout if self.workers else 0,  # without it, a worker that hangs blocks this process forever
             worker_init_fn=start_worker,
         )
         for batch in loader:
@@ -89,7 +89,7 @@ class NodeOutputs:
 
 
 class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Rows of batches, and the rows of their images; never all at once."""
+    """The rows of each batch and the rows of its images, computed on access instead of stored."""
 
     def __init__(self, parts: Sequence[range], image_rows: np.ndarray | None):
         self.parts, self.image_rows = parts, image_rows
@@ -99,9 +99,9 @@ class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        place = bisect_right(self.ends, number)
-        part = self.parts[place]
-        start = part.start + BATCH * (number - (self.ends[place - 1] if place else 0))
+        index = bisect_right(self.ends, number)
+        part = self.parts[index]
+        start = part.start + BATCH * (number - (self.ends[index - 1] if index else 0))
         rows = np.arange(start, min(start + BATCH, part.stop))
         return rows, rows if self.image_rows is None else self.image_rows[rows]
 

@@ -1,4 +1,4 @@
-"""What encode and evaluate begin with: a checkpoint of mmgraph or the original, and the nodes that it is to embed."""
+"""Opens a checkpoint of mmgraph or the original trainer, and the nodes to embed with it."""
 
 import dataclasses
 import hashlib
@@ -31,104 +31,107 @@ from mmgraph.towers.load import empty_towers, load_tokenizer_and_processor
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
 
-HEADS = 8  # of the fusion's attention
+HEADS = 8  # attention heads of the fusion
 
 
 def newest_run() -> Path:
-    """The folder below ``runs/`` whose run ended last. Raises :class:`UserError` where none has."""
-    ended = [folder for folder in Path("runs").glob("*") if final_file(folder).is_file()]
-    if not ended:
-        raise UserError("which run? none below runs/ has ended; give a run's folder")
-    return max(ended, key=lambda folder: final_file(folder).stat().st_mtime)
+    """Return the folder in ``runs/`` whose run finished last. Raises :class:`UserError` if no run has finished."""
+    finished = [folder for folder in Path("runs").glob("*") if final_file(folder).is_file()]
+    if not finished:
+        raise UserError("no run in the folder runs/ has finished; give a run's folder")
+    return max(finished, key=lambda folder: final_file(folder).stat().st_mtime)
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The file that is meant: ``source``, or the final file of the run in that folder.
+    """Return ``source`` if it is a file, or the final file of the run in the folder ``source``.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     checkpoint = final_file(source) if source.is_dir() else source
     if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder or an epoch or final file (.pt)")
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder, or an epoch or final file (.pt)")
     return checkpoint
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The epoch or final file of a run that was written last. Raises :class:`UserError` where there is none."""
+    """Return the newest epoch or final file of a run. Raises :class:`UserError` if the run has none."""
     final = final_file(folder)
-    found = [path for path in (*epoch_files(folder), final) if path.is_file()]
-    if not found:
-        raise UserError(f"{folder} has written no checkpoint yet")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path == final))
+    checkpoints = [path for path in (*epoch_files(folder), final) if path.is_file()]
+    if not checkpoints:
+        raise UserError(f"{folder}: the run has not written a checkpoint yet")
+    return max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path == final))
 
 
 def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
-    """The settings of the run that a checkpoint lies in, but for those that are given (and not None).
+    """Return the settings of a checkpoint's run, replaced by those in ``given`` that are not None.
 
     Raises:
-        UserError: it lies in no run's folder, and no node table is given.
+        UserError: the checkpoint is not in a run's folder and ``given`` has no node table, the run's node table does
+            not exist, or the run's ``config.yaml`` is invalid.
     """
     run = run_settings(checkpoint) or {}
     given = {name: value for name, value in given.items() if value is not None}
     if "nodes" not in {**run, **given}:
-        raise UserError(f"{checkpoint} lies in no run's folder: give --nodes")
+        raise UserError(f"{checkpoint} is not in a run's folder: set --nodes")
     if "eval_edges" in given or "eval_fraction" in given:
         run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
     try:
-        of_the_run = config_of({name: run[name] for name in INHERITED if name in run})
+        run_config = config_of({name: run[name] for name in INHERITED if name in run})
     except UserError as error:
         raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
-    if "nodes" not in given and not Path(of_the_run.nodes).exists():
+    if "nodes" not in given and not Path(run_config.nodes).exists():
         raise UserError(
-            f"{of_the_run.nodes}, of {checkpoint.parent.parent / 'config.yaml'}, is not there: run this where training "
-            "was started, or give --nodes, --image_root and --model_name"
+            f"{run_config.nodes} (from {checkpoint.parent.parent / 'config.yaml'}) does not exist: run this in "
+            "the folder that training was started in, or set --nodes, --image_root and --model_name"
         )
-    return dataclasses.replace(of_the_run, **given)
+    return dataclasses.replace(run_config, **given)
 
 
 class Inference(NamedTuple):
-    """A checkpoint's trained module over a graph's nodes, on this rank's device in float32."""
+    """A checkpoint's trained module, in float32 on this rank's device, and a graph's nodes to embed with it."""
 
     nodes: NodeTable
     images: ImageSource
     module: TrainedModule
     outputs: NodeOutputs
-    towers: Towers  # on the CPU, or where live towers run
+    towers: Towers  # on the device of live towers, else on the CPU
     nodes_fingerprint: str
     checkpoint_fingerprint: str
 
     @torch.no_grad()
     def embed_new(self, text: str | None, image_path: str | None) -> dict[str, torch.Tensor]:
-        """All embeddings, (d,) each, of a node that is not in the graph: with this text and image, or one of them.
+        """Return all embeddings, (d,) each, of a node that is not in the graph, from a text, an image or both.
 
-        What it lacks is what a node of the graph without it has: one space, or a black picture.
+        A missing text is replaced by one space and a missing image by a black one, as for the graph's nodes.
 
         Raises:
             UserError: the image cannot be read.
         """
         inputs = self.outputs.inputs
         input_ids, attention_mask = inputs.texts([text or " "])
-        pictures, [cause] = inputs.pictures([AS_GIVEN.locate({"image_path": image_path})])
-        if cause == IMAGE_STATUS.index("truncated"):
-            log(f"{image_path} ends early: the part that is there is used")
-        elif image_path is not None and cause:
-            raise UserError(f"{image_path}: {IMAGE_STATUS[cause]}")
+        pictures, [status] = inputs.pictures([AS_GIVEN.locate({"image_path": image_path})])
+        if status == IMAGE_STATUS.index("truncated"):
+            log(f"{image_path} is truncated; the run's truncated_images setting applies")
+        elif image_path is not None and status:
+            raise UserError(f"{image_path}: {IMAGE_STATUS[status]}")
         device = next(self.towers.text_model.parameters()).device
         pixel_values = inputs.preprocessing.normalize(pictures)
         tokens = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
-        own = self.module.graph_proj.weight.device
-        embeddings = self.module.embeddings(tokens.map(lambda tensor: tensor.to(own)))
+        module_device = self.module.graph_proj.weight.device
+        embeddings = self.module.embeddings(tokens.map(lambda tensor: tensor.to(module_device)))
         return {name: vectors[0].float().cpu() for name, vectors in embeddings.items()}
 
 
 def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) -> Inference:
-    """Load a checkpoint, and open the nodes and the tower store of them, if there is one; else the file's own towers.
+    """Load a checkpoint, and open the graph's nodes and their token source. Called by all ranks.
 
-    Called by all ranks.
+    Tokens are read from the tower store if it has float32 tokens of all nodes. Otherwise the checkpoint's own towers
+    run live.
 
     Raises:
-        UserError: no node table, or towers that do not fit the file.
+        UserError: the node table or the checkpoint cannot be read, or the checkpoint does not fit the towers'
+            configuration.
     """
     digest = raise_on_all_ranks(accelerator, lambda: file_fingerprint(config.nodes))
     nodes = raise_on_all_ranks(accelerator, lambda: open_nodes(config.nodes, digest))
@@ -143,7 +146,7 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     towers = towers_fingerprint(weights)
     stored = existing_store(config, accelerator, nodes, images, digest, inputs, towers)
     if stored is not None:
-        log(f"tower store: {stored.store.folder}, of float32 tokens; no tower is run")
+        log(f"tower store: {stored.store.folder}, float32 tokens; the towers are not run")
     source = stored or LiveTowers(encoder.towers, inputs.preprocessing, accelerator.device)
     outputs = NodeOutputs(nodes, images, inputs, source, config.num_workers, config.collective_timeout)
     return Inference(nodes, images, module, outputs, encoder.towers, digest, _fingerprint(towers, module))
@@ -160,13 +163,13 @@ def _fingerprint(towers: str, module: TrainedModule) -> str:
 def load_pretrained_encoder(
     checkpoint_path: str | Path, device: str | torch.device = "cuda", *, model_name: str | None = None
 ) -> MultimodalGraphEncoder:
-    """An encoder from an epoch or final file, in eval mode. All weights come from the file, the widths too.
+    """Load an encoder from an epoch or final file, in eval mode. All weights and widths come from the file.
 
     Args:
-        checkpoint_path: a file of mmgraph or of the original.
-        device: where to put it; without CUDA the CPU is used, and the log says so.
-        model_name: whose configuration the towers have. Default: the run's ``config.yaml`` beside the checkpoint's
-            folder, else ViT-B/32.
+        checkpoint_path: a file of mmgraph or the original trainer.
+        device: where to put the encoder. If CUDA is requested but not available, the CPU is used and a line is logged.
+        model_name: CLIP model whose configuration the towers have. Default: the model in the run's ``config.yaml``
+            beside the checkpoint's folder, else ViT-B/32.
 
     Raises:
         UserError: the file cannot be read, or does not fit the towers' configuration.
@@ -175,17 +178,19 @@ def load_pretrained_encoder(
     name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
     widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
     if len(widths) < 2 or widths[0] % HEADS or not min(widths):
-        raise UserError(f"{checkpoint_path}: widths of {tuple(widths)}; the fusion's must be a multiple of {HEADS}")
-    with torch.device("meta"):  # what a file claims is compared before it is given memory
+        raise UserError(
+            f"{checkpoint_path}: widths are {tuple(widths)}; the first, the fusion's, must be a multiple of {HEADS}"
+        )
+    with torch.device("meta"):  # the file's shapes are checked before memory is allocated for them
         expected = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths).state_dict()
     for key in [*expected, *state]:
         if key not in state or key not in expected:
-            where = "is missing in" if key not in state else "is not expected in"
-            raise UserError(f"{checkpoint_path}: {key} {where} it; is {name} the model it was trained with?")
+            where = "is missing in" if key not in state else "is unexpected in"
+            raise UserError(f"{checkpoint_path}: {key} {where} the file; is {name} the model it was trained with?")
         if state[key].shape != expected[key].shape:
             raise UserError(
-                f"{checkpoint_path}: {key} is {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with the "
-                f"towers of {name}; give the model it was trained with"
+                f"{checkpoint_path}: {key} has shape {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with "
+                f"the towers of {name}; give the model it was trained with"
             )
     encoder = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths)
     encoder.load_state_dict(state)
@@ -196,13 +201,13 @@ def load_pretrained_encoder(
 
 
 def model_name_of_run(checkpoint_path: str | Path) -> str | None:
-    """The model that the run around a checkpoint was made with, if there is such a run."""
+    """Return the CLIP model that a checkpoint's run was trained with, or None if the run's settings are not found."""
     settings = run_settings(checkpoint_path)
     return settings.get("model_name") if settings else None
 
 
 def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
-    """The ``config.yaml`` of the run that a checkpoint lies in, or None."""
+    """Return the ``config.yaml`` of the run that a checkpoint is in, or None if it does not exist or is not valid."""
     path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

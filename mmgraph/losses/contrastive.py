@@ -1,4 +1,4 @@
-"""The contrastive losses, over the global batch."""
+"""The contrastive losses over the global batch."""
 
 from typing import Any, NamedTuple
 
@@ -9,33 +9,33 @@ import torch.nn.functional as F
 from mmgraph.losses.gather import gather_with_gradients
 from mmgraph.losses.negative_mask import FalseNegatives, NegativeMask
 
-LOGIT_CHUNK = 1 << 24  # 64 MB; a larger square is worked through in parts
+LOGIT_CHUNK = 1 << 24  # logits in memory at a time, 64 MB in float32; a larger logit matrix is computed in chunks
 
 
 class Losses(NamedTuple):
-    """Scalars, float32: the whole, and its two parts before weighting."""
+    """The losses of a batch; scalars, float32."""
 
-    total: torch.Tensor
+    total: torch.Tensor  # mm + graph_loss_weight * graph
     mm: torch.Tensor  # text against image of the same node
     graph: torch.Tensor  # anchor against positive
-    left_out: tuple[torch.Tensor, ...] = ()  # of mm and graph: false negatives left out, in the mean of the queries
+    left_out: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if none are masked
 
 
 class BatchNodes(NamedTuple):
-    """Which nodes this rank's embeddings are of: its b anchors, then its b positives."""
+    """The nodes of this rank's embeddings: its b anchors, then its b positives."""
 
     rows: torch.Tensor  # (2b,) int64, rows of the node table
     missing_image: torch.Tensor  # (2b,) bool
 
 
 def info_nce_loss(logits: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE (van den Oord et al., 2018; CLIP, Radford et al., 2021).
+    """Compute the symmetric InfoNCE loss (van den Oord et al., 2018; CLIP, Radford et al., 2021).
 
     Args:
-        logits: (N, N) similarities divided by the temperature; the diagonal holds the positives.
+        logits: (N, N) similarities divided by the temperature; the positives are on the diagonal.
 
     Returns:
-        Scalar: the mean of the cross-entropies of rows and of columns.
+        Scalar: the mean of the cross-entropy over rows and the cross-entropy over columns.
     """
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -50,114 +50,122 @@ def contrastive_losses(
     false_negatives: FalseNegatives | None = None,
     nodes: BatchNodes | None = None,
 ) -> Losses:
-    """This rank's share of the loss over the global batch.
+    """Compute this rank's losses against the global batch.
 
-    Each rank compares its own rows and columns with everybody's; the mean of the shares over ranks is the loss of one
-    process that had the whole batch, and so is the mean of their gradients that DDP takes.
+    Each rank compares its own rows and columns with the embeddings of all ranks. The mean of the losses over ranks is
+    the loss of a single process with the complete batch. The same is true of the gradients, which DDP averages.
 
     Args:
         z_graph, z_text, z_vis: (2b, proj_dim) each, rows of unit length: this rank's b anchors, then its b positives.
             Every rank has the same b.
-        temperature: divides the cosine similarities.
-        graph_loss_weight: weight of the graph loss.
-        false_negatives: leaves known ones out of the denominators (false negative elimination, Huynh et al., 2022);
-            None is the original's loss.
-        nodes: the embeddings' nodes, for ``false_negatives``.
+        temperature: divisor of the cosine similarities.
+        graph_loss_weight: weight of the graph loss in the total.
+        false_negatives: which entries to mask in the denominators (false negative elimination, Huynh et al., 2022);
+            None masks nothing, as in the original trainer.
+        nodes: the nodes of the embeddings; required with ``false_negatives``.
+
+    Raises:
+        ValueError: ``false_negatives`` without ``nodes``.
     """
-    own = [z.float().unflatten(0, (2, -1)) for z in (z_graph, z_text, z_vis)]  # (2, b, proj_dim) each
-    everyone, first, edges = own, 0, own[0].shape[1]  # b
+    local = [z.float().unflatten(0, (2, -1)) for z in (z_graph, z_text, z_vis)]  # (2, b, proj_dim) each
+    gathered, offset, edges = local, 0, local[0].shape[1]  # b
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = list(gather_with_gradients(torch.stack(own), dim=2))  # (2, B, proj_dim): all anchors, all positives
-        first = edges * dist.get_rank()
-    labels = torch.arange(first, first + edges, device=own[0].device)  # (b,) where this rank's edges stand among all
-    node_labels = torch.cat([labels, labels + everyone[0].shape[1]])  # (2b,) the same for nodes: the positives are last
-    out = _LeftOut() if false_negatives is None else _left_out(false_negatives, nodes, labels, node_labels)
-    graph_loss = _info_nce(tuple(own[0]), tuple(everyone[0]), labels, temperature, out.graph)
-    text, vis, all_text, all_vis = (z.flatten(0, 1) for z in (*own[1:], *everyone[1:]))  # (2b or 2B, proj_dim)
-    mm_loss = _info_nce((text, vis), (all_text, all_vis), node_labels, temperature, out.mm, out.mm_weights)
-    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss, out.counts())
+        gathered = list(gather_with_gradients(torch.stack(local), dim=2))  # (2, B, proj_dim): all anchors and positives
+        offset = edges * dist.get_rank()
+    labels = torch.arange(offset, offset + edges, device=local[0].device)  # (b,) indices in the global batch
+    node_labels = torch.cat([labels, labels + gathered[0].shape[1]])  # (2b,) the positives follow all B anchors
+    masks = _Masks() if false_negatives is None else _build_masks(false_negatives, nodes, labels, node_labels)
+    graph_loss = _info_nce(tuple(local[0]), tuple(gathered[0]), labels, temperature, masks.graph)
+    text, vis, all_text, all_vis = (z.flatten(0, 1) for z in (*local[1:], *gathered[1:]))  # (2b or 2B, proj_dim)
+    mm_loss = _info_nce((text, vis), (all_text, all_vis), node_labels, temperature, masks.mm, masks.mm_weights)
+    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss, masks.counts())
 
 
-class _LeftOut(NamedTuple):
-    """What leaves the denominators, of this rank's rows and columns; nothing by default."""
+class _Masks(NamedTuple):
+    """Masks of each loss, for this rank's rows and columns of the logits. The default masks nothing."""
 
     graph: tuple[NegativeMask, NegativeMask] | None = None
     mm: tuple[NegativeMask, NegativeMask] | None = None
-    mm_weights: torch.Tensor | None = None  # (2b,) of each node's cross-entropies in their mean
+    mm_weights: torch.Tensor | None = None  # (2b,) weight of each node's cross-entropies in their mean
 
     def counts(self) -> tuple[torch.Tensor, ...]:
-        """Once the squares were read."""
+        """Return the masked false negatives per query of mm and graph. Call after both losses are computed."""
         return tuple(
-            torch.stack([square.count / square.queries for square in masks]).mean()
+            torch.stack([mask.count / mask.queries for mask in masks]).mean()
             for masks in (self.mm, self.graph)
             if masks is not None and masks[0].own
         )
 
 
-def _left_out(
+def _build_masks(
     false_negatives: FalseNegatives, nodes: BatchNodes | None, labels: torch.Tensor, node_labels: torch.Tensor
-) -> _LeftOut:
+) -> _Masks:
     if nodes is None:
-        raise ValueError("false negatives are told by nodes")
-    told = torch.stack([nodes.rows, nodes.missing_image.long()]).unflatten(1, (2, -1))  # (2, 2, b)
-    every_told = gather_with_gradients(told, dim=2)  # (2, 2, B)
-    own, every = told[0], every_told[0]  # (2, b), (2, B)
+        raise ValueError("false_negatives is set without nodes: pass the nodes of the embeddings")
+    local = torch.stack([nodes.rows, nodes.missing_image.long()]).unflatten(1, (2, -1))  # (2, 2, b)
+    gathered = gather_with_gradients(local, dim=2)  # (2, 2, B)
+    rows, all_rows = local[0], gathered[0]  # (2, b), (2, B)
     absent = weights = None
     if false_negatives.missing_images:
-        absent = every_told[1].flatten().bool()  # (2B,)
+        absent = gathered[1].flatten().bool()  # (2B,)
         present = ~nodes.missing_image
-        weights = present * (len(absent) / (~absent).sum().clamp(min=1))  # the mean is over those of all ranks
-    graph = false_negatives.graph_masks(own, every, labels)
-    mm = false_negatives.text_image_mask(own.flatten(), every.flatten(), node_labels, absent)
-    return _LeftOut(graph, (mm, mm), weights)
+        # The mean over ranks is then the mean over all nodes with an image.
+        weights = present * (len(absent) / (~absent).sum().clamp(min=1))
+    graph = false_negatives.graph_masks(rows, all_rows, labels)
+    mm = false_negatives.text_image_mask(rows.flatten(), all_rows.flatten(), node_labels, absent)
+    return _Masks(graph, (mm, mm), weights)
 
 
 def _info_nce(
-    own: tuple[torch.Tensor, ...],
-    everyone: tuple[torch.Tensor, ...],
+    local: tuple[torch.Tensor, ...],
+    gathered: tuple[torch.Tensor, ...],
     labels: torch.Tensor,
     temperature: float,
     masks: tuple[NegativeMask, NegativeMask] | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`info_nce_loss` of some rows and columns of a square that is never whole where it is large.
+    """Compute :func:`info_nce_loss` of this rank's rows and columns of the logit matrix.
+
+    A matrix of more than ``LOGIT_CHUNK`` entries is computed in chunks and never stored in full.
 
     Args:
-        own: left and right, (n, d) each, on this rank.
-        everyone: the same of all ranks, (N, d) each.
-        labels: (n,) where the own ones stand among all.
-        masks: entries that leave the denominators, of the rows and of the columns.
-        weights: (n,) of the cross-entropies in their mean; default: 1.
+        local: left and right embeddings of this rank, (n, d) each.
+        gathered: left and right embeddings of all ranks, (N, d) each.
+        labels: (n,) indices of the local embeddings in the gathered ones.
+        masks: entries to mask in the denominators, for the rows and for the columns.
+        weights: (n,) weights of the cross-entropies in their mean; default: 1.
     """
-    if len(own[0]) * len(everyone[0]) > LOGIT_CHUNK:
-        alone = own[0].data_ptr() == everyone[0].data_ptr()
-        others = (None, None) if alone else everyone
-        return _InfoNCEInParts.apply(*own, *others, labels, temperature, masks, weights)
-    (left, right), (all_left, all_right) = own, everyone
-    of_rows = of_columns = None
+    if len(local[0]) * len(gathered[0]) > LOGIT_CHUNK:
+        single_process = local[0].data_ptr() == gathered[0].data_ptr()
+        all_embeddings = (None, None) if single_process else gathered
+        return _ChunkedInfoNCE.apply(*local, *all_embeddings, labels, temperature, masks, weights)
+    (left, right), (all_left, all_right) = local, gathered
+    row_mask = column_mask = None
     if masks is not None:
-        of_rows = masks[0].part(0, len(left))
-        of_columns = of_rows if masks[1] is masks[0] else masks[1].part(0, len(right))
-    rows = _cross_entropy(left @ all_right.T / temperature, labels, of_rows, weights)
-    columns = _cross_entropy(right @ all_left.T / temperature, labels, of_columns, weights)
+        row_mask = masks[0].part(0, len(left))
+        column_mask = row_mask if masks[1] is masks[0] else masks[1].part(0, len(right))
+    rows = _cross_entropy(left @ all_right.T / temperature, labels, row_mask, weights)
+    columns = _cross_entropy(right @ all_left.T / temperature, labels, column_mask, weights)
     return (rows + columns) / 2
 
 
 def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, left_out: torch.Tensor | None, weights: torch.Tensor | None
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    if left_out is not None:
-        logits = logits.masked_fill(left_out, -torch.inf)
+    if mask is not None:
+        logits = logits.masked_fill(mask, -torch.inf)
     if weights is None:
         return F.cross_entropy(logits, labels)
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
-class _InfoNCEInParts(torch.autograd.Function):
-    """:func:`_info_nce` in O((n + N) d) memory; without ``all_left`` and ``all_right`` they are the own ones.
+class _ChunkedInfoNCE(torch.autograd.Function):
+    """:func:`_info_nce` in O((n + N) d) memory.
 
-    A part of the logits has whole rows, so its softmax, and with it the gradient, is known while the part is there:
-    nothing is computed again in the backward pass (as in Liger's fused linear cross-entropy, Hsu et al., 2024).
+    A chunk contains complete rows of logits, so the forward pass computes its softmax and its gradients while the chunk
+    is in memory. The backward pass recomputes nothing (as in Liger's fused linear cross-entropy, Hsu et al., 2024).
+
+    ``all_left`` and ``all_right`` are None in a single process: ``left`` and ``right`` are then the complete batch.
     """
 
     @staticmethod
@@ -172,56 +180,58 @@ class _InfoNCEInParts(torch.autograd.Function):
         masks: tuple[NegativeMask, NegativeMask] | None,
         weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
-        of_all_left, of_all_right = of_left, of_right
+        left_grad, right_grad = torch.zeros_like(left), torch.zeros_like(right)
+        all_left_grad, all_right_grad = left_grad, right_grad
         if all_left is None or all_right is None:
             all_left, all_right = left, right
         else:
-            of_all_left, of_all_right = torch.zeros_like(all_left), torch.zeros_like(all_right)
-        of_rows, of_columns = masks or (None, None)
+            all_left_grad, all_right_grad = torch.zeros_like(all_left), torch.zeros_like(all_right)
+        row_mask, column_mask = masks or (None, None)
         shared = labels, temperature, weights
-        loss = _cross_entropy_in_parts(left, of_left, all_right, of_all_right, *shared, of_rows)
-        loss += _cross_entropy_in_parts(right, of_right, all_left, of_all_left, *shared, of_columns)
-        alone = all_left is left
-        ctx.save_for_backward(of_left, of_right, *((None, None) if alone else (of_all_left, of_all_right)))
+        loss = _chunked_cross_entropy(left, left_grad, all_right, all_right_grad, *shared, row_mask)
+        loss += _chunked_cross_entropy(right, right_grad, all_left, all_left_grad, *shared, column_mask)
+        single_process = all_left is left
+        ctx.save_for_backward(
+            left_grad, right_grad, *((None, None) if single_process else (all_left_grad, all_right_grad))
+        )
         ctx.scale = 1 / (2 * len(left) * temperature)
         return loss / (2 * len(left))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = gradient * ctx.scale
-        return *(None if part is None else part * scale for part in ctx.saved_tensors), None, None, None, None
+        return *(None if grad is None else grad * scale for grad in ctx.saved_tensors), None, None, None, None
 
 
-def _cross_entropy_in_parts(
-    own: torch.Tensor,
-    own_gradient: torch.Tensor,
-    every: torch.Tensor,
-    every_gradient: torch.Tensor,
+def _chunked_cross_entropy(
+    queries: torch.Tensor,
+    query_grad: torch.Tensor,
+    keys: torch.Tensor,
+    key_grad: torch.Tensor,
     labels: torch.Tensor,
     temperature: float,
     weights: torch.Tensor | None,
-    square: NegativeMask | None,
+    mask: NegativeMask | None,
 ) -> torch.Tensor:
-    """The sum over rows of the cross-entropy of ``own @ every.T / temperature``, (n, N); a scalar.
+    """Return the sum over rows of the cross-entropy of ``queries @ keys.T / temperature``, (n, N); a scalar.
 
-    Adds its gradients, times the temperature, to those of ``own`` (n, d) and ``every`` (N, d).
+    Adds the gradients, multiplied by the temperature, to ``query_grad`` (n, d) and ``key_grad`` (N, d).
     """
-    loss = own.new_zeros(())
-    size = max(1, LOGIT_CHUNK // len(every))
-    for start in range(0, len(own), size):
-        part, places = own[start : start + size], labels[start : start + size]  # (s, d), (s,)
-        logits = part / temperature @ every.T  # (s, N)
-        if square is not None:
-            logits.masked_fill_(square.part(start, start + len(part)), -torch.inf)
+    loss = queries.new_zeros(())
+    size = max(1, LOGIT_CHUNK // len(keys))
+    for start in range(0, len(queries), size):
+        chunk, targets = queries[start : start + size], labels[start : start + size]  # (s, d), (s,)
+        logits = chunk / temperature @ keys.T  # (s, N)
+        if mask is not None:
+            logits.masked_fill_(mask.part(start, start + len(chunk)), -torch.inf)
         normalizer = logits.logsumexp(dim=1, keepdim=True)  # (s, 1)
-        losses = normalizer - logits.gather(1, places[:, None])  # (s, 1)
-        weight = None if weights is None else weights[start : start + len(part), None]  # (s, 1)
+        losses = normalizer - logits.gather(1, targets[:, None])  # (s, 1)
+        weight = None if weights is None else weights[start : start + len(chunk), None]  # (s, 1)
         loss += losses.sum() if weight is None else (losses * weight).sum()
-        difference = logits.sub_(normalizer).exp_()  # the softmax, and then what it is off the labels by
-        difference[torch.arange(len(part), device=own.device), places] -= 1
+        logit_grad = logits.sub_(normalizer).exp_()  # the softmax in place; minus the one-hot labels: the gradient
+        logit_grad[torch.arange(len(chunk), device=queries.device), targets] -= 1
         if weight is not None:
-            difference *= weight
-        own_gradient[start : start + size].addmm_(difference, every)
-        every_gradient.addmm_(difference.T, part)
+            logit_grad *= weight
+        query_grad[start : start + size].addmm_(logit_grad, keys)
+        key_grad.addmm_(logit_grad.T, chunk)
     return loss

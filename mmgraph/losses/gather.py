@@ -1,4 +1,4 @@
-"""Embeddings gathered over all ranks, with gradients."""
+"""Gathering of embeddings over all ranks, with gradients."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import torch.distributed as dist
 
 
 def gather_with_gradients(own: torch.Tensor, dim: int) -> torch.Tensor:
-    """All ranks' tensors, joined along ``dim`` in rank order; gradients flow back to the rank each part came from.
+    """Return the tensors of all ranks, concatenated along ``dim`` in rank order. Call on all ranks.
 
-    A rank's gradient is the sum over the losses of all ranks. Outside of distributed training ``own`` itself.
+    The gradient of ``own`` is the sum of its gradients from the losses of all ranks. Without distributed training, or
+    with one process, return ``own`` itself.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return own
@@ -17,7 +18,7 @@ def gather_with_gradients(own: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """(...) on each rank -> (world_size, ...) on all."""
+    """(...) on each rank -> (world_size, ...) on every rank."""
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:

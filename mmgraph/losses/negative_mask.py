@@ -1,4 +1,4 @@
-"""Negatives that are none: entries of the losses' squares of logits that leave the denominators."""
+"""Masks for false negatives: logits that are excluded from the denominators of the losses."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,22 @@ from mmgraph.data.content_hashes import ContentHashes, without_file
 
 
 class NegativeMask:
-    """Which entries of some queries' logits over all columns are left out, known part by part.
+    """Masks entries in the logits of n queries over all N columns, one chunk of queries at a time.
 
-    A false negative is an entry whose column's node has the image of one of the query's own nodes (as these nodes
-    themselves have), or is a neighbour of the query's. A query's own column never is one.
+    An entry is a false negative if its column's node has the same image as one of the query's own nodes, is one of
+    these nodes, or is a neighbor of the query's node. The column of a query's positive is never masked.
 
     Args:
-        own: (n,) each, pictures of the queries' own nodes: its, and the one it is to find; none keeps false negatives.
-        columns: (N,) pictures of the columns' nodes.
-        labels: (n,) the queries' own columns.
-        linked: tells of neighbours: with rows of the queries (n,) and of the columns (N,).
-        absent: (N,) bool, columns that are left out for all queries.
+        own: image numbers of the queries' own nodes, (n,) each: of the query's node and, in the graph loss, of its
+            positive's node. An empty tuple masks nothing by image.
+        columns: (N,) image numbers of the columns' nodes.
+        labels: (n,) column of each query's positive.
+        linked: the adjacency, node rows of the queries (n,) and node rows of the columns (N,); None masks no neighbors.
+        absent: (N,) bool, columns to mask for all queries.
 
     Attributes:
-        count: false negatives in the parts so far; a scalar.
-        queries: in these parts.
+        count: false negatives in the chunks computed so far, before ``absent`` is applied; a scalar tensor.
+        queries: number of queries in these chunks.
     """
 
     def __init__(
@@ -40,37 +41,37 @@ class NegativeMask:
         self.count, self.queries = torch.zeros((), device=columns.device), 0
 
     def part(self, start: int, stop: int) -> torch.Tensor:
-        """Of the queries ``start`` to ``stop``: (s, N) bool, true at entries that are left out."""
+        """Return the mask of queries ``start`` to ``stop``, (s, N) bool, and count its false negatives."""
         labels = self.labels[start:stop, None]
-        out = torch.zeros(len(labels), len(self.columns), dtype=torch.bool, device=labels.device)  # (s, N)
-        for pictures in self.own:
-            out |= pictures[start:stop, None] == self.columns
+        mask = torch.zeros(len(labels), len(self.columns), dtype=torch.bool, device=labels.device)  # (s, N)
+        for images in self.own:
+            mask |= images[start:stop, None] == self.columns
         if self.linked is not None:
             neighbors, queries, columns = self.linked
-            out |= neighbors.linked(queries[start:stop], columns)
-        out.scatter_(1, labels, False)
-        self.count += out.sum()
+            mask |= neighbors.linked(queries[start:stop], columns)
+        mask.scatter_(1, labels, False)
+        self.count += mask.sum()
         self.queries += len(labels)
-        return out if self.absent is None else out.logical_or_(self.absent).scatter_(1, labels, False)
+        return mask if self.absent is None else mask.logical_or_(self.absent).scatter_(1, labels, False)
 
 
 class FalseNegatives(NamedTuple):
-    """What is known about a run's N nodes, on the device, and what is to be left out for it."""
+    """The masking rules of a run, with the data of its N nodes that they need, on the device."""
 
     pictures: torch.Tensor  # (N,) int64, from image_numbers
-    same: bool  # leave out the queries' own nodes, and nodes of the same image
-    neighbors: Adjacency | None  # leave these out of the graph loss
-    missing_images: bool  # leave nodes without an image out of the text-image loss
+    same: bool  # mask the query's own nodes, and nodes with the same image as one of them
+    neighbors: Adjacency | None  # mask these neighbors in the graph loss
+    missing_images: bool  # exclude nodes without an image from the text-image loss
 
     def graph_masks(
         self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor
     ) -> tuple[NegativeMask, NegativeMask] | None:
-        """For anchors over all positives, and for positives over all anchors; None where nothing is left out.
+        """Return the masks of anchors over all positives and of positives over all anchors; None without masking.
 
         Args:
             own: (2, b) node rows of this rank's anchors and positives.
-            every: (2, B) those of all ranks.
-            labels: (b,) where the own ones stand among all.
+            every: (2, B) node rows of all ranks' anchors and positives.
+            labels: (b,) indices of this rank's edges in the global batch.
         """
         if not self.same:
             return None
@@ -83,21 +84,26 @@ class FalseNegatives(NamedTuple):
     def text_image_mask(
         self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor | None
     ) -> NegativeMask:
-        """For texts over all images, and for images over all texts: it is the same.
+        """Return the mask of texts over all images. It is also the mask of images over all texts.
 
         Args:
-            own, every, labels: (2b,), (2B,) and (2b,), of nodes.
-            absent: (2B,) bool, nodes that are left out.
+            own: (2b,) node rows of this rank's nodes.
+            every: (2B,) node rows of all ranks' nodes.
+            labels: (2b,) indices of this rank's nodes among all nodes.
+            absent: (2B,) bool, nodes to mask.
         """
         pictures = (self.pictures[own],) if self.same else ()
         return NegativeMask(pictures, self.pictures[every], labels, absent=absent)
 
 
 def image_numbers(content_hashes: ContentHashes) -> torch.Tensor:
-    """Numbers that are equal for nodes whose image files are: (N,) int64. A node without a file has one of its own."""
+    """Return an image number for each node, (N,) int64: equal if the image files have the same bytes.
+
+    A node without an image file gets a unique number.
+    """
     _, numbers = np.unique(content_hashes.images, return_inverse=True)
-    own = len(numbers) + np.arange(len(numbers))
-    return torch.from_numpy(np.where(without_file(content_hashes.images), own, numbers).astype(np.int64))
+    unique = len(numbers) + np.arange(len(numbers))
+    return torch.from_numpy(np.where(without_file(content_hashes.images), unique, numbers).astype(np.int64))
 
 
 def build_false_negatives(
@@ -107,11 +113,14 @@ def build_false_negatives(
     neighbors: Adjacency | None,
     device: torch.device,
 ) -> FalseNegatives | None:
-    """What a run leaves out of its losses; None where that is nothing, as in the original.
+    """Return the masking rules of a run; None if it masks nothing, as in the original trainer.
 
     Args:
-        contents: of the nodes, where the run masks false negatives.
-        neighbors: of the edges that are trained on, where it masks neighbours.
+        config: the run's settings.
+        num_nodes: N.
+        content_hashes: hashes of the nodes' images; needed unless ``false_negatives`` is ``keep``.
+        neighbors: adjacency of the training edges; needed if ``false_negatives`` is ``mask_neighbors``.
+        device: device for the tensors.
     """
     same = config.false_negatives != "keep" and content_hashes is not None
     missing_images = config.missing_image == "mask"

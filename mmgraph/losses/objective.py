@@ -1,7 +1,7 @@
 """The objective of a run: its losses by name, and their weighted sum.
 
-A new loss is a function, a weight among the flags, and an entry in :data:`LABELS` and :class:`Objective`: rows, log
-lines, charts and trackers follow.
+To add a loss, write a function, add a flag for its weight, and extend :data:`LABELS` and :class:`Objective`. Metrics
+rows, log lines, charts and trackers then include it.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from mmgraph.data.images import is_black
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import FalseNegatives
 
-TOTAL = "loss"  # the name of the weighted sum
-LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # the losses by their names in metrics.jsonl, for people
+TOTAL = "loss"  # name of the weighted sum in metrics.jsonl
+LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # names of the losses in metrics.jsonl -> display names
 
 
 class Embeddings(NamedTuple):
-    """Of a rank's b edges: the b anchors, then the b positives; (2b, proj_dim) each, rows of unit length."""
+    """Embeddings of a rank's b edges: b anchors, then b positives; (2b, proj_dim) each, rows of unit length."""
 
     graph: torch.Tensor
     text: torch.Tensor
@@ -27,25 +27,26 @@ class Embeddings(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """This rank's share of the losses over the global batch; scalars, float32."""
+    """This rank's losses against the global batch; scalars, float32."""
 
-    losses: dict[str, torch.Tensor]  # :data:`TOTAL` first, then those of :data:`LABELS`
-    counters: dict[str, torch.Tensor]  # further figures of the step, by their names in metrics.jsonl
+    losses: dict[str, torch.Tensor]  # :data:`TOTAL` first, then the losses of :data:`LABELS`
+    counters: dict[str, torch.Tensor]  # other metrics of the step, by their names in metrics.jsonl
 
 
 class Objective:
     """Computes the losses of a batch.
 
     Args:
-        config: has the temperature, the weights, and what counts as a missing image.
-        false_negatives: what leaves the denominators; None is the original's loss.
+        config: the run's settings; sets the temperature, the graph loss weight, and whether a truncated image
+            counts as missing.
+        false_negatives: which entries to mask in the denominators; None masks nothing, as in the original trainer.
     """
 
     def __init__(self, config: Config, false_negatives: FalseNegatives | None):
         self.config, self.false_negatives = config, false_negatives
 
     def __call__(self, embeddings: Embeddings, batch: EdgeBatch) -> Losses:
-        """The losses of a rank's embeddings, compared with those of all ranks. Called by all ranks."""
+        """Compute the losses of this rank's embeddings against those of all ranks. Call on all ranks."""
         total, text_image, graph, left_out = contrastive_losses(
             *embeddings,
             self.config.temperature,

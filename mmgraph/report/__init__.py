@@ -1,1 +1,1 @@
-"""One page of a run, or of several side by side, that opens anywhere: ``mmgraph report``, and at a run's end."""
+"""The report: one self-contained HTML page for one or several runs, written by ``mmgraph report`` or at a run's end."""

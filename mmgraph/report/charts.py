@@ -1,4 +1,4 @@
-"""Charts of runs, by Bokeh: curves over the steps, held-out ranks over training, and the map."""
+"""Bokeh charts of runs: metrics over the steps, ranks of held-out edges over training, and the map of nodes."""
 
 import json
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from mmgraph.evaluation.evaluator import FIXED, TRAINED
 from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.report.history import RANKS, Run, thinned
 
-MAX_POINTS = 1_000  # of a curve
-FEW_POINTS = 50  # of a curve, each of which is marked
+MAX_POINTS = 1_000  # per curve
+FEW_POINTS = 50  # solid lines of ranks with fewer points have a marker at each point
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
 CURVES = {
@@ -34,10 +34,10 @@ CURVES = {
     "data_wait_s": "wait for data, s",
     "grad_norm": "gradient norm",
     "peak_memory_gb": "peak memory, GB",
-    "false_negatives_graph": "false negatives left out, graph loss",
-    "false_negatives_mm": "false negatives left out, text-image loss",
+    "false_negatives_graph": "false negatives masked per query, graph loss",
+    "false_negatives_mm": "false negatives masked per query, text-image loss",
 }
-FROM_ZERO = ("lr", "edges_per_s", "data_wait_s", "peak_memory_gb")  # where a share of the whole is to be seen
+FROM_ZERO = ("lr", "edges_per_s", "data_wait_s", "peak_memory_gb")  # charts whose y axis includes 0
 
 
 class Line(NamedTuple):
@@ -52,63 +52,71 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart as a page embeds it."""
+    """A chart to embed in a page."""
 
     key: str
     title: str
-    item: str  # Bokeh's JSON, to stand in a script element
+    item: str  # JSON for Bokeh.embed.embed_item, escaped for a script element
 
 
 def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
-    """A chart of each of :data:`CURVES` that some run has; and how many steps a point is of, at most."""
-    charts, most = [], 1
+    """Build a chart for each of :data:`CURVES` that at least one run has.
+
+    Returns:
+        The charts, and the largest number of steps that a point is the mean of.
+    """
+    charts, max_steps = [], 1
     for key, title in CURVES.items():
         lines = []
         for run, colour in zip(runs, colours(len(runs)), strict=True):
             if np.isfinite(run.steps.get(key, np.empty(0))).any():
                 steps, values, size = thinned(run.steps, key, MAX_POINTS)
-                most = max(most, size)
+                max_steps = max(max_steps, size)
                 lines.append(Line(run.name, steps, values, colour, marked=len(steps) == 1))
         if lines:
             charts.append(_chart(key, title, lines))
-    return charts, most
+    return charts, max_steps
 
 
 class RankLine(NamedTuple):
-    """Which embeddings of which run a chart of ranks shows, and how."""
+    """A line in the charts of ranks: one embedding of one run."""
 
     run: Run
-    kind: str
+    embedding: str  # its name
     label: str
     colour: str
 
     @property
     def dashed(self) -> bool:
-        return self.kind in BASELINES
+        return self.embedding in BASELINES
 
 
 def rank_lines(runs: Sequence[Run]) -> list[RankLine]:
-    """Of one run all embeddings; of several, ``z_graph`` and the baseline of the best MRR of each that evaluates."""
+    """Choose the lines of the charts of ranks.
+
+    One run has a line for each embedding. Of several runs, each has lines for ``z_graph`` and for the baseline with the
+    highest MRR in the last evaluation.
+    """
     if len(runs) == 1:
-        kinds = [kind for kind in (*TRAINED, *BASELINES) if f"eval/{kind}/mrr" in runs[0].evaluations]
-        return [RankLine(runs[0], kind, kind, colour) for kind, colour in zip(kinds, COLOURS, strict=False)]
+        names = [name for name in (*TRAINED, *BASELINES) if f"eval/{name}/mrr" in runs[0].evaluations]
+        return [RankLine(runs[0], name, name, colour) for name, colour in zip(names, COLOURS, strict=False)]
     lines = []
     for run, colour in zip(runs, colours(len(runs)), strict=True):
-        last = {kind: run.evaluations[f"eval/{kind}/mrr"][-1] for kind in ("z_graph", *BASELINES)
-                if f"eval/{kind}/mrr" in run.evaluations}  # fmt: skip
-        best = max((kind for kind in last if kind in BASELINES), key=lambda kind: float(last[kind]), default="")
-        lines += [RankLine(run, kind, f"{run.name}: {kind}", colour) for kind in last if kind in ("z_graph", best)]
+        last = {name: run.evaluations[f"eval/{name}/mrr"][-1] for name in ("z_graph", *BASELINES)
+                if f"eval/{name}/mrr" in run.evaluations}  # fmt: skip
+        best = max((name for name in last if name in BASELINES), key=lambda name: float(last[name]), default="")
+        lines += [RankLine(run, name, f"{run.name}: {name}", colour) for name in last if name in ("z_graph", best)]
     return lines
 
 
 def ranks(lines: Sequence[RankLine]) -> list[Chart]:
-    """MRR and Hits over training."""
+    """Build the charts of MRR and Hits over training."""
     charts = []
     for metric, title in RANKS.items():
         drawn = []
         for line in lines:
             columns = line.run.evaluations
-            values = columns.get(f"eval/{line.kind}/{metric}", np.empty(0))
+            values = columns.get(f"eval/{line.embedding}/{metric}", np.empty(0))
             if np.isfinite(values).any():
                 marked = len(values) == 1 or (len(values) < FEW_POINTS and not line.dashed)
                 drawn.append(Line(line.label, columns["step"], values, line.colour, line.dashed, marked))
@@ -118,6 +126,7 @@ def ranks(lines: Sequence[RankLine]) -> list[Chart]:
 
 
 def colours(count: int) -> list[str]:
+    """Return ``count`` CSS colors; they repeat after ``len(COLOURS)``."""
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
@@ -140,19 +149,21 @@ def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
 
 
 def _extent(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
-    """The values that an axis spans, with a little room."""
+    """Return the limits of a y axis: the range of the values plus 5 %. With ``from_zero``, the axis includes 0."""
     values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     low, high = float(values.min()), float(values.max())
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return (min(0.0, low) if from_zero else low - room), high + room
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return (min(0.0, low) if from_zero else low - margin), high + margin
 
 
-def node_map(key: str, places: np.ndarray, names: Sequence[str], pictures: Sequence[str]) -> Chart:
-    """The nodes of a sample at their places: a picture where there is one, else a dot.
+def node_map(key: str, positions: np.ndarray, names: Sequence[str], pictures: Sequence[str]) -> Chart:
+    """Draw M nodes at their positions, each as its image, or as a dot if it has none.
 
     Args:
-        places: (M, 2).
-        pictures: M ``data:`` URIs, empty where there is none.
+        key: name of the chart.
+        positions: (M, 2).
+        names: M texts for the tooltips.
+        pictures: M ``data:`` URIs; an empty string for a node that is drawn as a dot.
     """
     plot = figure(height=560, sizing_mode="stretch_width", tools="", name=key)
     plot.x_range, plot.y_range = DataRange1d(range_padding=0.04), DataRange1d(range_padding=0.04)
@@ -162,7 +173,7 @@ def node_map(key: str, places: np.ndarray, names: Sequence[str], pictures: Seque
     pictured = np.array([bool(picture) for picture in pictures], bool)
     for rows in (np.flatnonzero(~pictured), np.flatnonzero(pictured)):
         source = ColumnDataSource({
-            "x": places[rows, 0], "y": places[rows, 1],
+            "x": positions[rows, 0], "y": positions[rows, 1],
             "name": [names[row] for row in rows.tolist()], "picture": [pictures[row] for row in rows.tolist()],
         })  # fmt: skip
         _draw_nodes(plot, source, pictured=bool(len(rows)) and bool(pictured[rows[0]]))
@@ -175,7 +186,7 @@ def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
     if pictured:
         plot.image_url("picture", "x", "y", 26, 26, w_units="screen", h_units="screen", anchor="center", source=source)
         tip = f'<img src="@picture" alt="" width="72">{tip}'
-    # Pictures cannot be hit by a pointer: an unseen dot of their size can.
+    # The hover tool does not react to images, so each image has an invisible dot of its size.
     size, alpha = (26, 0.0) if pictured else (6, 0.6)
     dots = plot.scatter("x", "y", source=source, size=size, color=COLOURS[0], alpha=alpha)
     plot.add_tools(HoverTool(renderers=[dots], tooltips=tip, limit=2))
@@ -184,5 +195,5 @@ def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
 def _embedded(plot: Any) -> str:
     plot.background_fill_color = plot.border_fill_color = None
     plot.outline_line_color = None
-    # What closes a script element, or opens a comment in one, may be in a node's name.
+    # A node's name may contain "</script", which would close the script element, or "<!--".
     return json.dumps(json_item(plot)).replace("<", "\\u003c")

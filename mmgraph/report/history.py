@@ -1,4 +1,4 @@
-"""What a run's folder tells: its settings, every step, every evaluation, and what it ran on."""
+"""Reads a run's folder: settings, metrics of all steps and evaluations, and the environment of each start."""
 
 import json
 from array import array
@@ -18,39 +18,39 @@ Columns = dict[str, np.ndarray]
 
 
 class Run(NamedTuple):
-    """A run as its folder has it."""
+    """The contents of a run's folder."""
 
     name: str
     folder: Path
     settings: dict[str, Any]
-    steps: Columns  # (S,) float64 each, by the name in metrics.jsonl; NaN where a step has none
-    evaluations: Columns  # (E,) float64 each: ``step``, and ``eval/...``
-    table: Table | None  # the last evaluation whole
+    steps: Columns  # (S,) float64 each, by their names in metrics.jsonl; NaN for missing values
+    evaluations: Columns  # (E,) float64 each: ``step``, ``eval/...`` and ``eval_sampled/...``
+    table: Table | None  # the last evaluation, including relations and retrieval
     starts: list[dict[str, Any]]  # see mmgraph.utils.environment.record_start
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """:func:`read_run` of some, by their folders where two have one name."""
+    """Read several runs with :func:`read_run`. Runs with the same name are named by their folders instead."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder, while it runs or after.
+    """Read a run's folder. The run may still be in progress.
 
     Raises:
-        UserError: it is none; or a file of it is damaged.
+        UserError: ``folder`` is not a run's folder, or one of its files is damaged.
     """
     config = folder / "config.yaml"
     if not config.is_file():
-        raise UserError(f"{folder}: no run's folder (there is no config.yaml in it)")
+        raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{config}: must hold 'flag: value' lines")
+        raise UserError(f"{config}: must consist of 'flag: value' lines")
     steps, evaluations = _read_metrics(folder / "metrics.jsonl")
     name = str(settings.get("run_name") or folder.resolve().name)
     return Run(name, folder, settings, steps, evaluations, _read_table(folder / "evaluation.json"), read_starts(folder))
@@ -76,19 +76,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 row["step"] = int(row["step"])
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                if not line.endswith(b"\n"):  # the run is writing it
+                if not line.endswith(b"\n"):  # the run is still writing this line
                     return
-                raise UserError(f"{path}, line {number}: no row of a step") from None
+                raise UserError(f"{path}, line {number}: not a JSON object with a step number") from None
             yield row
 
 
 class _Columns:
-    """Rows of numbers as columns: 8 bytes a number, of however many steps."""
+    """Collects rows of numbers as columns of float64, so that a long run takes 8 bytes a value."""
 
     def __init__(self) -> None:
         self.columns, self.length = dict[str, "array[float]"](), 0
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row. Missing values and values that are not numbers become NaN."""
         for name, value in row.items():
             column = self.columns.get(name)
             if column is None:
@@ -110,34 +111,40 @@ def _read_table(path: Path) -> Table | None:
         table = json.loads(path.read_text(encoding="utf-8"))
         _check_table(table)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not an evaluation ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a valid evaluation ({type(error).__name__}: {error})") from None
     return table
 
 
 def _check_table(table: Table) -> None:
-    """Raise what a table that is not as :meth:`mmgraph.evaluation.evaluator.Evaluation.table` makes it raises."""
-    kinds = list(table["embeddings"])
-    if not kinds:
-        raise ValueError("of no embeddings")
+    """Check the values that a page shows of :meth:`mmgraph.evaluation.evaluator.Evaluation.evaluate`'s table.
+
+    Raises:
+        ValueError: the table has no embeddings.
+        KeyError, TypeError, AttributeError: a value is missing or has the wrong type.
+    """
+    names = list(table["embeddings"])
+    if not names:
+        raise ValueError("no embeddings")
     numbers = [table["edges"], table["nodes"], table.get("step", 0)]
-    for kind in kinds:
-        numbers += [table[group][kind][metric] for group in ("embeddings", "sampled") for metric in RANKS]
-        numbers += [values[kind] for values in table["relations"].values()]
+    for name in names:
+        numbers += [table[group][name][metric] for group in ("embeddings", "sampled") for metric in RANKS]
+        numbers += [values[name] for values in table["relations"].values()]
     numbers += [values["edges"] for values in table["relations"].values()]
-    for name in ("retrieval", "retrieval_shuffled"):
-        numbers += [table[name][key] for key in ("images", "r@1", "r@10") if table.get(name)]
+    for group in ("retrieval", "retrieval_shuffled"):
+        numbers += [table[group][key] for key in ("images", "r@1", "r@10") if table.get(group)]
     if not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError("a figure is no number")
+        raise TypeError("a value is not a number")
 
 
-def thinned(columns: Columns, name: str, most: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """A column over the steps as at most ``most`` points, each the mean of as many steps in a row.
+def thinned(columns: Columns, name: str, max_points: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Reduce a column to at most ``max_points`` points, each the mean of the same number of consecutive steps.
 
     Returns:
-        (P,) steps, each the last of its point; (P,) means, of what there is; how many steps a point is of.
+        (P,) the last step of each point; (P,) the means of the finite values, NaN for a point without any; and the
+        number of steps per point, which the last point may not reach.
     """
     steps, values = columns["step"], columns[name]
-    size = -(-len(steps) // most) or 1
+    size = -(-len(steps) // max_points) or 1
     if size == 1:
         return steps, values, 1
     ends = np.minimum(np.arange(1, -(-len(steps) // size) + 1) * size, len(steps))

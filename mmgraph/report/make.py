@@ -1,4 +1,4 @@
-"""Makes the page: of runs' folders, and at the end of a run."""
+"""Writes report pages: from the folders of runs, and at the end of a run."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,30 +25,33 @@ from mmgraph.report.page import Shown, write_page
 from mmgraph.utils.files import explain_disk_errors
 from mmgraph.utils.log import log
 
-KIND = "z_graph"
+KIND = "z_graph"  # the embedding of the map and of the nearest nodes
 FILE = "report.html"
 
 
 def report(
-    folders: Sequence[Path], output: Path, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query]
+    folders: Sequence[Path], output: Path, overrides: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query]
 ) -> None:
-    """Write one page of some runs. Called by all ranks, which embed the nodes together.
+    """Write one page for several runs. Called by all ranks, which embed the nodes together.
 
     Args:
-        folders: of the runs, ended or not; where the nodes of one cannot be embedded, the page says why.
+        folders: folders of runs, finished or not. If the nodes of a run cannot be embedded, the page gives the reason.
         output: the HTML file.
-        given: settings other than the runs'.
-        queries: nodes for the gallery.
+        overrides: settings that replace those of the runs.
+        accelerator: the Accelerator of this launch.
+        queries: nodes to show first in the gallery.
 
     Raises:
-        UserError: a folder that is no run's; a query that finds nothing; the file cannot be written.
+        UserError: a folder is not a run's folder, a query cannot be resolved, ``output`` is not a usable path, or the nodes
+            of a run cannot be embedded and there are queries.
+        RunError: the file cannot be written.
     """
     runs = raise_on_all_ranks(accelerator, lambda: read_runs(folders))
     target = raise_on_all_ranks(accelerator, lambda: _writable(output))
-    shown = [_shown(run, given, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
+    shown = [_shown(run, overrides, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
     def write() -> None:
-        with explain_disk_errors(target.parent, "make room, or give --output"):
+        with explain_disk_errors(target.parent, "free some space, or set --output to another file"):
             write_page(target, shown)
         log(f"report: {output} ({target.stat().st_size / 1e6:.1f} MB)")
 
@@ -56,41 +59,48 @@ def report(
 
 
 def _writable(output: Path) -> Path:
-    """The file itself, where the path is a link. Raises :class:`UserError` where no page can be put there."""
+    """Return ``output`` with links resolved. Raises :class:`UserError` if a page cannot be written there."""
     target = output.resolve()
     if target.exists() and not target.is_file():
-        raise UserError(f"--output {output}: is no regular file; give the name of one")
+        raise UserError(f"--output {output}: not a regular file; choose another path")
     if not target.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {target.parent}")
+        raise UserError(f"--output {output}: there is no folder {target.parent}; create it or choose another path")
     if not os.access(target.parent, os.W_OK):
-        raise UserError(f"--output {output}: {target.parent} cannot be written to; give another")
+        raise UserError(f"--output {output}: no permission to write to {target.parent}; choose another path")
     return target
 
 
-def _shown(run: Run, given: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], most: int) -> Shown:
-    """A run with what is shown of its nodes, or why nothing is; on the main process."""
+def _shown(
+    run: Run, overrides: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], max_nodes: int
+) -> Shown:
+    """Prepare a run for the page: with its nodes, or with the reason why they cannot be shown.
+
+    Called by all ranks. Only the main process gets the nodes.
+    """
     try:
         checkpoint = broadcast_from_main_process(accelerator, lambda: last_checkpoint(run.folder))
-        config = settings_of(checkpoint, dict(given))
+        config = settings_of(checkpoint, dict(overrides))
         inference = open_checkpoint(checkpoint, config, accelerator)
         asked = raise_on_all_ranks(accelerator, lambda: [_asked(query, inference) for query in queries])
-        found = embed_all_nodes(inference, config, accelerator, KIND, embeddings_folder(checkpoint))
+        vectors = embed_all_nodes(inference, config, accelerator, KIND, embeddings_folder(checkpoint))
     except UserError as error:
         if queries:
             raise
-        log(f"{run.folder}: no map and no nearest nodes: {error}")
+        log(f"{run.folder}: the report has no map and no nearest nodes: {error}")
         return Shown(run, None, str(error))
-    of_run = NodesOfRun(inference.nodes, inference.images, found, config.truncated_images, config.seed, checkpoint.name)
+    run_nodes = NodesOfRun(
+        inference.nodes, inference.images, vectors, config.truncated_images, config.seed, checkpoint.name
+    )
 
     def show() -> Shown:
-        return Shown(run, show_nodes(of_run, asked, lambda rows: load_links(rows, inference, config), most), "")
+        return Shown(run, show_nodes(run_nodes, asked, lambda rows: load_links(rows, inference, config), max_nodes), "")
 
     return raise_on_all_ranks(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
 
 
 def _asked(query: Query, inference: Inference) -> Asked:
-    wanted = resolve_query(query, inference, KIND)
-    return Asked(wanted) if isinstance(wanted, int) else Asked(None, str(query), query.image, wanted)
+    target = resolve_query(query, inference, KIND)
+    return Asked(target) if isinstance(target, int) else Asked(None, str(query), query.image, target)
 
 
 def end_of_run(
@@ -98,28 +108,32 @@ def end_of_run(
 ) -> Figures | None:
     """Write ``report.html`` into a run's folder.
 
-    Called by all ranks, which embed the nodes together; then the main process works alone, and none waits for it.
+    Called by all ranks, which embed the nodes together. Then the main process writes the page, and the other ranks do
+    not wait for it.
 
     Args:
-        module: what was trained, whole and in float32, on the device.
-        outputs: of the graph's nodes.
+        config: settings of the run.
+        accelerator: the run's Accelerator.
+        graph: the run's graph.
+        module: the trained module, with all parameters, in float32, on the device.
+        outputs: tower outputs of the graph's nodes.
 
     Returns:
-        What trackers are to show of it; None on other ranks.
+        The figures for trackers on the main process, None on the other ranks.
     """
     output = config.output_folder
-    own = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (KIND,)))
+    shard = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (KIND,)))
     vectors, image_status = (
-        gather_on_main_process(accelerator, own[name], len(graph.nodes)) for name in (KIND, "image_status")
+        gather_on_main_process(accelerator, shard[name], len(graph.nodes)) for name in (KIND, "image_status")
     )
     if not accelerator.is_main_process:
         return None
     run, name = read_run(output), final_file(output).name
     try:
-        found = NodeVectors(normalize_rows(vectors), image_status.numpy())
-        of_run = NodesOfRun(graph.nodes, graph.images, found, config.truncated_images, config.seed, name)
-        shown = Shown(run, show_nodes(of_run, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
-    except UserError as error:  # embeddings that are not finite
+        node_vectors = NodeVectors(normalize_rows(vectors), image_status.numpy())
+        run_nodes = NodesOfRun(graph.nodes, graph.images, node_vectors, config.truncated_images, config.seed, name)
+        shown = Shown(run, show_nodes(run_nodes, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
+    except UserError as error:  # an embedding is not finite
         shown = Shown(run, None, str(error))
     write_page(output / FILE, [shown])
     log(f"report: {output / FILE}")

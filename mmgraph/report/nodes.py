@@ -1,4 +1,4 @@
-"""What a report shows of a graph's nodes: a map of their embeddings, some with their nearest, and image health."""
+"""Prepares the node sections of a report: the map of embeddings, the gallery of nearest nodes, and image status."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from mmgraph.inference.embeddings import NodeVectors
 from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest_neighbors, plain
 from mmgraph.report.pictures import thumbnails
 
-MAP_NODES = 2_000  # of all reports on one page
+MAP_NODES = 2_000  # on all maps of a page together
 GALLERY_NODES, NEAREST = 12, 8
 MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
-EXAMPLES = 3  # of nodes without their whole picture, by cause
-MAX_TEXT_LENGTH = 160  # characters of a name, a text, a path
+EXAMPLES = 3  # nodes listed for each image status other than a complete image
+MAX_TEXT_LENGTH = 160  # characters of a name, text or path on the page
 PERPLEXITY = 30.0
-FEWEST = 8  # nodes that t-SNE arranges
+MIN_TSNE_NODES = 8
 
 
 class Node(NamedTuple):
-    """A node as a page shows it; one that was asked for may not be in the graph."""
+    """A node on the page."""
 
-    row: int | None
+    row: int | None  # None for a node that is not in the graph, from a query
     node_id: str
     name: str
     text: str
@@ -37,132 +37,139 @@ class Node(NamedTuple):
 
 
 class Neighbor(NamedTuple):
+    """A node near a node of the gallery."""
+
     node: Node
-    similarity: float
-    edge: str  # "trained", "held out", or empty
+    similarity: float  # cosine
+    edge: str  # "trained", "held out", or empty without an edge
 
 
 class Entry(NamedTuple):
-    """A node of the gallery, and those nearest to it among all nodes."""
+    """A node of the gallery, and the nodes of the graph that are nearest to it."""
 
     node: Node
     nearest: list[Neighbor]
 
 
 class StatusCount(NamedTuple):
-    """Why pictures are not whole: of how many nodes, and some of them."""
+    """The number of nodes with an image status, and some of these nodes."""
 
     name: str
     nodes: int
-    examples: list[str]
+    examples: list[str]  # ids and image references; empty for complete images
 
 
 class Nodes(NamedTuple):
-    """What is shown of a graph's nodes."""
+    """The node sections of a run's report."""
 
-    total: int
-    checkpoint: str  # whose embeddings they are
-    map: list[Node]  # the sample, in the order of the table
-    places: np.ndarray  # (len(map), 2) in 0 to 1
+    total: int  # nodes in the graph
+    checkpoint: str  # name of the checkpoint that the embeddings are from
+    map: list[Node]  # the sample, in the order of the node table
+    positions: np.ndarray  # (len(map), 2), from 0 to 1
     gallery: list[Entry]
-    asked: int  # of the gallery, the first
+    asked: int  # entries at the start of the gallery that were requested by queries
     edges_known: bool
-    mean_similarity: float  # of two nodes of the sample
+    mean_similarity: float  # of two different nodes of the sample
     image_status: list[StatusCount]
     seed: int
 
 
 class Asked(NamedTuple):
-    """A node for the gallery: one of the graph, or a new one with a name, a picture and a vector."""
+    """A gallery entry to build: a node of the graph, or a new node with a name, an image and a vector."""
 
-    row: int | None
+    row: int | None  # None for a new node
     name: str = ""
     image: str | None = None
-    vector: np.ndarray | None = None  # (d,)
+    vector: np.ndarray | None = None  # (d,) float32, of unit length
 
 
 class NodesOfRun(NamedTuple):
-    """What is known of a run's nodes when its report is made."""
+    """The nodes of a run and their embeddings."""
 
     nodes: NodeTable
     images: ImageSource
-    found: NodeVectors
+    embedded: NodeVectors
     truncated_images: Literal["partial", "black"]
     seed: int
-    checkpoint: str
+    checkpoint: str  # name of the checkpoint that the embeddings are from
 
 
 def show_nodes(
-    graph: NodesOfRun,
-    asked: Sequence[Asked],
+    run_nodes: NodesOfRun,
+    queries: Sequence[Asked],
     load_links: Callable[[Sequence[int]], Links | None],
-    most: int = MAP_NODES,
+    max_nodes: int = MAP_NODES,
 ) -> Nodes:
-    """Draw a sample by the seed, arrange it, and find the nearest of some.
+    """Draw a sample of nodes by the seed, compute its map, and find the nearest nodes of the gallery's nodes.
 
     Args:
-        asked: stand first in the gallery.
-        load_links: gives the edges of rows; None where they are not known.
-        most: nodes on the map.
+        run_nodes: the nodes of a run.
+        queries: nodes to show first in the gallery.
+        load_links: returns the edges of some rows, or None if the edges are not known.
+        max_nodes: maximum number of nodes on the map.
     """
-    total = len(graph.nodes)
-    drawn = np.random.default_rng(graph.seed).permutation(total)
-    sample = np.sort(drawn[:most])
-    others = [Asked(row) for row in _for_gallery(graph, drawn) if row not in [one.row for one in asked]]
-    chosen = [*asked, *others[: max(0, GALLERY_NODES - len(asked))]]
-    links = load_links([one.row for one in chosen if one.row is not None])
+    total = len(run_nodes.nodes)
+    drawn = np.random.default_rng(run_nodes.seed).permutation(total)
+    sample = np.sort(drawn[:max_nodes])
+    others = [Asked(row) for row in _for_gallery(run_nodes, drawn) if row not in [query.row for query in queries]]
+    chosen = [*queries, *others[: max(0, GALLERY_NODES - len(queries))]]
+    links = load_links([entry.row for entry in chosen if entry.row is not None])
     return Nodes(
         total,
-        graph.checkpoint,
-        _nodes(graph, sample.tolist(), MAP_SIDE),
-        arrange(graph.found.vectors[sample], graph.seed),
-        _gallery(graph, chosen, links),
-        len(asked),
+        run_nodes.checkpoint,
+        _nodes(run_nodes, sample.tolist(), MAP_SIDE),
+        arrange(run_nodes.embedded.vectors[sample], run_nodes.seed),
+        _gallery(run_nodes, chosen, links),
+        len(queries),
         links is not None,
-        _mean_similarity(graph.found.vectors[sample]),
-        _status_counts(graph),
-        graph.seed,
+        _mean_similarity(run_nodes.embedded.vectors[sample]),
+        _status_counts(run_nodes),
+        run_nodes.seed,
     )
 
 
 def _mean_similarity(vectors: np.ndarray) -> float:
-    """Of two different ones of (M, d) unit vectors, on average."""
+    """Return the mean cosine similarity of two different rows of (M, d) unit vectors; 1 for a single row."""
     count, total = len(vectors), vectors.sum(axis=0, dtype=np.float64)
     return float(total @ total - count) / (count * (count - 1)) if count > 1 else 1.0
 
 
-def _for_gallery(graph: NodesOfRun, drawn: np.ndarray) -> list[int]:
-    """The first nodes with a whole picture; any, where none has one."""
-    pictured = drawn[graph.found.image_status[drawn] == 0]
+def _for_gallery(run_nodes: NodesOfRun, drawn: np.ndarray) -> list[int]:
+    """Return the first drawn rows with a complete image, or the first drawn rows if no node has a complete image."""
+    pictured = drawn[run_nodes.embedded.image_status[drawn] == 0]
     return [int(row) for row in (pictured if len(pictured) else drawn)[:GALLERY_NODES]]
 
 
 def arrange(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """Places of (M, d) unit vectors in a square, (M, 2) in 0 to 1: what is near by cosine lies together.
+    """Project (M, d) unit vectors to positions in a square, so that similar vectors are close together.
 
-    By t-SNE (van der Maaten and Hinton, 2008), from a start by PCA; fewer than :data:`FEWEST` nodes by PCA alone.
+    The method is t-SNE (van der Maaten and Hinton, 2008) of the cosine distances, initialized by PCA. With fewer than
+    :data:`MIN_TSNE_NODES` nodes, it is PCA alone.
+
+    Returns:
+        (M, 2), from 0 to 1.
     """
     if len(vectors) < 2 or not np.ptp(vectors, axis=0).any():
         return np.full((len(vectors), 2), 0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of vectors that are equal, which is no fault of the page's
-        if len(vectors) < FEWEST:
-            places = PCA(min(2, *vectors.shape), random_state=seed).fit_transform(vectors)
+        warnings.simplefilter("ignore")  # equal vectors cause warnings, but they are valid input
+        if len(vectors) < MIN_TSNE_NODES:
+            positions = PCA(min(2, *vectors.shape), random_state=seed).fit_transform(vectors)
         else:
             perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
             method = TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
-            places = method.fit_transform(vectors)
-    square = np.zeros((len(places), 2))
-    square[:, : places.shape[1]] = np.nan_to_num(places)
+            positions = method.fit_transform(vectors)
+    square = np.zeros((len(positions), 2))
+    square[:, : positions.shape[1]] = np.nan_to_num(positions)
     low, extent = square.min(axis=0), np.ptp(square, axis=0)
     return np.where(extent > 0, (square - low) / np.where(extent > 0, extent, 1), 0.5)
 
 
-def _nodes(graph: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
-    ids = [str(node_id) for node_id in graph.nodes.ids(rows)]
-    values = [graph.nodes[row] for row in rows]
-    references = [graph.images.locate(value) for value in values]
-    pictures = thumbnails(graph.images, references, side, graph.truncated_images)
+def _nodes(run_nodes: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
+    ids = [str(node_id) for node_id in run_nodes.nodes.ids(rows)]
+    values = [run_nodes.nodes[row] for row in rows]
+    references = [run_nodes.images.locate(value) for value in values]
+    pictures = thumbnails(run_nodes.images, references, side, run_nodes.truncated_images)
     return [
         Node(row, _short(node_id), _short(name_in(value, node_id)), _short(node_text(value)), picture)
         for row, node_id, value, picture in zip(rows, ids, values, pictures, strict=True)
@@ -174,41 +181,41 @@ def _short(text: str) -> str:
     return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"
 
 
-def _gallery(graph: NodesOfRun, chosen: Sequence[Asked], links: Links | None) -> list[Entry]:
-    vectors = graph.found.vectors
-    queries = np.stack([vectors[one.row] if one.vector is None else one.vector for one in chosen])
-    matches = nearest_neighbors(vectors, queries, NEAREST, [one.row for one in chosen])
-    rows = {match.row for found in matches for match in found} | {one.row for one in chosen if one.row is not None}
+def _gallery(run_nodes: NodesOfRun, chosen: Sequence[Asked], links: Links | None) -> list[Entry]:
+    vectors = run_nodes.embedded.vectors
+    queries = np.stack([vectors[entry.row] if entry.vector is None else entry.vector for entry in chosen])
+    nearest = nearest_neighbors(vectors, queries, NEAREST, [entry.row for entry in chosen])
+    rows = {match.row for matches in nearest for match in matches} | {q.row for q in chosen if q.row is not None}
     ordered = sorted(rows)
-    shown = dict(zip(ordered, _nodes(graph, ordered, GALLERY_SIDE), strict=True))
+    shown = dict(zip(ordered, _nodes(run_nodes, ordered, GALLERY_SIDE), strict=True))
     entries = []
-    for one, found in zip(chosen, matches, strict=True):
-        node = _new_node(graph, one) if one.row is None else shown[one.row]
-        entries.append(Entry(node, [_neighbor(one, match, shown[match.row], links) for match in found]))
+    for query, matches in zip(chosen, nearest, strict=True):
+        node = _new_node(run_nodes, query) if query.row is None else shown[query.row]
+        entries.append(Entry(node, [_neighbor(query, match, shown[match.row], links) for match in matches]))
     return entries
 
 
-def _new_node(graph: NodesOfRun, one: Asked) -> Node:
-    [picture] = thumbnails(AS_GIVEN, [one.image], GALLERY_SIDE, graph.truncated_images)
-    return Node(None, "not in the graph", _short(one.name), "", picture)
+def _new_node(run_nodes: NodesOfRun, query: Asked) -> Node:
+    [picture] = thumbnails(AS_GIVEN, [query.image], GALLERY_SIDE, run_nodes.truncated_images)
+    return Node(None, "not in the graph", _short(query.name), "", picture)
 
 
-def _neighbor(one: Asked, match: Match, node: Node, links: Links | None) -> Neighbor:
-    edge = "" if links is None or one.row is None else links.between(one.row, match.row)
+def _neighbor(query: Asked, match: Match, node: Node, links: Links | None) -> Neighbor:
+    edge = "" if links is None or query.row is None else links.between(query.row, match.row)
     return Neighbor(node, match.similarity, edge)
 
 
-def _status_counts(graph: NodesOfRun) -> list[StatusCount]:
-    image_status, found = graph.found.image_status, []
+def _status_counts(run_nodes: NodesOfRun) -> list[StatusCount]:
+    image_status, counts = run_nodes.embedded.image_status, []
     for number, name in enumerate(IMAGE_STATUS):
         rows = np.flatnonzero(image_status == number)
         if len(rows):
-            examples = [_example(graph, int(row)) for row in rows[:EXAMPLES]] if number else []
-            found.append(StatusCount(name or "whole", len(rows), examples))
-    return found
+            examples = [_example(run_nodes, int(row)) for row in rows[:EXAMPLES]] if number else []
+            counts.append(StatusCount(name or "whole", len(rows), examples))
+    return counts
 
 
-def _example(graph: NodesOfRun, row: int) -> str:
-    image = graph.images.describe(graph.nodes[row])
-    [node_id] = graph.nodes.ids([row])
+def _example(run_nodes: NodesOfRun, row: int) -> str:
+    image = run_nodes.images.describe(run_nodes.nodes[row])
+    [node_id] = run_nodes.nodes.ids([row])
     return _short(f"{node_id}: {image}" if image else str(node_id))

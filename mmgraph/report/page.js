@@ -1,4 +1,4 @@
-// Draws the charts, in the colours of the page: Bokeh paints on a canvas, which style sheets do not reach.
+// Draws the charts in the page's colors. Style sheets do not apply to them, because Bokeh draws on a canvas.
 "use strict";
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -24,7 +24,7 @@ async function draw() {
     await Bokeh.embed.embed_item(item, place);
   }
   for (const root of Bokeh.documents.flatMap((document) => document.roots())) {
-    if (touch && root.toolbar) root.toolbar.active_drag = null;  // a finger that scrolls the page must not move the map
+    if (touch && root.toolbar) root.toolbar.active_drag = null;  // scrolling the page with a finger must not move the map
   }
   paint();
   dark.addEventListener("change", paint);

@@ -1,4 +1,4 @@
-"""The page: what runs tell and what their nodes look like, in one file that needs nothing else."""
+"""Builds the report page, one self-contained HTML file that shows runs and their nodes."""
 
 import dataclasses
 import time
@@ -20,36 +20,36 @@ from mmgraph.report.pictures import as_uri
 from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.files import write_durably
 
-MAP_PICTURE_BYTES = 3_000_000  # of all maps of a page: what does not fit is a dot
-SUMMARY_STEPS = 100  # the last ones, whose mean loss and median rate are told
+MAP_PICTURE_BYTES = 3_000_000  # image data in all maps of a page; nodes whose images do not fit are drawn as dots
+SUMMARY_STEPS = 100  # last steps, for the mean loss and the median throughput in the summary
 
 
 class Shown(NamedTuple):
-    """A run on a page."""
+    """A run and its nodes, as shown on a page."""
 
     run: Run
     nodes: Nodes | None
-    reason: str  # why there are no nodes
+    reason: str  # why the nodes cannot be shown; empty if they can
 
 
 def write_page(path: Path, shown: Sequence[Shown]) -> None:
-    """Write a page of some runs, whole or not at all."""
+    """Write a page for several runs atomically."""
     content = page(shown)
     write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def page(shown: Sequence[Shown]) -> str:
-    """One HTML document with all that it needs in it. Everything from tables and names is escaped."""
+    """Return a page as a self-contained HTML document. All names, texts and values are escaped."""
     environment = Environment(
         loader=PackageLoader("mmgraph.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"uri": as_uri, "digits": digits}
-    runs = [one.run for one in shown]
+    runs = [entry.run for entry in shown]
     charts, steps_a_point = curves(runs)
     lines = rank_lines(runs)
     rank_charts = ranks(lines)
-    maps = [node_map_of(number, one.nodes, len(shown)) for number, one in enumerate(shown)]
+    maps = [node_map_of(number, entry.nodes, len(shown)) for number, entry in enumerate(shown)]
     everything = [*charts, *rank_charts, *(chart for chart, _ in filter(None, maps))]
     template = environment.get_template("page.html")
     return template.render(
@@ -72,82 +72,102 @@ def page(shown: Sequence[Shown]) -> str:
 
 
 def digits(value: float) -> str:
-    """A metric as ``mmgraph evaluate`` prints it."""
+    """Format a metric as ``mmgraph evaluate`` prints it."""
     return f"{value:.4f}"
 
 
 def node_map_of(number: int, nodes: Nodes | None, runs: int) -> tuple[Chart, int] | None:
-    """The map of a run's nodes, and how many of them have their picture on it."""
+    """Draw the map of a run's nodes.
+
+    Args:
+        number: index of the run on the page.
+        nodes: nodes of the run, or None if they cannot be shown.
+        runs: number of runs on the page.
+
+    Returns:
+        The map, and the number of nodes that are drawn as images. None without nodes.
+    """
     if nodes is None:
         return None
-    room, uris = MAP_PICTURE_BYTES // runs, []
+    budget, uris = MAP_PICTURE_BYTES // runs, []
     for node in nodes.map:
         uri = as_uri(node.picture) if node.picture is not None else ""
-        uris.append(uri if len(uri) <= room else "")
-        room -= len(uris[-1])
-    names = [_called(node) for node in nodes.map]
-    return node_map(f"map-{number}", nodes.places, names, uris), sum(map(bool, uris))
+        uris.append(uri if len(uri) <= budget else "")
+        budget -= len(uris[-1])
+    names = [_label(node) for node in nodes.map]
+    return node_map(f"map-{number}", nodes.positions, names, uris), sum(map(bool, uris))
 
 
-def _called(node: Node) -> str:
+def _label(node: Node) -> str:
     return node.name if node.name == node.node_id else f"{node.name} ({node.node_id})"
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """What a reader wants to know first."""
+    """Return the main figures of a run as pairs of label and value."""
     steps = run.steps
     if not steps:
         return [("steps", "none yet")]
-    found = [("steps", f"{int(steps['step'][-1]):,}")]
+    summary = [("steps", f"{int(steps['step'][-1]):,}")]
     if "epoch" in steps:
-        found.append(("epoch", f"{int(steps['epoch'][-1]):,} of {run.settings.get('epochs', '?')}"))
-    for key, what, mean, show in (
-        ("loss", "loss, mean", np.mean, digits),
-        ("edges_per_s", "edges/s, median", np.median, lambda value: f"{value:,.0f}"),
+        summary.append(("epoch", f"{int(steps['epoch'][-1]):,} of {run.settings.get('epochs', '?')}"))
+    for key, label, average, show in (
+        ("loss", "mean loss", np.mean, digits),
+        ("edges_per_s", "median edges/s", np.median, lambda value: f"{value:,.0f}"),
     ):
         values = steps.get(key, np.empty(0))[-SUMMARY_STEPS:]
         values = values[np.isfinite(values)]
         if len(values):
-            found.append((f"{what} of the last {len(values)} steps", show(float(mean(values)))))
+            summary.append((f"{label} of the last {len(values)} steps", show(float(average(values)))))
     if run.table is not None:
         embeddings = run.table["embeddings"]
         name = "z_graph" if "z_graph" in embeddings else next(iter(embeddings))
         at = f", step {run.table['step']:,}" if "step" in run.table else ""
-        found.append((f"MRR of {name}{at}", digits(embeddings[name]["mrr"])))
-        others = {name: embeddings[name]["mrr"] for name in BASELINES if name in embeddings}
-        if others:
-            best = max(others, key=lambda name: others[name])
-            found.append((f"MRR of the best baseline, {best}", digits(others[best])))
-    return found
+        summary.append((f"MRR of {name}{at}", digits(embeddings[name]["mrr"])))
+        baselines = {name: embeddings[name]["mrr"] for name in BASELINES if name in embeddings}
+        if baselines:
+            best = max(baselines, key=lambda name: baselines[name])
+            summary.append((f"MRR of the best baseline, {best}", digits(baselines[best])))
+    return summary
 
 
 def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:
-    """Rows of the last evaluation: embeddings, whether they are a baseline; MRR and Hits, then of 100 negatives."""
+    """Yield the rows of the evaluation table: name of the embedding, whether it is a baseline, and the values.
+
+    The values are MRR and Hits among all nodes, then MRR and Hits@10 among 100 random negatives.
+    """
     for name, values in table["embeddings"].items():
         sampled = table["sampled"][name]
         yield name, name in BASELINES, [*(values[metric] for metric in RANKS), sampled["mrr"], sampled["hits@10"]]
 
 
 def relations_of(table: Table | None) -> tuple[list[str], list[tuple[str, int, list[float]]]] | None:
-    """Names of embeddings, and for each relation, the largest first, its edges and MRRs."""
+    """Return the names of the embeddings, and a row for each relation: name, number of edges, MRR by embedding.
+
+    Relations with more edges are first. Without relations, the result is None.
+    """
     if table is None or not table.get("relations"):
         return None
     names = list(table["embeddings"])
-    rows = [(name, values["edges"], [values[kind] for kind in names]) for name, values in table["relations"].items()]
+    rows = [(name, values["edges"], [values[embedding] for embedding in names]) for name, values in table["relations"].items()]
     return names, sorted(rows, key=lambda row: -row[1])
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str], str]]:
-    """Name, what it is for, value of each run, and whether it ``differs``, is ``changed`` from the default, or not."""
+    """Return a row for each setting: name, help text, value in each run, and CSS class.
+
+    The class is ``differs`` if the runs have different values, ``changed`` if they have the same value and it is not
+    the default, or else ``default``. Settings that differ are first.
+    """
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    found = []
+    rows = []
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        field = fields.get(name)  # of a newer version, where an older run has none
+        field = fields.get(name)  # None for a setting that this version does not have
+        # An older run may lack a setting: its value is then the default.
         values = [run.settings.get(name, field.default if field else None) for run in runs]
         changed = field is None or any(value != field.default for value in values)
-        kind = "differs" if any(value != values[0] for value in values) else "changed" if changed else "default"
-        found.append((name, field.metadata["help"] if field else "", [_plain(value) for value in values], kind))
-    return sorted(found, key=lambda row: row[3] != "differs")
+        css_class = "differs" if any(value != values[0] for value in values) else "changed" if changed else "default"
+        rows.append((name, field.metadata["help"] if field else "", [_plain(value) for value in values], css_class))
+    return sorted(rows, key=lambda row: row[3] != "differs")
 
 
 def _plain(value: Any) -> str:
@@ -157,10 +177,10 @@ def _plain(value: Any) -> str:
 
 
 def _start(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each start of a run: a title, and what it ran on."""
+    """Yield for each start of a run a title and rows of its environment: name and value."""
     for start in starts:
         versions, step = start.get("versions"), start.get("from_step")
-        own = {name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")}
-        rows = {"started": own.pop("time", None), **own, **(versions if isinstance(versions, dict) else {})}
-        title = f"from step {step:,}" if isinstance(step, int) else "of a run"
+        facts = {name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")}
+        rows = {"started": facts.pop("time", None), **facts, **(versions if isinstance(versions, dict) else {})}
+        title = f"from step {step:,}" if isinstance(step, int) else "at an unknown step"
         yield title, [(name, str(value)) for name, value in rows.items() if value is not None]

@@ -1,4 +1,4 @@
-"""Small pictures of nodes, decoded as for the towers, for a page and for trackers."""
+"""Thumbnails of nodes' images, decoded as for the towers, for the page and for trackers."""
 
 import base64
 import io
@@ -14,15 +14,25 @@ from PIL import Image
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import decode_picture, is_black
 
-WORKERS = 2  # decoders of JPEG and PNG let go of Python's lock; each may hold a picture of 179 million pixels
-SECONDS = 120  # after which the pictures that are left are not read
-QUALITY = 70
+WORKERS = 2  # threads: the decoders release the GIL. Not more, as each may hold an image of 179 million pixels
+SECONDS = 120  # time limit; images that are not read by then are skipped
+QUALITY = 70  # of WebP
 
 
 def thumbnails(
     images: ImageSource, references: Sequence[Hashable], side: int, truncated: Literal["partial", "black"]
 ) -> list[Image.Image | None]:
-    """Pictures of at most ``side`` x ``side`` pixels; None where towers see all black, or :data:`SECONDS` are over."""
+    """Return thumbnails of at most ``side`` x ``side`` pixels, in the order of the references.
+
+    A thumbnail is None if the towers get a black image instead of the node's, or if it is not read within
+    :data:`SECONDS`.
+
+    Args:
+        images: the image source.
+        references: references from ``images.locate``.
+        side: maximum width and height in pixels.
+        truncated: as in :func:`mmgraph.data.images.decode_picture`.
+    """
     deadline = time.monotonic() + SECONDS
 
     def small(reference: Hashable) -> Image.Image | None:
@@ -35,42 +45,52 @@ def thumbnails(
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
         return picture
 
-    # Threads save and restore the filters of warnings over each other, so what is restored must ignore them too.
+    # decode_picture saves, changes and restores the warning filters. They are shared by all threads, so a thread may
+    # restore them while another one decodes. The restored filters must therefore ignore warnings too.
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore")
         try:
             return list(pool.map(small, references))
         finally:
-            pool.shutdown(cancel_futures=True)  # where it is interrupted
+            pool.shutdown(cancel_futures=True)  # after an interrupt, do not decode the rest
 
 
 def as_uri(picture: Image.Image) -> str:
-    """A picture as a ``data:`` URI."""
+    """Return an image as a ``data:`` URI of a WebP file."""
     content = io.BytesIO()
     picture.save(content, "WEBP", quality=QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def sheet(rows: Sequence[Sequence[Image.Image | None]], side: int) -> Image.Image:
-    """Rows of pictures on one, each in a square of ``side`` pixels; a gap after the first of a row."""
+    """Draw rows of images on one image, each in a square of ``side`` pixels, with a gap after the first of each row.
+
+    A None leaves its square white.
+    """
     gap = side // 4
     width = max(map(len, rows)) * side + gap
-    whole = Image.new("RGB", (width, len(rows) * side), "white")
+    canvas = Image.new("RGB", (width, len(rows) * side), "white")
     for top, row in enumerate(rows):
         for left, picture in enumerate(row):
             if picture is not None:
                 shown = picture.copy()
                 shown.thumbnail((side - 4, side - 4))
-                whole.paste(shown, (left * side + (gap if left else 0) + 2, top * side + 2))
-    return whole
+                canvas.paste(shown, (left * side + (gap if left else 0) + 2, top * side + 2))
+    return canvas
 
 
-def scattered(pictures: Sequence[Image.Image | None], places: Sequence[tuple[float, float]], size: int) -> Image.Image:
-    """Pictures on a square of ``size`` pixels, centred at places from 0 to 1, the second upwards."""
-    whole = Image.new("RGB", (size, size), "white")
-    for picture, (x, y) in zip(pictures, places, strict=True):
+def scattered(pictures: Sequence[Image.Image | None], positions: Sequence[tuple[float, float]], size: int) -> Image.Image:
+    """Draw images on a square of ``size`` pixels.
+
+    Args:
+        pictures: the images, each scaled down to 1/40 of ``size``; None is skipped.
+        positions: an (x, y) for each image, from 0 to 1; y points up.
+        size: width and height in pixels.
+    """
+    canvas = Image.new("RGB", (size, size), "white")
+    for picture, (x, y) in zip(pictures, positions, strict=True):
         if picture is not None:
             shown = picture.copy()
             shown.thumbnail((size // 40, size // 40))
-            whole.paste(shown, (int(x * (size - shown.width)), int((1 - y) * (size - shown.height))))
-    return whole
+            canvas.paste(shown, (int(x * (size - shown.width)), int((1 - y) * (size - shown.height))))
+    return canvas

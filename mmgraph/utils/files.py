@@ -48,10 +48,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
             except OSError as error:
                 if error.errno is not None:
                     raise
-                # NumPy compares the number of items written with the array's size, and does not know the reason.
-                raise OSError(
-                    errno.EIO, "NumPy could not write the full array (is the disk full?)", str(path)
-                ) from error
+                # NumPy sees only that fewer items were written, so its error has no errno.
+                raise OSError(errno.EIO, "NumPy could not write all data (is the disk full?)", str(path)) from error
 
     write_durably(path, save, shared=True)
 
@@ -116,7 +114,7 @@ def _publish_first(temporary: Path, path: Path) -> None:
         path.hardlink_to(temporary)
     except FileExistsError:
         pass
-    except OSError:  # the file system has no hard links
+    except OSError:  # no hard links on this file system: the last to finish wins
         temporary.replace(path)
         return
     temporary.unlink()
@@ -131,9 +129,8 @@ def _locked(path: Path) -> BinaryIO | None:
     while True:
         created = not path.exists()
         try:
-            file = os.fdopen(
-                os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b"
-            )  # readable, to read back what was written
+            # Readable too, so that the caller can read back what it wrote.
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except PermissionError as error:
             raise NotImplementedError from error
         try:

@@ -87,9 +87,7 @@ def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
         try:
             flush_log()
         except OSError as error:
-            print(
-                f"mmgraph: could not write the last {len(_waiting)} lines to {path}: {error.strerror}", file=sys.stderr
-            )
+            print(f"mmgraph: {path}: could not write the last {len(_waiting)} lines: {error.strerror}", file=sys.stderr)
         finally:
             _path, _waiting = None, deque(maxlen=1000)
 

@@ -40,7 +40,7 @@ class Table:
 def main() -> int:
     table = Table()
     code = pytest.main([str(Path(__file__).parent), "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[table])
-    print("\n| what is done to a run | cases | lost |\n| --- | --- | --- |")
+    print("\n| fault | cases | lost |\n| --- | --- | --- |")
     for fault in table.tried:
         print(f"| {fault} | {table.tried[fault]:,} | {table.lost[fault]} |")
     print(f"| **all** | **{sum(table.tried.values()):,}** | **{sum(table.lost.values())}** |")

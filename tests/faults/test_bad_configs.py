@@ -71,7 +71,9 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {  # YAML; what is named behin
 }
 
 
-@pytest.mark.fault("settings: unknown, of a wrong type, out of range, contradictory, in an unreadable file")
+@pytest.mark.fault(
+    "settings that are unknown, of the wrong type, out of range, contradictory, or in an unreadable file: one line"
+)
 def test_bad_settings(graph: Path, tmp_path: Path, cases: Cases) -> None:
     def check(number: int) -> None:
         output = tmp_path / f"{number}"
@@ -95,7 +97,7 @@ def other_data(graph: Path, folder: Path) -> None:
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
 
 
-@pytest.mark.fault("a run resumed with other settings, data or towers: refused, with the differences, nothing changed")
+@pytest.mark.fault("a run resumed with other settings, data or towers: refused, the differences named, nothing changed")
 def test_another_run_in_the_folder(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     for name in ("nodes", "edges", "towers"):
         other_data(graph, tmp_path / name)
@@ -133,7 +135,7 @@ def test_another_run_in_the_folder(graph: Path, done: Path, tmp_path: Path, case
     cases(each(changes, check))
 
 
-@pytest.mark.fault("a second run in the output folder of one that trains: refused, and the first goes on")
+@pytest.mark.fault("a second run in the output folder of a running one: refused, and the first continues")
 def test_two_runs_in_one_folder(graph: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print('held', flush=True); input()"
@@ -154,7 +156,7 @@ def test_two_runs_in_one_folder(graph: Path, tmp_path: Path) -> None:
     assert run(brief(graph, output)).code == 0
 
 
-@pytest.mark.fault("a second start that has read the state, and waits while the first goes on and ends: refused")
+@pytest.mark.fault("a second start that read the state, then waited while the first run continued and ended: refused")
 def test_a_start_that_comes_late(graph: Path, tmp_path: Path) -> None:
     output, flags = tmp_path / "run", brief(graph, tmp_path / "run")
     assert run(flags, ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
@@ -172,7 +174,7 @@ def test_a_start_that_comes_late(graph: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "an output folder that cannot be: a file in its place, no permission, a file system that is read-only"
+    "an output folder that is a file, has no write permission, or is on a read-only file system: one line"
 )
 def test_output_folders_that_cannot_be(graph: Path, tmp_path: Path, cases: Cases) -> None:
     (tmp_path / "file").write_text("a file")
@@ -186,7 +188,7 @@ def test_output_folders_that_cannot_be(graph: Path, tmp_path: Path, cases: Cases
     cases(6)
 
 
-@pytest.mark.fault("a graph with fewer edges than ranks times one, or a batch that ranks cannot share")
+@pytest.mark.fault("fewer edges than ranks, or a global batch that does not divide by the ranks: one line")
 def test_batches_that_ranks_cannot_share(tmp_path: Path, graph: Path) -> None:
     small = graph_files(tmp_path / "small", nodes=4, edges=3)
     more = [f"--nodes={small / 'nodes.csv'}", f"--edges={small / 'edges.csv'}"]

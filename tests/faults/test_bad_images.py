@@ -102,7 +102,7 @@ BLACK = {  # and why
 }
 
 
-@pytest.mark.fault("images of unusual kinds: decoded as Pillow does")
+@pytest.mark.fault("images in unusual formats and modes: decoded as Pillow does")
 def test_unusual_pictures(tmp_path: Path, cases: Cases) -> None:
     for name, content in WHOLE.items():
         (tmp_path / name).write_bytes(content)
@@ -112,7 +112,7 @@ def test_unusual_pictures(tmp_path: Path, cases: Cases) -> None:
     cases(len(WHOLE))
 
 
-@pytest.mark.fault("images that are none, or too many pixels: black, with the cause")
+@pytest.mark.fault("files that are not images, or have too many pixels: black, and counted by reason")
 def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
     for name, (content, expected) in BLACK.items():
         (tmp_path / name).write_bytes(content)
@@ -129,7 +129,7 @@ def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
     cases(len(BLACK) + len(others) + 4)
 
 
-@pytest.mark.fault("images cut short at ten places: the part that is there, or black")
+@pytest.mark.fault("images truncated at ten lengths: the part that can be decoded, or black")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
     whole = encoded(RGB, kind)
@@ -150,7 +150,7 @@ def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
     cases(20)
 
 
-@pytest.mark.fault("bits of images flipped: a picture or black, never an exception")
+@pytest.mark.fault("images with flipped bits: an image or black, never an exception")
 @pytest.mark.parametrize("flips", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
     generator, path, tried = torch.Generator().manual_seed(0), tmp_path / "flipped", 0
@@ -168,7 +168,7 @@ def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
     cases(tried)
 
 
-@pytest.mark.fault("damaged images decoded by four threads at once: each has the outcome that it has alone")
+@pytest.mark.fault("damaged images decoded by four threads: the same results as one at a time")
 def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), "PNG", compress_level=1)
@@ -215,7 +215,7 @@ print(1e3 * (peak_memory_gb(torch.device("cpu")) - before))
 """
 
 
-@pytest.mark.fault("small files that claim 50,000 x 50,000 pixels: refused from the header (memory measured)")
+@pytest.mark.fault("small files that claim 50,000 x 50,000 pixels: refused from the header (memory is measured)")
 def test_memory_of_bombs(tmp_path: Path, cases: Cases) -> None:
     names = [name for name in BLACK if name.startswith("bomb")]
     for name in names:
@@ -251,7 +251,7 @@ def bad_graph(folder: Path) -> tuple[Path, Counter[str]]:
 
 
 @pytest.mark.fault(
-    "a run over a graph with all of these: the same losses on one rank and two, stored and live, counted"
+    "a run on a graph with all of these images: the same losses on one and two ranks, stored and live; all counted"
 )
 def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
     bad, causes = bad_graph(tmp_path / "bad")
@@ -310,7 +310,7 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
         assert ended.code == 0 and "1 outside the image root" in ended.said, ended.said
 
 
-@pytest.mark.fault("a run whose image files are mostly bad: ended by --max_bad_images, on every rank")
+@pytest.mark.fault("a run whose image files are mostly bad: ended by --max_bad_images on every rank")
 def test_mostly_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
     bad, _ = bad_graph(tmp_path / "bad")
     more = [f"--nodes={bad / 'nodes.csv'}", f"--edges={bad / 'edges.csv'}"]

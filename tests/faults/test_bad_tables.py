@@ -109,7 +109,7 @@ def check(folder: Path, suffix: str, nodes: list[list[str]] | None, edges: list[
         assert wanted is not None and found == wanted
 
 
-@pytest.mark.fault("generated tables (hypothesis): the join that they say, or one line; CSV in any dialect")
+@pytest.mark.fault("generated CSV tables in any dialect (hypothesis): the correct join, or one line")
 @pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_generated_csv_tables(cases: Cases, examples: int) -> None:
     tried = [0]
@@ -129,7 +129,7 @@ def test_generated_csv_tables(cases: Cases, examples: int) -> None:
     cases(tried[0])
 
 
-@pytest.mark.fault("generated tables (hypothesis): Parquet, ids as text and as numbers")
+@pytest.mark.fault("generated Parquet tables (hypothesis), with ids as text and as numbers: the correct join")
 @pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_generated_parquet_tables(cases: Cases, examples: int) -> None:
     tried = [0]
@@ -188,7 +188,7 @@ TABLES: list[tuple[str | bytes, str | bytes, tuple[object, ...]]] = [  # nodes, 
 ]
 
 
-@pytest.mark.fault("tables that cannot be used: one line with file and line, exit code 2, nothing made")
+@pytest.mark.fault("invalid tables: one line with file and line number, exit code 2, nothing written")
 def test_tables_that_cannot_be_used(graph: Path, tmp_path: Path, cases: Cases) -> None:
     def look(number: int) -> None:
         folder = tmp_path / f"{number}"
@@ -228,7 +228,7 @@ for seed in range(tries):
 )
 
 
-@pytest.mark.fault("bits of Arrow and Parquet tables flipped: another text or one line, never a crash")
+@pytest.mark.fault("Arrow and Parquet tables with flipped bits: other text or one line, never a crash")
 @pytest.mark.parametrize("tries", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_flipped_bits(tmp_path: Path, cases: Cases, tries: int) -> None:
     names = [f"n{row}" for row in range(50)]
@@ -243,7 +243,7 @@ def test_flipped_bits(tmp_path: Path, cases: Cases, tries: int) -> None:
     cases(2 * tries)
 
 
-@pytest.mark.fault("converted tables that are cut short or lost: made anew, and the same run")
+@pytest.mark.fault("converted tables that are truncated or deleted: converted again, and the same run")
 def test_damaged_converted_tables(graph: Path, tmp_path: Path, cases: Cases) -> None:
     flags, cache = brief(graph, tmp_path / "whole"), {"MMGRAPH_CACHE": str(tmp_path / "cache")}
     assert run(flags, environment=cache).code == 0
@@ -269,7 +269,7 @@ def test_damaged_converted_tables(graph: Path, tmp_path: Path, cases: Cases) -> 
     cases(each(itertools.product(files, ("half", "empty", "lost")), check))
 
 
-@pytest.mark.fault("odd tables that train: self-loops, repeated edges, isolated nodes, nodes without anything")
+@pytest.mark.fault("unusual tables that train: self-loops, repeated edges, isolated nodes, empty nodes")
 def test_odd_tables_that_train(graph: Path, tmp_path: Path, cases: Cases) -> None:
     plain = "".join(f"{row},node {row},,\n" for row in range(20))
     ring = "".join(f"{row},{(row + 1) % 10}\n" for row in range(10)) * 5

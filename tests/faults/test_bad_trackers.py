@@ -28,7 +28,7 @@ def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.fault("wandb that raises or hangs at init, log or finish: training goes on, one line")
+@pytest.mark.fault("wandb raises or hangs at init, log or finish: training continues, one line")
 def test_wandb_that_raises_or_hangs(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     def check(case: tuple[str, str]) -> None:
         where, action = case
@@ -47,7 +47,7 @@ def test_wandb_that_raises_or_hangs(graph: Path, reference: Path, tmp_path: Path
     cases(each(itertools.product(("init", "log", "finish"), ("raise", "sleep")), check))
 
 
-@pytest.mark.fault("wandb that hangs at init, while another rank waits for less long: training goes on")
+@pytest.mark.fault("wandb hangs at init, longer than another rank waits: training continues")
 def test_wandb_that_hangs_beside_a_rank(graph: Path, tmp_path: Path) -> None:
     fault: Fault = ("bad_wandb", {"where": "init", "action": "sleep", "patience": 90, "rank": 0})
     flags = brief(graph, tmp_path / "run", "--report_to=wandb", "--collective_timeout=8")
@@ -55,7 +55,7 @@ def test_wandb_that_hangs_beside_a_rank(graph: Path, tmp_path: Path) -> None:
     assert ended.codes == [0, 0] and lines_with(off_line(ended.said), "4 s"), ended
 
 
-@pytest.mark.fault("wandb that hangs, where workers are to end and a temporary folder is to be removed: both are done")
+@pytest.mark.fault("wandb hangs at exit: DataLoader workers still end, and temporary folders are removed")
 def test_what_is_to_be_done_at_the_exit(graph: Path, tmp_path: Path) -> None:
     def folders() -> set[Path]:
         return set(Path(tempfile.gettempdir()).glob("mmgraph_tables_*"))
@@ -68,7 +68,7 @@ def test_what_is_to_be_done_at_the_exit(graph: Path, tmp_path: Path) -> None:
     assert lines_with(ended.said, "/proc/none") and folders() == before
 
 
-@pytest.mark.fault("a TensorBoard folder that cannot be written, or is full: training goes on, one line")
+@pytest.mark.fault("a TensorBoard folder that is not writable, or full: training continues, one line")
 def test_tensorboard_that_cannot_write(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     output = tmp_path / "file"
     output.mkdir()

@@ -37,7 +37,7 @@ def edges_by_step(folder: Path) -> dict[int, list[int]]:
 
 
 @pytest.mark.fault(
-    "world size, workers, store, caches, micro batches changed on resume: the same edges, losses in 1e-5"
+    "world size, workers, store, caches or micro batches changed on resume: the same edges, losses within 1e-5"
 )
 def test_changed_on_resume(graph: Path, tmp_path: Path, cases: Cases) -> None:
     whole = tmp_path / "whole"

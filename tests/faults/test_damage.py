@@ -51,7 +51,7 @@ def flip(data: bytes, place: int, bit: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
 
-@pytest.mark.fault("a state's file cut short, or one bit of it flipped")
+@pytest.mark.fault("a file of a resume state truncated, or one of its bits flipped: detected")
 @pytest.mark.parametrize("places", [50, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_states_are_told(done: Path, tmp_path: Path, cases: Cases, places: int) -> None:
     output = tmp_path / "run"
@@ -81,7 +81,7 @@ def test_damaged_states_are_told(done: Path, tmp_path: Path, cases: Cases, place
     cases(tried)
 
 
-@pytest.mark.fault("every bit of a state.json flipped")
+@pytest.mark.fault("each bit of a state.json flipped: detected")
 @pytest.mark.slow
 def test_every_bit_of_a_record(done: Path, tmp_path: Path, cases: Cases) -> None:
     state = tmp_path / "step-00000012"
@@ -97,7 +97,7 @@ def test_every_bit_of_a_record(done: Path, tmp_path: Path, cases: Cases) -> None
     cases(tried)
 
 
-@pytest.mark.fault("a run started again on a damaged newest state: goes on from the one before it")
+@pytest.mark.fault("a run resumed with a damaged newest state: continues from the state before it")
 def test_a_run_goes_on_from_the_state_before(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     def check(name: str) -> None:
         output = tmp_path / name
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_the_state_before(graph: Path, done: Path, tmp_path: 
     cases(each(FILES, check))
 
 
-@pytest.mark.fault("retention beside damaged states: they are not counted, and the last valid one stays")
+@pytest.mark.fault("--keep_last with damaged states: they are not counted, and the last valid state is kept")
 def test_retention_counts_valid_states_alone(graph: Path, done: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"}))
@@ -131,7 +131,7 @@ def test_retention_counts_valid_states_alone(graph: Path, done: Path, tmp_path: 
 UNREADABLE = ["ESTALE", "EACCES", "EMFILE", "ENOMEM", "EIO"]
 
 
-@pytest.mark.fault("a state that the file system does not give now: not taken for damaged; a bad sector is")
+@pytest.mark.fault("a state that cannot be read at the moment: not treated as damaged (a bad sector is)")
 def test_states_that_cannot_be_read_now(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: Cases
 ) -> None:
@@ -161,7 +161,7 @@ def test_states_that_cannot_be_read_now(
     cases(2 * len(UNREADABLE))
 
 
-@pytest.mark.fault("stray names beside the states, and lost temporaries")
+@pytest.mark.fault("unrelated files beside the states, and leftover temporary files: ignored or removed")
 def test_stray_names(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     output = tmp_path / "run"
     assert run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
@@ -325,7 +325,7 @@ print(peak_memory_gb(torch.device("cpu")) - before)
 )
 
 
-@pytest.mark.fault("hostile checkpoint files: code in a pickle, bombs, wrong shapes and keys")
+@pytest.mark.fault("malicious checkpoint files (code in a pickle, zip bombs, wrong shapes and keys): refused")
 def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     files = hostile_files(tmp_path, done / "checkpoints" / "multimodal_encoder_epoch_3.pt")
     for path, reason in files.values():
@@ -386,7 +386,7 @@ RECORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.fault("states with valid hashes and wrong contents")
+@pytest.mark.fault("states with valid hashes and wrong contents: refused")
 def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     def check(kind: str) -> None:
         name, change = STATES[kind]

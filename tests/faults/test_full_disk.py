@@ -63,7 +63,7 @@ def one_line(said: str) -> str:
     return line
 
 
-@pytest.mark.fault("a disk (tmpfs) that is full in a save: of an epoch file, a state, the metrics")
+@pytest.mark.fault("a full disk (tmpfs) during a save of an epoch file, a state, or metrics")
 @pytest.mark.parametrize("sizes", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
     whole = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
@@ -93,7 +93,7 @@ def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path,
     cases(each(range(sizes), check))
 
 
-@pytest.mark.fault("a write, sync or rename of a save that fails: no room, a quota, a broken disk")
+@pytest.mark.fault("a failing write, sync or rename during a save (no space, quota, I/O error)")
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
@@ -112,7 +112,7 @@ def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Pat
     cases(each(range(1, count(graph, tmp_path, SAVING) + 1, every), check))
 
 
-@pytest.mark.fault("a disk that is full while rows and log lines are written")
+@pytest.mark.fault("a full disk while metrics and log lines are written")
 def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
     def check(number: int) -> None:
         output, ranks = tmp_path / f"{number}", 1 + number % 2
@@ -131,7 +131,7 @@ def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: P
     cases(each(range(1, count(graph, tmp_path, LOGGING, *flags) + 1, 3), check))
 
 
-@pytest.mark.fault("a log on a full disk: no line twice, none in part")
+@pytest.mark.fault("a text log on a full disk: no line twice, no partial line")
 def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
     from mmgraph.utils.log import flush_log, log, log_file
 
@@ -150,7 +150,7 @@ def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
         assert (disk / "log.txt").read_text().split() == ["first", "x" * 20_000, "last"]
 
 
-@pytest.mark.fault("a disk that is full while the tower store is built")
+@pytest.mark.fault("a full disk while the tower store is built")
 def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
     tried = 0
     for ranks in (1, 2):
@@ -168,7 +168,7 @@ def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Pa
     cases(tried)
 
 
-@pytest.mark.fault("a disk that is full while embeddings are written: in parts, then each format")
+@pytest.mark.fault("a full disk while embeddings are written: shards, then each file format")
 def test_full_in_encode(
     graph: Path, reference: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], cases: Cases
 ) -> None:
@@ -189,7 +189,7 @@ def test_full_in_encode(
     cases(tried)
 
 
-@pytest.mark.fault("a terminal that is closed, a pipe that nobody reads, a full disk under what is printed: trains on")
+@pytest.mark.fault("a closed terminal, a closed pipe, or a full disk under the printed output: training continues")
 def test_lost_output(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
     def check(case: tuple[str, int]) -> None:
         kind, ranks = case
@@ -205,7 +205,7 @@ def test_lost_output(graph: Path, reference: dict[int, Path], tmp_path: Path, ca
     cases(each(itertools.product(("terminal", "pipe", "full"), (1, 2)), check))
 
 
-@pytest.mark.fault("a disk that is full as the run begins: nothing is made")
+@pytest.mark.fault("a full disk at the start of a run: one line, nothing written")
 def test_no_room_at_the_start(graph: Path, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", 4_000_000) as disk:
         refused = run(brief(graph, disk / "run"))

@@ -46,7 +46,7 @@ def losses(graph: Path, output: Path, ranks: int = 1, **more: str) -> list[list[
 
 
 @pytest.mark.fault(
-    "a change that alters the losses of 100 steps: seen by a golden file, to the bit where versions are its"
+    "a code change that alters the losses of 100 steps: detected by stored losses (to the bit with their versions)"
 )
 def test_losses_are_the_golden_ones(graph: Path, tmp_path: Path) -> None:
     golden: dict[str, Any] = json.loads(GOLDEN.read_text())

@@ -89,7 +89,7 @@ def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, c
     cases(each(random.Random(0).sample(triples, 12), check))
 
 
-@pytest.mark.fault("kill -9 at an epoch's end: before its file, between file and state, after the state")
+@pytest.mark.fault("kill -9 at the end of an epoch: before its file, between file and state, after the state")
 def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     places = [
         (targets.WRITE_CHECKPOINT, 1, False),
@@ -108,7 +108,7 @@ def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: C
     cases(each(places, check))
 
 
-@pytest.mark.fault("kill -9 or a power cut before each write, sync and rename of the saves")
+@pytest.mark.fault("kill -9 or a power cut before each write, sync and rename during saves")
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["SIGKILL", "power"])
 def test_in_a_save(
@@ -159,7 +159,7 @@ def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases
     cases(each(range(1, calls + 1, every), check))
 
 
-@pytest.mark.fault("kill -9 of both of two ranks after a step, and of the main one in a save")
+@pytest.mark.fault("kill -9 of both ranks after a step, and of the main process during a save")
 def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
     whole = tmp_path / "whole"
     assert run(brief(graph, whole), ranks=2).codes == [0, 0]

@@ -6,7 +6,7 @@ import pytest
 from load import growth, load
 
 
-@pytest.mark.fault("a run under load, watched: resident memory, open files and /dev/shm of every process stay flat")
+@pytest.mark.fault("a long run under load: resident memory, open files and /dev/shm of every process stay constant")
 @pytest.mark.parametrize(
     ("nodes", "edges", "minutes"),
     [(2_000, 20_000, 0.5), pytest.param(200_000, 2_000_000, 30.0, marks=pytest.mark.slow)],

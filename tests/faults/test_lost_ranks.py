@@ -47,7 +47,9 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("torch")}
 
 
-@pytest.mark.fault("a rank that raises in dataset, collator, forward pass, loss, evaluation, start, main-only code")
+@pytest.mark.fault(
+    "a rank that raises in the dataset, collator, forward pass, loss, evaluation, start, or main-process code"
+)
 def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     def check(case: tuple[str, int]) -> None:
         place, rank = case
@@ -72,7 +74,7 @@ def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases:
     assert shared_memory() == before
 
 
-@pytest.mark.fault("the launcher's SIGTERM to the rank that is left, before that has said what happened: it says so")
+@pytest.mark.fault("the launcher's SIGTERM to a remaining rank before it printed its error: the error is still printed")
 def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> None:
     killed = ("after_step", {"step": 5, "action": "SIGKILL", "rank": 1})
     signalled = ("at_call", {"target": targets.FAIL, "number": 1, "action": "SIGTERM", "rank": 0})
@@ -80,7 +82,7 @@ def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> N
     assert ended.codes == [1, -9] and line_with(ended.said, "mmgraph: error:", "rank 0"), ended
 
 
-@pytest.mark.fault("a DataLoader worker that is killed, is out of memory, raises or hangs")
+@pytest.mark.fault("a DataLoader worker that is killed, runs out of memory, raises or hangs")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
     whole = tmp_path / "whole"
@@ -124,7 +126,9 @@ SIGNAL_PLACES = {
 }
 
 
-@pytest.mark.fault("SIGTERM and SIGUSR1 to one rank or all: at start-up, in the build, a step, a save, an evaluation")
+@pytest.mark.fault(
+    "SIGTERM and SIGUSR1 to one or all ranks: at start, in the store's build, a step, a save, an evaluation"
+)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signals(graph: Path, reference: Path, tmp_path: Path, cases: Cases, name: str) -> None:
     def check(case: tuple[str, tuple[int, ...]]) -> None:
@@ -170,7 +174,9 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.mark.fault("accelerate launch: a rank killed in a step or in a save, or asleep for ever: all end, it is named")
+@pytest.mark.fault(
+    "accelerate launch: a rank killed in a step or a save, or hanging: all ranks end, and the message names it"
+)
 def test_real_launches(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
     consolidating = {"target": targets.CONSOLIDATE, "number": 3}
     in_a_save = {"inside": [targets.WRITE_STATE], "number": 9, "action": "SIGKILL", "rank": "0"}

@@ -49,7 +49,7 @@ def batch_of(graph: Path, step: int) -> list[list[str]]:
     return edges.iloc[list(sampler)[place]][["src_id", "dst_id"]].to_numpy().tolist()
 
 
-@pytest.mark.fault("NaN or infinity in a loss or gradient, on one rank or one of two: the run ends, or goes on without")
+@pytest.mark.fault("NaN or infinity in a loss or gradient, on one of one or two ranks: the run ends, or skips the step")
 @pytest.mark.parametrize("launch", [pytest.param(n, marks=() if n in CORE else pytest.mark.slow) for n in LAUNCHES])
 def test_no_rank_makes_the_update(graph: Path, tmp_path: Path, cases: Cases, launch: str) -> None:
     environment = LAUNCHES[launch]
@@ -95,7 +95,7 @@ def test_no_rank_makes_the_update(graph: Path, tmp_path: Path, cases: Cases, lau
     cases(each(kinds, check))
 
 
-@pytest.mark.fault("a run that left a step out, killed after it: goes on as if nothing had been")
+@pytest.mark.fault("a run killed after it skipped a step: resumes with the same result")
 def test_left_out_steps_are_counted_over_starts(graph: Path, tmp_path: Path) -> None:
     flags, bad = ("--max_skipped_steps=1", "--save_every=1"), fault("loss", "nan", 0)
     whole, output = tmp_path / "whole", tmp_path / "run"
@@ -110,7 +110,7 @@ def test_left_out_steps_are_counted_over_starts(graph: Path, tmp_path: Path) -> 
     assert ended.code == 1 and error_of(ended.said, "step 13", "gradient", "not_finite.jsonl", "--max_skipped_steps 2")
 
 
-@pytest.mark.fault("gradients that overflow fp16 at every scale: the run ends, instead of scaling down for ever")
+@pytest.mark.fault("gradients that overflow fp16 at every loss scale: the run ends instead of scaling down forever")
 def test_a_loss_scale_that_leads_nowhere(graph: Path, tmp_path: Path) -> None:
     every_step = [("not_finite", {"step": step, "what": "gradient", "value": "inf"}) for step in range(1, 40)]
     ended = run(
