@@ -58,7 +58,7 @@ def _distmult() -> Any:
 class ConcatMLP(nn.Module):
     """The encoder without cross-attention: an MLP on one text vector and one image vector per node.
 
-    Its heads are those of the encoder. It has about as many parameters as the encoder's fusion and heads.
+    It has the heads of the encoder, and about as many parameters as the encoder's fusion and heads together.
 
     Args:
         d_text: width of a text vector.
@@ -121,7 +121,7 @@ class Baselines:
             source: the nodes' vectors. ``concat``: the pooled tower outputs. ``text_only`` or ``image_only``: the same
                 with zeros for the other modality. ``random``: random numbers, which only identify the node.
             batch_size: edges per step.
-            false_negatives: as the setting of that name.
+            false_negatives: value of ``--false_negatives``.
             seed: seed of weights, random vectors and edge order.
         """
         config, device = self.config, self.accelerator.device

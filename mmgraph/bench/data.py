@@ -65,7 +65,8 @@ def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
         "decode and resize it": (lambda reference: inputs.picture_of(*graph.images.read(reference)), references),
     }
     return [
-        {"what": what, "ms": 1000 * statistics.median(_seconds(run, items))} for what, (run, items) in operations.items()
+        {"what": what, "ms": 1000 * statistics.median(_seconds(run, items))}
+        for what, (run, items) in operations.items()
     ]
 
 
@@ -122,8 +123,8 @@ class _NodeReader(EdgeCollator):
 def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, float]:
     """Return the growth of memory in MB over an epoch in which workers read the nodes of each batch.
 
-    The growth of the main process is measured from before the tables are opened. That of a worker is measured after
-    :data:`WARM` batches, when it has its own copies of the Python pages that it shared with its parent after the fork.
+    The growth of the main process is measured from before the tables are opened. The growth of a worker is measured
+    after its first :data:`WARM` batches. By then it has its own copies of the Python pages that a fork shares.
     """
     opened = resident_mb()
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)

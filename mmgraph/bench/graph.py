@@ -43,7 +43,8 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         pq.write_table(pa.Table.from_pandas(edges, preserve_index=False), folder / "edges.parquet")
     else:
         ids = np.arange(num_nodes).astype(str)
-        ends = (num_nodes * generator.random((num_edges, 2)) ** 3).astype(np.int64)  # 1 % of the nodes have a fifth of the ends
+        # 1 % of the nodes have a fifth of the ends.
+        ends = (num_nodes * generator.random((num_edges, 2)) ** 3).astype(np.int64)
         pq.write_table(pa.table({"src_id": ends[:, 0], "dst_id": ends[:, 1]}), folder / "edges.parquet")
     words = _words(generator)
     count = len(ids) if num_images is None else min(num_images, len(ids))
@@ -67,7 +68,7 @@ def _write_nodes(
     path: Path, ids: np.ndarray, first: int, images: int, words: np.ndarray, generator: np.random.Generator
 ) -> None:
     lengths = generator.integers(40, 81, len(ids))
-    # Word frequencies are skewed as in natural language (Zipf's law), so that the tokenizer rarely splits a word.
+    # Word frequencies are skewed as in natural language (Zipf's law), so that most words of a text are single tokens.
     drawn = words[(WORDS * generator.random(int(lengths.sum())) ** 3).astype(int)]
     summaries = [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
     rows = np.arange(first, first + len(ids))

@@ -33,8 +33,8 @@ def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None
 def compare_losses(edges: int, width: int, device: torch.device, repeats: int) -> dict[str, Any]:
     """Measure both losses, and return a row for the table.
 
-    The row has the seconds of each loss, the memory in GB that it adds to the embeddings, the ratio of the times (in
-    chunks to plain), and the relative difference of the gradients (norm of the difference to norm).
+    The row has the seconds of each loss, the memory in GB that it needs in addition to the embeddings, the ratio of the
+    times (chunks to plain), and the norm of the difference between the gradients, relative to the plain gradients.
     """
     torch.manual_seed(0)
     # z_graph, z_text, z_vis
@@ -53,13 +53,15 @@ def compare_losses(edges: int, width: int, device: torch.device, repeats: int) -
         )
     if edges > MAX_PLAIN_EDGES:
         return row | {"time ratio": "-", "difference": "-"}
-    ratio = statistics.median(b[0] / a[0] for a, b in zip(measurements["plain"][1:], measurements["parts"][1:], strict=True))
+    ratio = statistics.median(
+        b[0] / a[0] for a, b in zip(measurements["plain"][1:], measurements["parts"][1:], strict=True)
+    )
     difference = (gradients["plain"] - gradients["parts"]).norm() / gradients["plain"].norm()
     return row | {"time ratio": ratio, "difference": float(difference)}
 
 
 def _measure(z: list[torch.Tensor], in_chunks: bool) -> tuple[float, float]:
-    """Return the seconds of a forward and backward pass, and the GB by which it raises the peak of memory."""
+    """Return the seconds of a forward and backward pass, and the GB by which it raises peak memory."""
     device, usual = z[0].device, losses.LOGIT_CHUNK
     for tensor in z:
         tensor.grad = None

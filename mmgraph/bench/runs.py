@@ -21,7 +21,7 @@ Process = subprocess.Popen[bytes]
 
 
 def flags(config: Config, **others: Any) -> list[str]:
-    """Return the settings of a run as flags, without a report, which would add to the measured run.
+    """Return the settings of a run as flags. The run writes no report, because the report is not to be measured.
 
     Args:
         config: the settings.
@@ -34,8 +34,8 @@ def launch(folder: Path, name: str, arguments: list[str], processes: int, thread
     """Start a run, with its output in ``folder/<name>.log``.
 
     Args:
-        folder: folder for the log file.
-        name: name of the log file.
+        folder: folder for the log file and the script that is run.
+        name: name of the log file, without its suffix.
         arguments: arguments of ``launch.py``; or ``cache`` and the arguments of ``mmgraph cache``.
         processes: number of processes.
         threads: threads of each process; None keeps the default.

@@ -1,4 +1,4 @@
-"""``bench scale``: one run on N processes against N runs on one each, all with one thread a process."""
+"""``bench scale``: one run of N processes against N runs of one process, with one thread per process."""
 
 import json
 import statistics
@@ -16,41 +16,53 @@ from mmgraph.config import Config
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.utils.log import log
 
-LEFT_OUT = 3  # first steps of a run: its loader, buffers and threads begin
-NODES, EDGES = 640, 20_000  # of the part that is trained on: 64 edges of it have as many distinct nodes as of a graph
+WARM_UP_STEPS = 3  # first steps of a run, not counted, because loader, buffers and threads start in them
+# Size of the sample. It is large enough that 64 of its edges have about as many unique nodes as in a large graph.
+NODES, EDGES = 640, 20_000
 
 
 def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Path | None) -> None:
-    """Measure and report 1 to ``largest`` processes on this machine; real runs, in turn.
+    """Measure runs of 1 to ``largest`` processes on this machine, and report them. The variants take turns.
 
-    Each process has ``global_batch_size`` edges: N runs of one process have as much to do as one run of N. What is
-    compared is only what the processes of a run cost each other: gathers, reductions, waiting. The runs train on a
-    sample of the nodes with edges drawn between them, whose tower store is quickly built.
+    Each process has ``global_batch_size`` edges per step, so N runs of one process do the same work as one run of N
+    processes. The difference in throughput is the cost of running together: gathers, reductions and waiting. The runs
+    train on a sample of the nodes with random edges, so that the tower store is built quickly.
+
+    Args:
+        config: settings of the runs.
+        largest: largest number of processes.
+        steps: steps per run.
+        repeats: rounds; figures are medians over them.
+        path: JSON file to write.
 
     Raises:
-        UserError: a run fails, with its last line.
+        UserError: a run failed; the message has its error.
     """
     graph = load_graph(config)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        settings = _sample(config, graph, place)
-        finish(launch(place, "cache", ["cache", *settings], 1, threads=None), place / "cache.log")
+        runs_folder = Path(folder)
+        settings = _sample(config, graph, runs_folder)
+        finish(launch(runs_folder, "cache", ["cache", *settings], 1, threads=None), runs_folder / "cache.log")
         for count in range(1, largest + 1):
-            raise_on_all_ranks, alone = [], []
+            together, alone = [], []
             for repeat in range(repeats):
                 log(f"scale: {count} process(es), round {repeat + 1} of {repeats}")
-                runs = [_start(config, settings, place, f"alone-{count}-{repeat}-{i}", 1, steps) for i in range(count)]
+                runs = [
+                    _start(config, settings, runs_folder, f"alone-{count}-{repeat}-{i}", 1, steps) for i in range(count)
+                ]
                 alone.append(sum(_edges_per_s(*run) for run in runs))
                 name = f"together-{count}-{repeat}"
-                raise_on_all_ranks.append(
-                    alone[-1] if count == 1 else _edges_per_s(*_start(config, settings, place, name, count, steps))
+                together.append(
+                    alone[-1]
+                    if count == 1
+                    else _edges_per_s(*_start(config, settings, runs_folder, name, count, steps))
                 )
-            efficiency = statistics.median(a / b for a, b in zip(raise_on_all_ranks, alone, strict=True))
+            efficiency = statistics.median(a / b for a, b in zip(together, alone, strict=True))
             rows.append(
                 {
                     "processes": count,
-                    "one run, edges/s": statistics.median(raise_on_all_ranks),
+                    "one run, edges/s": statistics.median(together),
                     "as many runs, edges/s": statistics.median(alone),
                     "efficiency": efficiency,
                 }
@@ -58,11 +70,11 @@ def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Pa
     first = rows[0]["one run, edges/s"]
     rows = [{**row, "against one": row["one run, edges/s"] / first} for row in rows]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report(f"scale: {config.global_batch_size} edges a process, {device}, medians of {repeats}", rows, {}, path)
+    report(f"scale: {config.global_batch_size} edges per process, {device}, medians of {repeats}", rows, {}, path)
 
 
 def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
-    """Write a small graph of some of the nodes, and return the flags of a run on it."""
+    """Write a graph of random nodes and random edges between them. Returns the flags of a run on it."""
     generator = np.random.default_rng(0)
     drawn = generator.permutation(len(graph.nodes))[:NODES]
     nodes = [graph.nodes[int(row)] for row in drawn]
@@ -95,14 +107,18 @@ def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
 def _start(
     config: Config, settings: list[str], folder: Path, name: str, processes: int, steps: int
 ) -> tuple[Any, Path, int]:
-    """Launch a run of some steps in a folder of its own."""
+    """Start a run in its own output folder.
+
+    Returns:
+        The process, the output folder, and the edges per step of all processes together.
+    """
     output, edges = folder / name, config.global_batch_size * processes
-    own = [f"--global_batch_size={edges}", f"--output_dir={output}", f"--max_steps={steps}", "--report_to=none",
-           "--resume=never", "--save_every=0"]  # fmt: skip
-    return launch(folder, name, [*settings, *own], processes, threads=1), output, edges
+    arguments = [f"--global_batch_size={edges}", f"--output_dir={output}", f"--max_steps={steps}", "--report_to=none",
+                 "--resume=never", "--save_every=0"]  # fmt: skip
+    return launch(folder, name, [*settings, *arguments], processes, threads=1), output, edges
 
 
 def _edges_per_s(process: Any, output: Path, edges: int) -> float:
     finish(process, output.with_suffix(".log"))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(row["edges_per_s"] for row in rows[LEFT_OUT:])
+    return statistics.median(row["edges_per_s"] for row in rows[WARM_UP_STEPS:])

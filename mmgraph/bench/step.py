@@ -1,6 +1,6 @@
-"""``bench step``: the original's kind of step, the live one and the stored one, in turn on the same edges.
+"""``bench step``: time of a step as in the original trainer, with live towers, and from the tower store.
 
-In float32, and beside it in the launch's precision.
+The variants take turns on the same edges, in float32 and, if it differs, in the precision of the launch.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from mmgraph.bench.report import report
-from mmgraph.bench.step_kinds import KINDS, PHASES, Steps
+from mmgraph.bench.step_kinds import PHASES, VARIANTS, Steps
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.sampler import GlobalBatchSampler
@@ -23,86 +23,101 @@ from mmgraph.towers.cost import matmul_flops_per_s
 from mmgraph.towers.load import load_towers, tower_shapes
 from mmgraph.training import estimate
 
-Times = dict[tuple[str, str], list[dict[str, float]]]  # of a precision and a kind: a step's seconds by phase
+Times = dict[tuple[str, str], list[dict[str, float]]]  # (precision, variant) -> seconds of each step by phase
 
 
 def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: int, path: Path | None) -> None:
-    """Measure and report; the kinds of step take turns, after one of each that does not count.
+    """Measure and report. The variants take turns, after a warm-up step of each.
+
+    Args:
+        config: settings of a run.
+        accelerator: the Accelerator of this launch.
+        graph: the graph to train on.
+        repeats: measured steps per variant; figures are medians over them.
+        path: JSON file to write.
 
     Raises:
-        UserError: fewer edges than a batch.
+        UserError: the graph has fewer edges than a batch, or the tower store cannot be built.
     """
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
     batches = [batch for _, batch in zip(range(repeats + 1), sampler, strict=False)]
     if not batches:
-        raise UserError(f"--global_batch_size {config.global_batch_size} is larger than the graph's edges")
+        raise UserError(
+            f"--global_batch_size {config.global_batch_size} exceeds the number of edges in the graph; lower it"
+        )
     towers = load_towers(config.model_name)
     dtypes = {"no": torch.float32, accelerator.mixed_precision: compute_dtype(accelerator)}
-    every = {name: Steps(config, accelerator, graph, batches, towers, dtype) for name, dtype in dtypes.items()}
-    times: Times = {(precision, kind): [] for precision in every for kind in KINDS}
+    steps_by_precision = {
+        name: Steps(config, accelerator, graph, batches, towers, dtype) for name, dtype in dtypes.items()
+    }
+    times: Times = {(precision, variant): [] for precision in steps_by_precision for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        for precision, steps in every.items():
+        for precision, steps in steps_by_precision.items():
             steps.prepare_store(Path(folder) / precision, precision)
         for number in range(repeats + 1):
-            for (precision, kind), of_kind in times.items():
-                of_kind.append(every[precision].step(kind, number))
-    times = {step: of_kind[1:] for step, of_kind in times.items()}
+            for (precision, variant), seconds in times.items():
+                seconds.append(steps_by_precision[precision].step(variant, number))
+    times = {key: seconds[1:] for key, seconds in times.items()}
     report(
         f"step: {config.model_name}, {config.global_batch_size} edges, {accelerator.device.type}, medians of "
         f"{repeats}, ms",
-        [_row(*step, config.global_batch_size, of_kind) for step, of_kind in times.items()],
-        {name: value for precision in every for name, value in _figures(every, times, precision).items()},
+        [_row(*key, config.global_batch_size, seconds) for key, seconds in times.items()],
+        {
+            name: value
+            for precision in steps_by_precision
+            for name, value in _figures(steps_by_precision, times, precision).items()
+        },
         path,
     )
 
 
-def _row(precision: str, kind: str, edges: int, of_kind: list[dict[str, float]]) -> dict[str, Any]:
-    phases = {phase: 1000 * median(t[phase] for t in of_kind) for phase in PHASES}
-    whole = median(_whole(of_kind))
-    return {"step": f"{_name(precision)}, {kind}", **phases, "whole": 1000 * whole, "edges/s": edges / whole}
+def _row(precision: str, variant: str, edges: int, seconds: list[dict[str, float]]) -> dict[str, Any]:
+    phases = {phase: 1000 * median(t[phase] for t in seconds) for phase in PHASES}
+    total = median(_totals(seconds))
+    return {"step": f"{_name(precision)}, {variant}", **phases, "whole": 1000 * total, "edges/s": edges / total}
 
 
 def _name(precision: str) -> str:
     return "float32" if precision == "no" else precision
 
 
-def _whole(of_kind: list[dict[str, float]]) -> list[float]:
-    return [sum(t.values()) for t in of_kind]
+def _totals(seconds: list[dict[str, float]]) -> list[float]:
+    return [sum(t.values()) for t in seconds]
 
 
-def _figures(every: dict[str, Steps], times: Times, precision: str) -> dict[str, Any]:
-    """What is to be told of a precision. Its steps are compared with the plain ones in it, and in float32."""
-    steps = every[precision]
+def _figures(steps_by_precision: dict[str, Steps], times: Times, precision: str) -> dict[str, Any]:
+    """Return the figures of a precision. Its steps are compared with plain steps in that precision and in float32."""
+    steps = steps_by_precision[precision]
     config, rows = steps.config, steps.graph.rows
-    distinct = median(len({row for _, *ends in edges for row in ends}) for edges in steps.edges)
+    unique_nodes = median(len({row for _, *ends in edges for row in ends}) for edges in steps.edges)
     build_seconds = steps.build_seconds
-    if math.isnan(build_seconds):  # the store was there: what live towers took for as many nodes
+    if math.isnan(build_seconds):  # the store already existed: estimate from live towers
         live = median(t["data"] + t["towers"] for t in times["no", "live"])
-        build_seconds = live * steps.entries / 2 / distinct
-    count = config.epochs * (len(rows) // config.global_batch_size)
+        build_seconds = live * steps.entries / 2 / unique_nodes
+    num_steps = config.epochs * (len(rows) // config.global_batch_size)
     stored = times[precision, "stored"]
     figures: dict[str, Any] = {}
     for other in dict.fromkeys((precision, "no")):
-        plain = _whole(times[other, "plain"])
-        for kind in KINDS[1:]:
-            ratios = (p / k for p, k in zip(plain, _whole(times[precision, kind]), strict=True))
-            figures[f"{kind} against plain in {_name(other)}"] = median(ratios)
+        plain = _totals(times[other, "plain"])
+        for variant in VARIANTS[1:]:
+            ratios = (p / v for p, v in zip(plain, _totals(times[precision, variant]), strict=True))
+            figures[f"{variant} against plain in {_name(other)}"] = median(ratios)
         epochs = f"{config.epochs} epochs, building the store ({build_seconds:,.0f} s) included, against plain"
         figures[f"{epochs} in {_name(other)}"] = (
-            count * median(plain) / (count * median(_whole(stored)) + build_seconds)
+            num_steps * median(plain) / (num_steps * median(_totals(stored)) + build_seconds)
         )
     fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in stored]
     speed = matmul_flops_per_s(steps.accelerator.device, steps.dtype)
-    flops = 3 * distinct * estimate.shape(tower_shapes(config.model_name), config).fusion_flops
+    flops = 3 * unique_nodes * estimate.shape(tower_shapes(config.model_name), config).fusion_flops
     figures |= {
         "share of fusion and optimizer in the stored step": median(
-            f / w for f, w in zip(fusion, _whole(stored), strict=True)
+            f / w for f, w in zip(fusion, _totals(stored), strict=True)
         ),
         "share of waiting for data in the stored step": median(
-            t["data"] / w for t, w in zip(stored, _whole(stored), strict=True)
+            t["data"] / w for t, w in zip(stored, _totals(stored), strict=True)
         ),
-        "distinct nodes a step": distinct,
+        "distinct nodes a step": unique_nodes,
         "matrix product, GFLOP/s": speed / 1e9,
         "of which the fusion reaches": flops / median(fusion) / speed,
     }
-    return {f"{_name(precision)}: {what}": value for what, value in figures.items()}
+    return {f"{_name(precision)}: {name}": value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""The kinds of step that ``bench step`` compares: the original's, the live and the stored one."""
+"""The steps that ``bench step`` compares: as in the original trainer, with live towers, and from the tower store."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -33,14 +33,14 @@ from mmgraph.towers.token_source import TokenSource
 from mmgraph.towers.tokens import Tokens, Towers
 from mmgraph.utils.files import cache_folder
 
-KINDS = ("plain", "live", "stored")
+VARIANTS = ("plain", "live", "stored")  # "plain" is the step of the original trainer
 PHASES = ("data", "towers", "forward", "backward", "optimizer")
 
 
 class PlainModule(nn.Module):
-    """Fusion and heads as the original computes them, with a :class:`TrainedModule`'s parameters.
+    """Fusion and heads as the original trainer computes them, with the parameters of a :class:`TrainedModule`.
 
-    Attention through ``nn.MultiheadAttention.forward``, each layer on each token.
+    Attention is computed by ``nn.MultiheadAttention.forward``, and every layer is applied to every token.
     """
 
     def __init__(self, trained: TrainedModule):
@@ -48,7 +48,16 @@ class PlainModule(nn.Module):
         self.trained = trained
 
     def forward(self, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(N, L, d_text), (N, L), (N, P, d_vis) -> ``z_graph``, ``z_text``, ``z_vis``, each (N, proj_dim)."""
+        """Embed N nodes.
+
+        Args:
+            text: (N, L, d_text) text tokens.
+            mask: (N, L) 1 for text tokens, 0 for padding.
+            patches: (N, P, d_vis) image tokens.
+
+        Returns:
+            ``z_graph``, ``z_text``, ``z_vis``, each (N, proj_dim).
+        """
         fusion = self.trained.fusion
         text, patches = fusion.text_proj(text), fusion.vis_proj(patches)
         attend = nn.MultiheadAttention.forward
@@ -66,12 +75,17 @@ class PlainModule(nn.Module):
 
 
 class Steps:
-    """The three kinds of step in one precision over the same batches, each with its own parameters and optimizer.
+    """The three variants of a step, in one precision and on the same batches.
+
+    Each variant has its own parameters and optimizer.
 
     Args:
-        batches: numbers of edges.
-        towers: shared by the live and the plain kind, whatever the precision.
-        dtype: what all kinds compute in; 16-bit ones by autocast.
+        config: settings of a run.
+        accelerator: the Accelerator of this launch.
+        graph: the graph to train on.
+        batches: indices of the edges in each batch.
+        towers: used by the live and the plain step; may be shared between precisions.
+        dtype: dtype of the computation. A 16-bit dtype is used through autocast.
     """
 
     def __init__(
@@ -91,38 +105,48 @@ class Steps:
         self.live_collator = BatchCollator(graph.nodes, graph.images, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
         self.modules, self.optimizers = {}, {}
-        for kind in KINDS:
+        for variant in VARIANTS:
             torch.manual_seed(config.seed)
             module = TrainedModule(*towers.widths, config.fused_dim, config.proj_dim).to(accelerator.device)
-            self.modules[kind] = module
-            self.optimizers[kind] = torch.optim.AdamW(
-                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=kind != "plain"
+            self.modules[variant] = module
+            self.optimizers[variant] = torch.optim.AdamW(
+                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=variant != "plain"
             )
 
     def prepare_store(self, folder: Path, precision: str) -> None:
-        """The store of a run of that precision if it has all nodes; else one of the measured nodes, in ``folder``."""
+        """Open the tower store that a run in this precision would use.
+
+        If it does not have all nodes, build a store with the nodes of the batches instead.
+
+        Args:
+            folder: folder for a store to build.
+            precision: the precision in Accelerate's terms, such as ``no`` or ``bf16``.
+
+        Raises:
+            UserError: the store cannot be built in ``folder``.
+        """
         config, graph, accelerator = self.config, self.graph, self.accelerator
         content_hashes = read_content_hashes(
             graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
-        made_by = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
-        self.entries = sum(
-            len(shard.rows) for shard in missing_shards(TowerStore(folder), content_hashes)
-        )  # of all nodes
-        store, self.build_seconds = TowerStore(made_by.folder), float("nan")
+        store_recipe = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
+        # Texts and images in a store of all nodes.
+        self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), content_hashes))
+        store, self.build_seconds = TowerStore(store_recipe.folder), float("nan")
         shards = missing_shards(store, content_hashes)
         if shards:
             rows = np.unique([ends for batch in self.edges for _, *ends in batch])
             shards = missing_shards(TowerStore(folder), content_hashes, rows)
-            made_by = made_by._replace(folder=folder)
-            expected = cost(config, made_by, graph, self.inputs, shards)
+            store_recipe = store_recipe._replace(folder=folder)
+            expected = cost(config, store_recipe, graph, self.inputs, shards)
             if (reason := refusal(folder, expected.bytes)) is not None:
                 raise UserError(reason)
-            begun = time.perf_counter()
-            build(config, accelerator, graph, self.inputs, made_by, shards, expected)
-            self.build_seconds = (time.perf_counter() - begun) * self.entries / sum(len(shard.rows) for shard in shards)
+            start = time.perf_counter()
+            build(config, accelerator, graph, self.inputs, store_recipe, shards, expected)
+            self.build_seconds = (time.perf_counter() - start) * self.entries / sum(len(shard.rows) for shard in shards)
             store = TowerStore(folder)
-            measured = np.isin(np.arange(len(graph.nodes)), rows)  # nobody reads the others
+            measured = np.isin(np.arange(len(graph.nodes)), rows)
+            # No step reads the other nodes, so their hashes are replaced by those of a node that the store has.
             content_hashes = ContentHashes(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in content_hashes))
         self.stored = CachedTowers(
             store, content_hashes, accelerator.device, resident=accelerator.device.type == "cuda"
@@ -137,23 +161,31 @@ class Steps:
     def _to_device(self, batch: Any) -> Any:
         return send_to_device(batch, self.accelerator.device)
 
-    def step(self, kind: str, number: int) -> dict[str, float]:
-        """One step of a kind; seconds by phase. ``data`` is the time that the step waits for its batch."""
+    def step(self, variant: str, number: int) -> dict[str, float]:
+        """Run a step.
+
+        Args:
+            variant: one of :data:`VARIANTS`.
+            number: index of the batch.
+
+        Returns:
+            Seconds by phase. ``data`` is the time that the step waits for its batch.
+        """
         clock = _Clock(self.accelerator.device)
-        embed = self._plain(number, clock) if kind == "plain" else self._distinct(kind, number, clock)
+        embed = self._plain(number, clock) if variant == "plain" else self._unique(variant, number, clock)
         with self._autocast():
             z_graph, z_text, z_vis = embed()
         temperature, edges = self.config.temperature, len(z_graph) // 2
-        if kind == "plain":
+        if variant == "plain":
             loss = info_nce_loss(z_text @ z_vis.T / temperature)
             loss = loss + info_nce_loss(z_graph[:edges] @ z_graph[edges:].T / temperature)
         else:
             loss = contrastive_losses(z_graph, z_text, z_vis, temperature, 1.0).total
         clock.done("forward")
-        self.optimizers[kind].zero_grad(set_to_none=True)
+        self.optimizers[variant].zero_grad(set_to_none=True)
         loss.backward()
         clock.done("backward")
-        self.optimizers[kind].step()
+        self.optimizers[variant].step()
         clock.done("optimizer")
         return clock.seconds
 
@@ -169,16 +201,16 @@ class Steps:
         clock.done("towers")
         return lambda: PlainModule(self.modules["plain"])(*tokens[:3])
 
-    def _distinct(self, kind: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        source: TokenSource = self.stored if kind == "stored" else self.live
-        if kind == "stored":
+    def _unique(self, variant: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
+        source: TokenSource = self.stored if variant == "stored" else self.live
+        if variant == "stored":
             batch = next(self.stored_batches)
         else:
             batch = self._to_device(self.live_collator(self._edges(number)))
         clock.done("data")
         tokens: Tokens = source.tokens(batch)
         clock.done("towers")
-        module = self.modules[kind]
+        module = self.modules[variant]
         return lambda: tuple(z.index_select(0, batch.inverse) for z in module(tokens))
 
     def _node(self, row: int) -> dict[str, Any]:
@@ -190,7 +222,10 @@ class Steps:
 
 
 class _Clock:
-    """Seconds between calls; waits for the device, so that each phase has its own work."""
+    """Measures the seconds of each phase.
+
+    It waits for the device at the end of a phase, so that work of the phase is not counted in the next one.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
@@ -202,6 +237,7 @@ class _Clock:
         return time.perf_counter()
 
     def done(self, phase: str) -> None:
+        """Add the time since the last call, or since the start, to ``phase``."""
         now = self._now()
         self.seconds[phase] += now - self.last
         self.last = now

@@ -1,4 +1,4 @@
-"""``bench study``: what training is worth on held-out edges, by batch size and negatives, against baselines."""
+"""``bench study``: MRR on held-out edges by batch size and ``--false_negatives``, against baselines."""
 
 import json
 import statistics
@@ -22,16 +22,16 @@ from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
-_baselines: Baselines  # in a process of the pool
+_baselines: Baselines  # set in each process of the pool
 SETTINGS = ("keep", "mask_same", "mask_neighbors")
 
 
 class Case(NamedTuple):
-    """One training run, but for its seed."""
+    """The settings of a training run, without its seed."""
 
     batch_size: int
     false_negatives: str
-    more: str = ""  # other flags
+    more: str = ""  # additional flags
 
 
 def bench_study(
@@ -44,30 +44,38 @@ def bench_study(
     folder: Path | None,
     path: Path | None,
 ) -> None:
-    """Train and rank the same held-out edges: real runs of ``launch.py``, and baselines on the same edges.
+    """Train runs of ``launch.py`` and baselines, and rank the same held-out edges with all of them.
 
-    Each batch size has runs of the three ``--false_negatives``, the first one has the variants too, and each case is
-    trained from ``num_seeds`` seeds. MLPs on one vector a node are trained likewise with the same losses and edges,
-    and a DistMult on the edges alone.
+    The cases are all batch sizes with the three values of ``--false_negatives``, and the variants with the first batch
+    size. Each case is trained with ``num_seeds`` seeds. The baselines are MLPs on one text and one image vector per
+    node, trained with the same losses and edges, and a DistMult, trained on the edges and their relations.
 
     Args:
-        variants: flags of ``launch.py``, in one string each, of further runs.
-        at_once: runs at a time, with one thread each.
-        folder: where the runs are kept, and found again by a second start; default: nowhere.
+        config: settings of the runs.
+        graph: the graph, with held-out edges.
+        batch_sizes: batch sizes in edges.
+        num_seeds: seeds per case, starting at the seed of ``config``.
+        variants: flags of ``launch.py`` for additional runs, one string per variant.
+        at_once: number of concurrent runs, with one thread each.
+        folder: folder to keep the runs in, for a later start to reuse; None uses a temporary folder.
+        path: JSON file to write.
 
     Raises:
-        UserError: no ``--eval_edges``, a flag that the runs do not take, a run that fails.
+        UserError: ``--eval_edges`` is not set, the baselines cannot be trained, ``folder`` has runs of another study,
+            or a run failed, for example because of an unknown flag.
     """
-    if graph.held_out is None or config.eval_fraction:  # which every seed would split otherwise
-        raise UserError("bench study ranks the same held-out edges again and again: give --eval_edges (or --demo)")
+    if graph.held_out is None or config.eval_fraction:  # each seed would hold out other edges
+        raise UserError(
+            "bench study needs the same held-out edges for each seed: set --eval_edges (or --demo), not --eval_fraction"
+        )
     check_baselines(config, graph)
     cases = [Case(batch_size, setting) for batch_size, setting in product(batch_sizes, SETTINGS)]
     cases += [Case(batch_sizes[0], setting, more) for more, setting in product(variants, ("keep", "mask_neighbors"))]
     seeds = range(config.seed, config.seed + num_seeds)
     with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        trained = _train_all(config, graph, graph.held_out, cases, seeds, at_once, place)
+        runs_folder = folder or Path(temporary)
+        runs_folder.mkdir(parents=True, exist_ok=True)
+        trained = _train_all(config, graph, graph.held_out, cases, seeds, at_once, runs_folder)
     rows = [_row("untrained", [table["before"] for tables in trained.values() for table in tables])]
     rows += [_fixed_row(name, trained) for name in ("text_only", "image_only", "concat", "random")]
     rows += [_row(_name(case), trained[case]) for case in cases]
@@ -77,18 +85,18 @@ def bench_study(
 
 
 def _baseline_rows(config: Config, batch_sizes: Sequence[int], seeds: range, at_once: int) -> list[dict[str, Any]]:
-    kinds = [("concat", size, setting) for size, setting in product(batch_sizes, SETTINGS)]
-    kinds += [(given, batch_sizes[0], "keep") for given in ("text_only", "image_only", "random")]
-    log(f"study: {(len(kinds) + 1) * len(seeds)} baselines")
-    # Spawned: a fork would share the threads of this process.
+    settings = [("concat", size, negatives) for size, negatives in product(batch_sizes, SETTINGS)]
+    settings += [(source, batch_sizes[0], "keep") for source in ("text_only", "image_only", "random")]
+    log(f"study: {(len(settings) + 1) * len(seeds)} baselines")
+    # Not fork: a forked process inherits the locks of this process's threads, but not the threads.
     with ProcessPoolExecutor(at_once, get_context("spawn"), _open_baselines, (config,)) as pool:
-        mlps = [[pool.submit(_mlp, *kind, seed) for seed in seeds] for kind in kinds]
+        mlps = [[pool.submit(_mlp, *setting, seed) for seed in seeds] for setting in settings]
         distmults = [pool.submit(_distmult, seed) for seed in seeds]
         rows = [
-            _row(f"MLP on {given}, batch {size:,}, {setting}", [future.result() for future in futures])
-            for (given, size, setting), futures in zip(kinds, mlps, strict=True)
+            _row(f"MLP on {source}, batch {size:,}, {negatives}", [future.result() for future in futures])
+            for (source, size, negatives), futures in zip(settings, mlps, strict=True)
         ]
-        return [*rows, _row("DistMult, told relations", [future.result() for future in distmults])]
+        return [*rows, _row("DistMult, with relations", [future.result() for future in distmults])]
 
 
 def _open_baselines(config: Config) -> None:
@@ -97,8 +105,8 @@ def _open_baselines(config: Config) -> None:
     _baselines = Baselines(config)
 
 
-def _mlp(*kind: Any) -> dict[str, Any]:
-    return _baselines.mlp(*kind)
+def _mlp(*settings: Any) -> dict[str, Any]:
+    return _baselines.mlp(*settings)
 
 
 def _distmult(seed: int) -> dict[str, Any]:
@@ -108,7 +116,11 @@ def _distmult(seed: int) -> dict[str, Any]:
 def _train_all(
     config: Config, graph: Graph, held_out: HeldOut, cases: Sequence[Case], seeds: range, at_once: int, folder: Path
 ) -> dict[Case, list[dict[str, Any]]]:
-    """The last evaluation of each case's runs, with that before the first step under ``before``."""
+    """Train all runs, or reuse those in ``folder``.
+
+    Returns:
+        For each case, the last evaluation of each seed's run. Its key ``before`` has the MRRs before the first step.
+    """
     jobs = list(product(cases, seeds))
     settings = flags(config, demo=False)
     finish(launch(folder, "cache", ["cache", *settings], 1, threads=None), folder / "cache.log")
@@ -118,7 +130,9 @@ def _train_all(
             table = _train(settings, *job, folder)
             steps = config.epochs * (len(graph.rows) // job[0].batch_size)
             if table["held_out"] != held_out.fingerprint or table["step"] != steps:
-                raise UserError(f"{folder} holds runs of other edges, or of another length: give another --folder")
+                raise UserError(
+                    f"{folder}: its runs have other held-out edges or another number of steps; choose another --folder"
+                )
             bar.update()
             return table
 
@@ -129,16 +143,16 @@ def _train_all(
 def _train(settings: list[str], case: Case, seed: int, folder: Path) -> dict[str, Any]:
     name = "-".join(str(part) for part in (case.batch_size, case.false_negatives, seed)) + _slug(case.more)
     output = folder / name
-    own = [f"--global_batch_size={case.batch_size}", f"--false_negatives={case.false_negatives}", f"--seed={seed}",
-           f"--output_dir={output}", "--run_name=study", "--report_to=none", "--eval_every=0", "--save_every=0",
-           *case.more.split()]  # fmt: skip
-    finish(launch(folder, name, [*settings, *own], 1, threads=1), folder / f"{name}.log")
+    arguments = [f"--global_batch_size={case.batch_size}", f"--false_negatives={case.false_negatives}",
+                 f"--seed={seed}", f"--output_dir={output}", "--run_name=study", "--report_to=none", "--eval_every=0",
+                 "--save_every=0", *case.more.split()]  # fmt: skip
+    finish(launch(folder, name, [*settings, *arguments], 1, threads=1), folder / f"{name}.log")
     for file in (output / "checkpoints").glob("*_epoch_*.pt"):
-        file.unlink()  # of 27 runs or more
+        file.unlink()  # not needed, and 27 or more runs would take much disk space
     table = json.loads((output / "evaluation.json").read_text())
     with (output / "metrics.jsonl").open() as rows:
         first = json.loads(next(rows))
-    before = {kind: {"mrr": first[f"eval/{kind}/mrr"]} for kind in ("z_graph", "fused")}
+    before = {name: {"mrr": first[f"eval/{name}/mrr"]} for name in ("z_graph", "fused")}
     return {**table, "before": {"embeddings": before}}
 
 
@@ -151,20 +165,22 @@ def _name(case: Case) -> str:
 
 
 def _row(name: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means and, after ±, standard deviations over seeds."""
-    kinds = [table["embeddings"] for table in tables]
+    """Return a row of means ± standard deviations over the tables."""
+    metrics = [table["embeddings"] for table in tables]
     cells = {}
-    for kind in ("z_graph", "fused"):
-        cells[f"{kind} MRR"] = _spread([values[kind]["mrr"] for values in kinds if kind in values])
-    cells["z_graph Hits@10"] = _spread([v["z_graph"]["hits@10"] for v in kinds if "hits@10" in v.get("z_graph", {})])
-    for name_, key in (("finds its image", "retrieval"), ("shuffled", "retrieval_shuffled")):
-        cells[name_] = _spread([table[key]["r@1"] for table in tables if table.get(key)])
+    for embedding in ("z_graph", "fused"):
+        cells[f"{embedding} MRR"] = _spread([values[embedding]["mrr"] for values in metrics if embedding in values])
+    cells["z_graph Hits@10"] = _spread([v["z_graph"]["hits@10"] for v in metrics if "hits@10" in v.get("z_graph", {})])
+    for column, key in (("finds its image", "retrieval"), ("shuffled", "retrieval_shuffled")):
+        cells[column] = _spread([table[key]["r@1"] for table in tables if table.get(key)])
     return {"": name, **cells}
 
 
-def _fixed_row(kind: str, trained: dict[Case, list[dict[str, Any]]]) -> dict[str, Any]:
-    tables = [{"embeddings": {"z_graph": table["embeddings"][kind]}} for tables in trained.values() for table in tables]
-    return _row(kind, tables)
+def _fixed_row(embedding: str, trained: dict[Case, list[dict[str, Any]]]) -> dict[str, Any]:
+    tables = [
+        {"embeddings": {"z_graph": table["embeddings"][embedding]}} for tables in trained.values() for table in tables
+    ]
+    return _row(embedding, tables)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -95,13 +95,15 @@ class NodeTable(Dataset[dict[str, Any]]):
         """Return the batch if all of its data is in the memory map.
 
         Raises:
-            ValueError: the batch is compressed, so that pyarrow has decompressed it to a copy in memory.
+            ValueError: the batch is compressed, so pyarrow has decompressed it to a copy in memory.
         """
         first, last = self._buffer.address, self._buffer.address + self._buffer.size
         for column in batch.columns:
             for buffer in column.buffers():
                 if buffer is not None and buffer.size and not first <= buffer.address < last:
-                    raise ValueError(f"{self.path}: is compressed, so it cannot be memory-mapped; write it uncompressed")
+                    raise ValueError(
+                        f"{self.path}: is compressed, so it cannot be memory-mapped; write it uncompressed"
+                    )
         return batch
 
     def __reduce__(self) -> tuple[type["NodeTable"], tuple[Path]]:

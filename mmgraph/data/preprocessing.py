@@ -21,7 +21,8 @@ class Preprocessing:
         processor: a Hugging Face CLIP image processor, or a CLIP processor that contains one.
 
     Raises:
-        UserError: the processor does not do a bicubic resize of the short side and a square center crop.
+        UserError: the processor does not do a bicubic resize of the short side and a square center crop of at most
+            that size.
     """
 
     def __init__(self, processor: Any):
@@ -50,7 +51,8 @@ class Preprocessing:
     def resize(self, picture: torch.Tensor) -> torch.Tensor:
         """Resize the short side and crop the center: (3, H, W) uint8 -> (3, S, S) uint8."""
         picture = transforms.resize(picture, [self.short_side], InterpolationMode.BICUBIC, antialias=True)
-        top, left = ((side - self.crop) // 2 for side in picture.shape[1:])  # rounded down, unlike torchvision's center_crop
+        # Not torchvision's center_crop, which does not always round the offsets down.
+        top, left = ((side - self.crop) // 2 for side in picture.shape[1:])
         return picture[:, top : top + self.crop, left : left + self.crop].contiguous()
 
     def normalize(self, pictures: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,8 @@ def read_chunks(
 
     Raises:
         UserError: the file does not exist or is not a table, it has no rows, a column or an id is missing, or a CSV row
-            has more or fewer fields than the header. The message contains the file and the line.
+            has more or fewer fields than the header. The message contains the file and, for an invalid row, its line or
+            number.
     """
     path = Path(path)
     _check_file(path)
@@ -92,7 +93,7 @@ def _check_rows(path: Path, columns: Sequence[str]) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV, each with its first line. The header is a record; a blank line is not."""
+    """Yield the records of a CSV, header included, each with the number of its first line. Skip blank lines."""
     csv.field_size_limit(1 << 30)  # the default is 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(_lines(path, file))
@@ -104,10 +105,12 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of a CSV. A line with only spaces and tabs is yielded as a blank one, as pandas skips it too."""
+    """Yield the lines of a CSV. A line with only spaces and tabs is yielded as blank, because pandas skips it."""
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise UserError(f"{path}, line {number}: contains a NUL byte; the file is damaged, or not a CSV table in UTF-8")
+            raise UserError(
+                f"{path}, line {number}: contains a NUL byte; the file is damaged, or not a CSV table in UTF-8"
+            )
         yield line if line.strip(" \t\r\n") else "\n"
 
 
@@ -119,7 +122,7 @@ def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
         ) as reader:
             while frame is None or rows is not None:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error", pd.errors.ParserWarning)  # else pandas only warns when it cuts a long row
+                    warnings.simplefilter("error", pd.errors.ParserWarning)  # else a row with too many fields is cut
                     try:
                         frame = reader.read(rows)
                     except StopIteration:
@@ -153,12 +156,12 @@ def _arrow_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
 
 
 def _validated(table: pa.Table) -> pa.Table:
-    """Return the table after a full validation, such as offsets within its data and texts in UTF-8.
+    """Check that a table's offsets are within its data and its texts are UTF-8, and return it.
 
-    Without it, reading a damaged table could crash the process.
+    Without this check, reading a damaged table could crash the process.
 
     Raises:
-        pa.ArrowException: the table is invalid.
+        pa.ArrowException: the table is damaged.
     """
     table.validate(full=True)
     return table
@@ -187,7 +190,9 @@ def _with_text(path: Path, table: pa.Table, columns: Sequence[str], id_columns: 
         try:
             table = table.set_column(number, name, table[number].cast(data_type).cast(pa.large_string()))
         except pa.ArrowException:
-            raise UserError(f"{path}: column '{name}' has type {data_type}, which cannot be converted to text") from None
+            raise UserError(
+                f"{path}: column '{name}' has type {data_type}, which cannot be converted to text"
+            ) from None
     return table
 
 

@@ -13,8 +13,8 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
     """Apply a keyed permutation of 0..length-1 to ``positions``, in O(1) memory and time per position.
 
     The permutation is a balanced Feistel network (Luby and Rackoff, 1988) over the next power of four. It is applied
-    again until the value is inside the range (Black and Rogaway, 2002). The key is (seed, epoch), so the order does not
-    depend on the process, the time or the number of calls.
+    repeatedly until the value is inside the range (Black and Rogaway, 2002). The key is (seed, epoch), so the order
+    does not depend on the process, the time or the number of calls.
 
     Args:
         positions: int64 array of values in [0, length).
@@ -76,7 +76,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.num_edges // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch  # read once: a loader may prefetch from this iterator after the next begin()
+        epoch = self.epoch  # read once: an iterator stays in its epoch, even while a loader prefetches
         for start in range(self.samples, len(self) * self.batch_size, self.batch_size):
             positions = np.arange(start, start + self.batch_size)
             yield permuted(positions, self.num_edges, self.seed, epoch).tolist()

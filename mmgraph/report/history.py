@@ -116,7 +116,7 @@ def _read_table(path: Path) -> Table | None:
 
 
 def _check_table(table: Table) -> None:
-    """Check the values that a page shows of :meth:`mmgraph.evaluation.evaluator.Evaluation.evaluate`'s table.
+    """Check the values that a page needs from a table of :meth:`mmgraph.evaluation.evaluator.Evaluation.evaluate`.
 
     Raises:
         ValueError: the table has no embeddings.
@@ -141,7 +141,7 @@ def thinned(columns: Columns, name: str, max_points: int) -> tuple[np.ndarray, n
 
     Returns:
         (P,) the last step of each point; (P,) the means of the finite values, NaN for a point without any; and the
-        number of steps per point, which the last point may not reach.
+        number of steps per point (the last point may have fewer).
     """
     steps, values = columns["step"], columns[name]
     size = -(-len(steps) // max_points) or 1

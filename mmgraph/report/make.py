@@ -20,17 +20,21 @@ from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkp
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.report.figures import Figures, figures
 from mmgraph.report.history import Run, read_run, read_runs
-from mmgraph.report.nodes import MAP_NODES, Asked, NodesOfRun, show_nodes
+from mmgraph.report.nodes import MAP_NODES, GalleryQuery, NodesOfRun, show_nodes
 from mmgraph.report.page import Shown, write_page
 from mmgraph.utils.files import explain_disk_errors
 from mmgraph.utils.log import log
 
-KIND = "z_graph"  # the embedding of the map and of the nearest nodes
+EMBEDDING = "z_graph"  # the embedding of the map and of the nearest nodes
 FILE = "report.html"
 
 
 def report(
-    folders: Sequence[Path], output: Path, overrides: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query]
+    folders: Sequence[Path],
+    output: Path,
+    overrides: Mapping[str, Any],
+    accelerator: Accelerator,
+    queries: Sequence[Query],
 ) -> None:
     """Write one page for several runs. Called by all ranks, which embed the nodes together.
 
@@ -42,8 +46,8 @@ def report(
         queries: nodes to show first in the gallery.
 
     Raises:
-        UserError: a folder is not a run's folder, a query cannot be resolved, ``output`` is not a usable path, or the nodes
-            of a run cannot be embedded and there are queries.
+        UserError: a folder is not a run's folder, ``output`` is not a usable path, or there are queries and a query
+            cannot be resolved or the nodes of a run cannot be embedded.
         RunError: the file cannot be written.
     """
     runs = raise_on_all_ranks(accelerator, lambda: read_runs(folders))
@@ -81,8 +85,8 @@ def _shown(
         checkpoint = broadcast_from_main_process(accelerator, lambda: last_checkpoint(run.folder))
         config = settings_of(checkpoint, dict(overrides))
         inference = open_checkpoint(checkpoint, config, accelerator)
-        asked = raise_on_all_ranks(accelerator, lambda: [_asked(query, inference) for query in queries])
-        vectors = embed_all_nodes(inference, config, accelerator, KIND, embeddings_folder(checkpoint))
+        resolved = raise_on_all_ranks(accelerator, lambda: [_resolve(query, inference) for query in queries])
+        vectors = embed_all_nodes(inference, config, accelerator, EMBEDDING, embeddings_folder(checkpoint))
     except UserError as error:
         if queries:
             raise
@@ -93,14 +97,16 @@ def _shown(
     )
 
     def show() -> Shown:
-        return Shown(run, show_nodes(run_nodes, asked, lambda rows: load_links(rows, inference, config), max_nodes), "")
+        return Shown(
+            run, show_nodes(run_nodes, resolved, lambda rows: load_links(rows, inference, config), max_nodes), ""
+        )
 
     return raise_on_all_ranks(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
 
 
-def _asked(query: Query, inference: Inference) -> Asked:
-    target = resolve_query(query, inference, KIND)
-    return Asked(target) if isinstance(target, int) else Asked(None, str(query), query.image, target)
+def _resolve(query: Query, inference: Inference) -> GalleryQuery:
+    target = resolve_query(query, inference, EMBEDDING)
+    return GalleryQuery(target) if isinstance(target, int) else GalleryQuery(None, str(query), query.image, target)
 
 
 def end_of_run(
@@ -122,9 +128,9 @@ def end_of_run(
         The figures for trackers on the main process, None on the other ranks.
     """
     output = config.output_folder
-    shard = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (KIND,)))
+    shard = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (EMBEDDING,)))
     vectors, image_status = (
-        gather_on_main_process(accelerator, shard[name], len(graph.nodes)) for name in (KIND, "image_status")
+        gather_on_main_process(accelerator, shard[name], len(graph.nodes)) for name in (EMBEDDING, "image_status")
     )
     if not accelerator.is_main_process:
         return None

@@ -18,11 +18,11 @@ from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest_nei
 from mmgraph.report.pictures import thumbnails
 
 MAP_NODES = 2_000  # on all maps of a page together
-GALLERY_NODES, NEAREST = 12, 8
+GALLERY_NODES, NEAREST = 12, 8  # nodes in the gallery, and nearest nodes of each
 MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
-EXAMPLES = 3  # nodes listed for each image status other than a complete image
+EXAMPLES = 3  # nodes listed for each image status, except for complete images
 MAX_TEXT_LENGTH = 160  # characters of a name, text or path on the page
-PERPLEXITY = 30.0
+PERPLEXITY = 30.0  # of t-SNE; lower for a small sample
 MIN_TSNE_NODES = 8
 
 
@@ -74,7 +74,7 @@ class Nodes(NamedTuple):
     seed: int
 
 
-class Asked(NamedTuple):
+class GalleryQuery(NamedTuple):
     """A gallery entry to build: a node of the graph, or a new node with a name, an image and a vector."""
 
     row: int | None  # None for a new node
@@ -96,7 +96,7 @@ class NodesOfRun(NamedTuple):
 
 def show_nodes(
     run_nodes: NodesOfRun,
-    queries: Sequence[Asked],
+    queries: Sequence[GalleryQuery],
     load_links: Callable[[Sequence[int]], Links | None],
     max_nodes: int = MAP_NODES,
 ) -> Nodes:
@@ -111,7 +111,9 @@ def show_nodes(
     total = len(run_nodes.nodes)
     drawn = np.random.default_rng(run_nodes.seed).permutation(total)
     sample = np.sort(drawn[:max_nodes])
-    others = [Asked(row) for row in _for_gallery(run_nodes, drawn) if row not in [query.row for query in queries]]
+    others = [
+        GalleryQuery(row) for row in _for_gallery(run_nodes, drawn) if row not in [query.row for query in queries]
+    ]
     chosen = [*queries, *others[: max(0, GALLERY_NODES - len(queries))]]
     links = load_links([entry.row for entry in chosen if entry.row is not None])
     return Nodes(
@@ -181,7 +183,7 @@ def _short(text: str) -> str:
     return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"
 
 
-def _gallery(run_nodes: NodesOfRun, chosen: Sequence[Asked], links: Links | None) -> list[Entry]:
+def _gallery(run_nodes: NodesOfRun, chosen: Sequence[GalleryQuery], links: Links | None) -> list[Entry]:
     vectors = run_nodes.embedded.vectors
     queries = np.stack([vectors[entry.row] if entry.vector is None else entry.vector for entry in chosen])
     nearest = nearest_neighbors(vectors, queries, NEAREST, [entry.row for entry in chosen])
@@ -195,12 +197,12 @@ def _gallery(run_nodes: NodesOfRun, chosen: Sequence[Asked], links: Links | None
     return entries
 
 
-def _new_node(run_nodes: NodesOfRun, query: Asked) -> Node:
+def _new_node(run_nodes: NodesOfRun, query: GalleryQuery) -> Node:
     [picture] = thumbnails(AS_GIVEN, [query.image], GALLERY_SIDE, run_nodes.truncated_images)
     return Node(None, "not in the graph", _short(query.name), "", picture)
 
 
-def _neighbor(query: Asked, match: Match, node: Node, links: Links | None) -> Neighbor:
+def _neighbor(query: GalleryQuery, match: Match, node: Node, links: Links | None) -> Neighbor:
     edge = "" if links is None or query.row is None else links.between(query.row, match.row)
     return Neighbor(node, match.similarity, edge)
 

@@ -24,7 +24,7 @@ async function draw() {
     await Bokeh.embed.embed_item(item, place);
   }
   for (const root of Bokeh.documents.flatMap((document) => document.roots())) {
-    if (touch && root.toolbar) root.toolbar.active_drag = null;  // scrolling the page with a finger must not move the map
+    if (touch && root.toolbar) root.toolbar.active_drag = null;  // a touch must scroll the page, not move the map
   }
   paint();
   dark.addEventListener("change", paint);

@@ -148,7 +148,10 @@ def relations_of(table: Table | None) -> tuple[list[str], list[tuple[str, int, l
     if table is None or not table.get("relations"):
         return None
     names = list(table["embeddings"])
-    rows = [(name, values["edges"], [values[embedding] for embedding in names]) for name, values in table["relations"].items()]
+    rows = [
+        (name, values["edges"], [values[embedding] for embedding in names])
+        for name, values in table["relations"].items()
+    ]
     return names, sorted(rows, key=lambda row: -row[1])
 
 
@@ -180,7 +183,9 @@ def _start(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tupl
     """Yield for each start of a run a title and rows of its environment: name and value."""
     for start in starts:
         versions, step = start.get("versions"), start.get("from_step")
-        facts = {name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")}
+        facts = {
+            name.replace("_", " "): value for name, value in start.items() if name not in ("versions", "from_step")
+        }
         rows = {"started": facts.pop("time", None), **facts, **(versions if isinstance(versions, dict) else {})}
         title = f"from step {step:,}" if isinstance(step, int) else "at an unknown step"
         yield title, [(name, str(value)) for name, value in rows.items() if value is not None]

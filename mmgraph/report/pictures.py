@@ -79,7 +79,9 @@ def sheet(rows: Sequence[Sequence[Image.Image | None]], side: int) -> Image.Imag
     return canvas
 
 
-def scattered(pictures: Sequence[Image.Image | None], positions: Sequence[tuple[float, float]], size: int) -> Image.Image:
+def scattered(
+    pictures: Sequence[Image.Image | None], positions: Sequence[tuple[float, float]], size: int
+) -> Image.Image:
     """Draw images on a square of ``size`` pixels.
 
     Args:
