@@ -99,7 +99,7 @@ def run_warm(
     environments = [shared] if processes == 1 else [shared | rank_variables(i, processes) for i in range(processes)]
     for number, port in enumerate([free_port()] * processes if processes > 1 else []):
         environments[number]["MASTER_PORT"] = str(port)
-    with warm_server("ACCELERATE_USE_DEEPSPEED" in variables) as server, tempfile.TemporaryDirectory() as folder:
+    with warm_server("ACCELERATE_USE_DEEPSPEED" in shared) as server, tempfile.TemporaryDirectory() as folder:
         request = {
             "program": program, "environments": environments, "cwd": str(cwd or Path.cwd()), "faults": faults,
             "output": f"{folder}/rank", "timeout": timeout, "no_launcher": no_launcher,

@@ -64,7 +64,8 @@ def check_resumed(graph: Path, output: Path, reference: Path, *more: str) -> Non
 
 
 @pytest.mark.fault("kill -9 after each step of a run")
-def test_after_every_step(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_after_a_step(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(step: int) -> None:
         output = tmp_path / f"{step}"
         assert run(brief(graph, output), after(step)).code == -signal.SIGKILL
@@ -72,11 +73,12 @@ def test_after_every_step(graph: Path, reference: Path, tmp_path: Path, cases: C
         assert valid_steps(output) == saved[-1:-3:-1]
         check_resumed(graph, output, reference)
 
-    cases(each(range(1, STEPS + 1), check))
+    cases(each(range(1, STEPS + 1, every), check))
 
 
 @pytest.mark.fault("kill -9 three times in one epoch")
-def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, cases: Cases, count: int) -> None:
     epochs = [range(first, first + EPOCH) for first in range(1, STEPS + 1, EPOCH)]
     triples = [triple for epoch in epochs for triple in itertools.combinations_with_replacement(epoch, 3)]
 
@@ -86,7 +88,7 @@ def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, c
             run(brief(graph, output), after(step))  # it is past the step already where a state was written at it
         check_resumed(graph, output, reference)
 
-    cases(each(random.Random(0).sample(triples, 12), check))
+    cases(each(random.Random(0).sample(triples, count), check))
 
 
 @pytest.mark.fault("kill -9 at the end of an epoch: before its file, between file and state, after the state")
@@ -109,7 +111,7 @@ def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: C
 
 
 @pytest.mark.fault("kill -9 or a power cut before each write, sync and rename during saves")
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["SIGKILL", "power"])
 def test_in_a_save(
     graph: Path, reference: Path, all_states: Path, tmp_path: Path, cases: Cases, action: str, every: int
@@ -130,7 +132,7 @@ def test_in_a_save(
 
 
 @pytest.mark.fault("kill -9 before each write, sync and rename around an evaluation")
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output = tmp_path / f"{number}"
@@ -142,7 +144,7 @@ def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: C
 
 
 @pytest.mark.fault("kill -9 while tables are converted and the tower store is built")
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
 def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output, cache = tmp_path / f"{number}", {"MMGRAPH_CACHE": str(tmp_path / f"cache-{number}")}
@@ -160,7 +162,8 @@ def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases
 
 
 @pytest.mark.fault("kill -9 of both ranks after a step, and of the main process during a save")
-def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     whole = tmp_path / "whole"
     assert run(brief(graph, whole), ranks=2).codes == [0, 0]
 
@@ -174,4 +177,4 @@ def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases) -> None:
         assert run(brief(graph, output), ranks=2).codes == [0, 0]
         check_same(output, whole)
 
-    cases(each([2, 4, 7, 11, 40, 60, 80, 100, 120, 140], check))
+    cases(each([2, 4, 7, 11, 40, 60, 80, 100, 120, 140][1::every], check))

@@ -126,11 +126,24 @@ SIGNAL_PLACES = {
 }
 
 
+SIGNALLED = [(place, ranks) for place in SIGNAL_PLACES for ranks in ((0,), (1,), (0, 1))]
+
+
 @pytest.mark.fault(
     "SIGTERM and SIGUSR1 to one or all ranks: at start, in the store's build, a step, a save, an evaluation"
 )
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signals(graph: Path, reference: Path, tmp_path: Path, cases: Cases, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("SIGTERM", SIGNALLED[::5]),
+        ("SIGUSR1", SIGNALLED[1::10]),
+        *(pytest.param(name, SIGNALLED, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1")),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGTERM everywhere", "SIGUSR1 everywhere"],
+)
+def test_signals(
+    graph: Path, reference: Path, tmp_path: Path, cases: Cases, name: str, some: list[tuple[str, tuple[int, ...]]]
+) -> None:
     def check(case: tuple[str, tuple[int, ...]]) -> None:
         place, ranks = case
         output = tmp_path / f"{place}-{len(ranks)}{ranks[0]}".replace(" ", "")
@@ -150,7 +163,7 @@ def test_signals(graph: Path, reference: Path, tmp_path: Path, cases: Cases, nam
         assert run(brief(graph, output, *FLAGS), ranks=2, environment=cache).codes == [0, 0]
         check_same(output, reference)
 
-    cases(each([(place, ranks) for place in SIGNAL_PLACES for ranks in ((0,), (1,), (0, 1))], check))
+    cases(each(some, check))
 
 
 def launched(*flags: str, faults: list[Fault], within: float) -> subprocess.CompletedProcess[str]:
@@ -174,6 +187,7 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "accelerate launch: a rank killed in a step or a save, or hanging: all ranks end, and the message names it"
 )

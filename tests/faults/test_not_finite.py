@@ -33,7 +33,7 @@ PRECISIONS = {name: {"ACCELERATE_MIXED_PRECISION": name} for name in ("no", "bf1
 PRECISIONS[SCALED] = PRECISIONS["fp16"]
 ZERO = {f"ZeRO-{stage} {precision}": zero(stage, precision) for stage in (1, 2, 3) for precision in ("no", "bf16")}
 LAUNCHES = PRECISIONS | ZERO
-CORE = ["no", "bf16", SCALED, "ZeRO-2 bf16", "ZeRO-3 no"]
+CORE = ["no", SCALED, "ZeRO-3 no"]
 
 
 def fault(what: str, value: str, rank: int) -> Fault:
