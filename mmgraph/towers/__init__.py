@@ -1,1 +1,1 @@
-"""The frozen towers: loading, running live, and their tokens on disk."""
+"""The frozen towers: load them, run them live, or read their tokens from a store on disk."""

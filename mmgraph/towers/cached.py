@@ -1,4 +1,4 @@
-"""The token source of a run: towers' tokens made once and read from then on, or the live towers."""
+"""The token source that reads a tower store, and functions that open and build the store."""
 
 import dataclasses
 import os
@@ -34,18 +34,21 @@ from mmgraph.towers.tokens import Tokens
 from mmgraph.utils.files import cache_folder, make_once
 from mmgraph.utils.log import log
 
-VISIBLE_SECONDS = 120
-GPU_SHARE = 0.5  # of a GPU's free memory: what a store may take there without being told to
+VISIBLE_SECONDS = 120  # to wait for files of other hosts, which a network file system may show late
+GPU_SHARE = 0.5  # --tower_cache_device auto: maximum size of a store in GPU memory, as a fraction of the free memory
 
 
 class CachedTowers:
-    """The token source that reads a store which holds every node.
+    """Token source that reads a tower store.
 
     Args:
-        store: holds all of ``content_hashes``.
-        contents: of the graph's nodes.
-        device: where tokens are wanted.
-        resident: keep all of them in the device's memory.
+        store: a store with an entry for each text and image in ``content_hashes``.
+        content_hashes: hashes of the graph's texts and images.
+        device: device of the returned tokens.
+        resident: load the tokens of all nodes to the device's memory.
+
+    Raises:
+        UserError: the store lacks entries.
     """
 
     def __init__(self, store: TowerStore, content_hashes: ContentHashes, device: torch.device, resident: bool = False):
@@ -53,22 +56,22 @@ class CachedTowers:
         self.texts, self.images = (
             store.texts.find(content_hashes.texts),
             store.images.find(content_hashes.images),
-        )  # (N,) places
+        )  # (N,) int64, indices of the nodes' entries
         if min(self.texts.min(), self.images.min()) < 0:
-            raise UserError(f"tower store: {store.folder} lacks entries; start again, and they are made")
-        self.places = self.texts, self.images
-        distinct, inverse = np.unique(self.images, return_inverse=True)
-        causes = [shard["causes"][entries] for shard, entries in store.images.by_shard(distinct)]
-        self.image_status = torch.cat(causes).numpy()[inverse]  # (N,)
+            raise UserError(f"tower store: {store.folder} lacks entries; run the same command again to build them")
+        self.store_indices = self.texts, self.images
+        unique, inverse = np.unique(self.images, return_inverse=True)
+        statuses = [shard["causes"][entries] for shard, entries in store.images.by_shard(unique)]
+        self.image_status = torch.cat(statuses).numpy()[inverse]  # (N,) uint8, indices into IMAGE_STATUS
         self.resident: ResidentTokens | None = None
-        if resident:  # from here, places are numbers of what lies on the device
+        if resident:  # from here, self.texts and self.images index the entries on the device
             texts, self.texts = np.unique(self.texts, return_inverse=True)
             images, self.images = np.unique(self.images, return_inverse=True)
             self.resident = ResidentTokens.load(store, texts, images, device)
-            self.lengths = self.resident.offsets.diff().cpu().numpy()  # of each text
+            self.lengths = self.resident.offsets.diff().cpu().numpy()  # (N_text,) tokens per text
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterator[EdgeBatch]:
-        """The loader's batches with their tokens prefetched; the next ones are read while a step runs."""
+        """Yield the loader's batches with their tokens. A thread reads the next batch's tokens while a step runs."""
         with ThreadPoolExecutor(1) as reader:
             waiting = deque[tuple[EdgeBatch, Future[Tokens]]]()
             for batch in loader:
@@ -82,24 +85,25 @@ class CachedTowers:
         texts, images = self.texts[rows], self.images[rows if image_rows is None else image_rows]
         if self.resident is None:
             return self.store.tokens(texts, images, pin=self.device.type == "cuda")
-        text, image = (torch.from_numpy(places).to(self.device) for places in (texts, images))
+        text, image = (torch.from_numpy(indices).to(self.device) for indices in (texts, images))
         return self.resident.tokens(text, image, length=int(self.lengths[texts].max()))
 
     def _finish(self, batch: EdgeBatch, tokens: "Future[Tokens]") -> EdgeBatch:
         return batch._replace(prefetched=tokens.result(), image_status=self.image_status[batch.unique])
 
     def tokens(self, batch: EdgeBatch, micro_batches: int = 1) -> Tokens:
-        """Tokens of the batch's U unique nodes, on the device."""
+        """Return the tokens of the batch's U unique nodes, on the device. ``micro_batches`` has no effect here."""
         tokens: Tokens = batch.prefetched
         return tokens.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def pooled_tokens(self, rows: np.ndarray, image_rows: np.ndarray) -> Tokens:
-        """What :func:`mmgraph.towers.live.run_towers` gives: tokens with the pooled outputs, on the device.
+        """Return tokens with the pooled outputs, on the device, as :func:`mmgraph.towers.live.run_towers` does.
 
         Args:
-            rows, image_rows: (U,) the nodes whose texts, and those whose images are meant.
+            rows: (U,) rows of the nodes whose texts are used.
+            image_rows: (U,) rows of the nodes whose images are used.
         """
-        texts, images = self.places
+        texts, images = self.store_indices
         tokens = self._read(rows, image_rows)._replace(
             text_pooled=self.store.texts.gather("pooled", texts[rows]),
             image_pooled=self.store.images.gather("pooled", images[image_rows]),
@@ -108,7 +112,7 @@ class CachedTowers:
 
 
 def load_content_hashes(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
-    """Hashes of a graph's texts and images. Called by all ranks; see :func:`read_content_hashes`."""
+    """Return the hashes of a graph's texts and images. Called by all ranks; see :func:`read_content_hashes`."""
     folder = cache_folder(config.nodes)
     return read_content_hashes(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
@@ -122,51 +126,62 @@ def open_store(
     towers: str,
     planned_nodes: int,
 ) -> CachedTowers | None:
-    """Open the store of a run's tokens, after building what it lacks. Called by all ranks.
+    """Open the tower store of a run. Missing entries are built first. Called by all ranks.
 
     Args:
-        contents: of the graph's nodes.
-        inputs: what live training would make tower inputs with.
-        towers: the fingerprint of the towers' weights.
-        planned_nodes: how many nodes the run would send through live towers.
+        config, accelerator, graph: settings, Accelerator and data of the run.
+        content_hashes: hashes of the graph's texts and images.
+        inputs: converts texts and images to tower inputs.
+        towers: fingerprint of the towers' weights.
+        planned_nodes: number of nodes that live towers would process in this run.
 
     Returns:
-        None where the towers are to run live: as asked for, or because of what a line of the log says.
+        The token source; None if the towers must run live. This happens only with ``--tower_cache auto``, and the
+        reason is logged.
 
     Raises:
-        UserError: a store that was asked for by its folder cannot be built there.
+        UserError: ``config.tower_cache`` is a folder in which the store cannot be built, or the store is damaged.
     """
-    made_by = raise_on_all_ranks(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
-    store = raise_on_all_ranks(accelerator, lambda: TowerStore(made_by.folder))
+    store_recipe = raise_on_all_ranks(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
+    store = raise_on_all_ranks(accelerator, lambda: TowerStore(store_recipe.folder))
     shards = missing_shards(store, content_hashes)
-    if any(gather_object([bool(shards)])):  # hosts may see different folders
-        expected = cost(config, made_by, graph, inputs, shards)
+    if any(gather_object([bool(shards)])):  # each host may have a separate folder
+        expected = cost(config, store_recipe, graph, inputs, shards)
         refused = None
         if config.tower_cache == "auto" and planned_nodes <= sum(len(shard.rows) for shard in shards) / 2:
-            refused = f"the planned steps see {planned_nodes:,} nodes, fewer than a store of all would have to"
-        refusals = gather_object([refused or refusal(made_by.folder, expected.bytes)])  # of each host's disk
+            refused = f"the planned steps see {planned_nodes:,} nodes, not more than the tower store lacks"
+        # Each host may have a separate disk.
+        refusals = gather_object([refused or refusal(store_recipe.folder, expected.bytes)])
         refused = next((reason for reason in refusals if reason is not None), None)
         if refused is not None and config.tower_cache == "auto":
-            log(f"live towers: {refused}")
+            log(f"the towers run live: {refused}")
             return None
         if refused is not None:
-            raise UserError(f"--tower_cache {config.tower_cache}: {refused}")
-        build(config, accelerator, graph, inputs, made_by, shards, expected)
-        store = raise_on_all_ranks(accelerator, lambda: _built(made_by.folder, content_hashes))
+            raise UserError(
+                f"--tower_cache {config.tower_cache}: {refused}; set it to another folder, or to off for live towers"
+            )
+        build(config, accelerator, graph, inputs, store_recipe, shards, expected)
+        store = raise_on_all_ranks(accelerator, lambda: _reopen_after_build(store_recipe.folder, content_hashes))
     if config.tower_cache_local is not None:
         store = _stage(store, Path(config.tower_cache_local), accelerator)
     resident = raise_on_all_ranks(accelerator, lambda: _is_resident(config, store, accelerator.device))
-    where = f"in the memory of {accelerator.device}" if resident else "read as needed"
+    where = f"tokens in the memory of {accelerator.device}" if resident else "tokens are read from disk as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
     return raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
 
 
-def _built(folder: Path, content_hashes: ContentHashes) -> TowerStore:
-    """The store after it was built. A network file system may take a minute to show what other hosts wrote."""
+def _reopen_after_build(folder: Path, content_hashes: ContentHashes) -> TowerStore:
+    """Open a store that was just built.
+
+    A network file system may take a minute to show the files that other hosts have written, so this waits for them.
+
+    Raises:
+        UserError: the store still lacks entries after :data:`VISIBLE_SECONDS`.
+    """
     deadline = time.monotonic() + VISIBLE_SECONDS
     while missing_shards(store := TowerStore(folder), content_hashes):
         if time.monotonic() > deadline:
-            raise UserError(f"tower store: {folder} lacks entries after it was built; start again")
+            raise UserError(f"tower store: {folder} still lacks entries after the build; run the same command again")
         time.sleep(1)
     return store
 
@@ -180,30 +195,39 @@ def existing_store(
     inputs: NodeInputs,
     towers: str,
 ) -> CachedTowers | None:
-    """The store of some nodes' exact tokens, if there is one and it has all of them. Called by all ranks.
+    """Open the tower store with float32 tokens, without building anything. Called by all ranks.
 
     Args:
-        digest: the node table's fingerprint when it was opened.
-        towers: the fingerprint of the towers' weights.
+        config, accelerator: settings of the run, and the Accelerator of this launch.
+        nodes, images: the graph's node table and image source.
+        digest: fingerprint of the node table at the time when it was opened.
+        inputs: contains the tokenizer and the preprocessing.
+        towers: fingerprint of the towers' weights.
+
+    Returns:
+        The token source; None if the store does not exist or does not have all nodes.
+
+    Raises:
+        UserError: the store is damaged.
     """
     config = dataclasses.replace(config, tower_cache_dtype="float32")
-    made_by = recipe(config, accelerator.mixed_precision, inputs, towers)
-    if not all(gather_object([made_by.folder.is_dir()])):
-        return None  # and nothing is hashed for it
+    store_recipe = recipe(config, accelerator.mixed_precision, inputs, towers)
+    if not all(gather_object([store_recipe.folder.is_dir()])):
+        return None  # without a store, the nodes need not be hashed
     content_hashes = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
-    store = raise_on_all_ranks(accelerator, lambda: TowerStore(made_by.folder))
+    store = raise_on_all_ranks(accelerator, lambda: TowerStore(store_recipe.folder))
     if any(gather_object([bool(missing_shards(store, content_hashes))])):
         return None
     return CachedTowers(store, content_hashes, accelerator.device)
 
 
 def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
-    """Build the store that a run with these settings would, and train nothing. Called by all ranks.
+    """Build the tower store of a run with these settings, without training. Called by all ranks.
 
     Raises:
-        UserError: it cannot be built.
+        UserError: the store cannot be built.
     """
-    if config.tower_cache in ("auto", "off"):  # whatever a run would decide
+    if config.tower_cache in ("auto", "off"):  # build the store even if a run would use live towers
         config = dataclasses.replace(config, tower_cache=str(cache_folder(config.nodes)))
     towers = raise_on_all_ranks(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
     check_same_towers(towers)
@@ -211,12 +235,16 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
     stored = open_store(config, accelerator, graph, load_content_hashes(config, accelerator, graph), inputs, towers, 0)
     if stored is not None:
-        told = describe_image_status(stored.image_status.tolist())
-        log("the store is whole" + (f"; images that are black or in part: {told}" if told else ""))
+        counts = describe_image_status(stored.image_status.tolist())
+        log("the tower store is complete" + (f"; black or partial images: {counts}" if counts else ""))
 
 
 def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerStore:
-    """Copy a store's shards to a folder of each host, its ranks a share each; or use it as it is."""
+    """Copy a store's shards to a local folder of each host, and open the copy.
+
+    Each rank of a host copies a part of the shards. If a copy fails on any rank, all ranks use the original store, and
+    the reason is logged.
+    """
     target = local / store.folder.name
     files = [*store.texts.files, *store.images.files]
     failure = None
@@ -228,16 +256,16 @@ def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerSto
                 make_once(target / file.name, partial(shutil.copyfileobj, original))
     except OSError as error:
         failure = f"--tower_cache_local {local}: {error.strerror}"
-    failures = [found for found in gather_object([failure]) if found is not None]
+    failures = [reason for reason in gather_object([failure]) if reason is not None]
     if failures:
-        log(f"the tower store is read where it is: {failures[0]}")
+        log(f"the tower store is read from its original folder, because it could not be copied: {failures[0]}")
         return store
     return raise_on_all_ranks(accelerator, lambda: TowerStore(target))
 
 
 def _is_resident(config: Config, store: TowerStore, device: torch.device) -> bool:
     if config.tower_cache_device == "cuda" and device.type != "cuda":
-        raise UserError("--tower_cache_device cuda: there is no CUDA device")
+        raise UserError("--tower_cache_device cuda: this run has no CUDA device; set it to auto or cpu")
     if config.tower_cache_device != "auto" or device.type != "cuda":
         return config.tower_cache_device == "cuda"
     size = sum(file.stat().st_size for file in (*store.texts.files, *store.images.files))

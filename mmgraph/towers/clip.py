@@ -1,4 +1,8 @@
-"""CLIP's towers: the implementation of both over transformers, their weight files, and the original's keys."""
+"""CLIP towers, based on the models of transformers.
+
+Checkpoints store the towers' tensors under the keys of the original trainer (the single-GPU research trainer that
+mmgraph grew from).
+"""
 
 import json
 from collections.abc import Sequence
@@ -27,10 +31,10 @@ from mmgraph.towers.cost import transformer_flops
 from mmgraph.towers.tokens import TowerOutput, Towers
 
 DEFAULT_MODEL = Config.model_name
-RANDOM_WEIGHTS_MARK = "UNTRAINED.txt"  # a file of a demo graph's towers
+RANDOM_WEIGHTS_MARK = "UNTRAINED.txt"  # file that marks the towers of a demo graph
 TOWER_NAMES = ("text_model", "vision_model")
-DESCRIBED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-             "layer_norm_eps")  # fmt: skip
+COMMON_SETTINGS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+                   "layer_norm_eps")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class CLIPTextTower:
         return _flops(self.model.config, length)
 
     def description(self) -> dict[str, Any]:
-        return _described(self.model.config, (*DESCRIBED, "max_position_embeddings", "eos_token_id"))
+        return _settings(self.model.config, (*COMMON_SETTINGS, "max_position_embeddings", "eos_token_id"))
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,14 @@ class CLIPImageTower:
         return _flops(self.model.config, self.patches + 1)
 
     def description(self) -> dict[str, Any]:
-        return _described(self.model.config, (*DESCRIBED, "image_size", "patch_size"))
+        return _settings(self.model.config, (*COMMON_SETTINGS, "image_size", "patch_size"))
 
 
 def _flops(config: CLIPTextConfig | CLIPVisionConfig, length: int) -> float:
     return transformer_flops(config.num_hidden_layers, config.hidden_size, config.intermediate_size, length)
 
 
-def _described(config: CLIPTextConfig | CLIPVisionConfig, names: Sequence[str]) -> dict[str, Any]:
+def _settings(config: CLIPTextConfig | CLIPVisionConfig, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
@@ -100,36 +104,39 @@ def load_towers(model_name: str) -> Towers:
     """Load both towers in float32 from a hub name or a folder.
 
     Raises:
-        UserError: there is no such model, or it is no CLIP.
+        UserError: the model cannot be loaded as a CLIP model, or weights are missing.
     """
-    shown = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a CLIP checkpoint holds the other tower too: not worth a report
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else each load reports the weights of the other tower as unused
     transformers_logging.disable_progress_bar()
     try:
         (text_model, text_report), (vision_model, vision_report) = (  # type: ignore[misc]
-            modality.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
-            for modality in (CLIPTextModel, CLIPVisionModel)
+            model_class.from_pretrained(model_name, dtype=torch.float32, output_loading_info=True)
+            for model_class in (CLIPTextModel, CLIPVisionModel)
         )
-    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
+    except Exception as error:  # broken files raise various errors in transformers, tokenizers and safetensors
         raise no_model(model_name, error) from None
     finally:
-        transformers_logging.set_verbosity(shown)
+        transformers_logging.set_verbosity(verbosity)
     missing = sorted({*text_report["missing_keys"], *vision_report["missing_keys"]})
-    if missing:  # transformers would go on with random weights
-        raise UserError(f"--model_name {model_name}: holds no weights for {missing[0]} and {len(missing) - 1} more")
+    if missing:  # transformers initializes missing weights randomly
+        raise UserError(
+            f"--model_name {model_name}: no weights for {missing[0]} and {len(missing) - 1} more tensors; use a "
+            "complete CLIP model"
+        )
     return _freeze(text_model, vision_model)
 
 
 def random_towers(text_config: CLIPTextConfig, vision_config: CLIPVisionConfig) -> Towers:
-    """Towers of the given shape with random weights, to be filled from a file."""
+    """Build towers with random weights from their configurations, to be filled from a checkpoint."""
     return _freeze(CLIPTextModel(text_config), CLIPVisionModel(vision_config))
 
 
 def tower_shapes(model_name: str) -> Towers:
-    """Towers of a model's configuration on torch's meta device, without weights.
+    """Build a model's towers on torch's meta device, without weights.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model's configuration cannot be loaded.
     """
     configs = _read_configs(model_name)
     with torch.device("meta"):
@@ -137,41 +144,48 @@ def tower_shapes(model_name: str) -> Towers:
 
 
 def empty_towers(model_name: str) -> Towers:
-    """Towers of a model's configuration with random weights; of the default model no file is needed.
+    """Build a model's towers with random weights. The default model needs no files.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model's configuration cannot be loaded.
     """
     if model_name == DEFAULT_MODEL:
-        return random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are this model's
+        return random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults describe this model
     return random_towers(*_read_configs(model_name))
 
 
 def _read_configs(model_name: str) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
     try:
         config = CLIPConfig.from_pretrained(model_name)
-    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
+    except Exception as error:  # broken files raise various errors in transformers, tokenizers and safetensors
         raise no_model(model_name, error) from None
     return config.text_config, config.vision_config  # type: ignore[return-value]
 
 
 def load_tokenizer_and_processor(model_name: str) -> tuple[Any, Any]:
-    """The tokenizer and the image processor of a hub name or folder. Raises :class:`UserError` where there is none."""
+    """Load the tokenizer and the image processor from a hub name or a folder.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(model_name), CLIPImageProcessor.from_pretrained(model_name)
-    except Exception as error:  # whatever broken files make transformers, tokenizers and safetensors raise
+    except Exception as error:  # broken files raise various errors in transformers, tokenizers and safetensors
         raise no_model(model_name, error) from None
 
 
 def _freeze(text_model: CLIPTextModel, vision_model: CLIPVisionModel) -> Towers:
-    """Eval mode and no gradients, for both."""
+    """Set both models to eval mode, disable their gradients, and wrap them as towers."""
     for model in (text_model, vision_model):
         model.eval().requires_grad_(False)
     return Towers(CLIPTextTower(text_model), CLIPImageTower(vision_model))
 
 
 def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
-    """Both towers' tensors under the original's keys: the tower's name twice, whatever transformers calls them."""
+    """Return both towers' tensors under the original trainer's keys.
+
+    A key starts with the tower's name twice, in every version of transformers.
+    """
     return {
         file_key(f"{name}.{key}"): tensor
         for name, model in zip(TOWER_NAMES, (towers.text_model, towers.vision_model), strict=True)
@@ -180,34 +194,43 @@ def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
 
 
 def file_key(key: str) -> str:
-    """The original's key for a tower's tensor of either layout; other keys stay as they are."""
+    """Return the original trainer's key for a tensor: the tower's name twice, then the tensor's name.
+
+    Args:
+        key: a key that starts with a tower's name once or twice. Other keys are returned unchanged.
+    """
     tower, _, rest = key.partition(".")
     return f"{tower}.{key}" if tower in TOWER_NAMES and not rest.startswith(f"{tower}.") else key
 
 
 def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
-    """:func:`tower_state` of a hub name or a folder, without loading the towers: tensors lie in the mapped file.
+    """Return :func:`tower_state` of a hub name or a folder, without loading the towers.
+
+    The tensors are memory-mapped from the weight files. If a file is broken or has another layout, the towers are
+    loaded with :func:`load_towers` instead.
 
     Raises:
-        UserError: as :func:`load_towers`.
+        UserError: see :func:`load_towers`.
     """
     expected = tower_state(tower_shapes(model_name))
-    found: dict[str, torch.Tensor] = {}
-    with suppress(Exception):  # of a broken file: transformers says better what is wrong with it
+    state: dict[str, torch.Tensor] = {}
+    with suppress(Exception):  # for a broken file, load_towers() below raises a clearer error
         for file in _weight_files(model_name):
-            whole = load_file(file) if file.endswith(".safetensors") else torch.load(file, mmap=True, weights_only=True)
-            found |= {file_key(key): tensor for key, tensor in whole.items() if key.startswith(TOWER_NAMES)}
-    if all(key in found and found[key].shape == tensor.shape for key, tensor in expected.items()):
-        return {key: found[key] for key in expected}
-    return tower_state(load_towers(model_name))  # of another layout, or broken
+            tensors = (
+                load_file(file) if file.endswith(".safetensors") else torch.load(file, mmap=True, weights_only=True)
+            )
+            state |= {file_key(key): tensor for key, tensor in tensors.items() if key.startswith(TOWER_NAMES)}
+    if all(key in state and state[key].shape == tensor.shape for key, tensor in expected.items()):
+        return {key: state[key] for key in expected}
+    return tower_state(load_towers(model_name))  # another layout, or a broken file
 
 
 def _weight_files(model_name: str) -> list[str]:
-    """The files of a model's weights: those that transformers would take."""
+    """Return the weight files that transformers would load, or an empty list."""
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         try:
             path = cached_file(model_name, name)
-        except (OSError, ValueError):  # not there, or no hub to ask
+        except (OSError, ValueError):  # the file does not exist, or the hub cannot be reached
             continue
         if not str(path).endswith(".json"):
             return [str(path)]
@@ -217,14 +240,14 @@ def _weight_files(model_name: str) -> list[str]:
 
 
 def no_model(model_name: str, error: Exception) -> UserError:
-    """The error of a model that cannot be loaded."""
+    """Return the error for a model that cannot be loaded."""
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"--model_name {model_name}: no CLIP model, tokenizer or image processor could be loaded from there; give a "
-        f"folder, or a hub name on a machine that reaches the hub ({reason})"
+        f"--model_name {model_name}: no CLIP model, tokenizer or image processor could be loaded; give a folder, or "
+        f"a hub name on a machine with access to the hub ({reason})"
     )
 
 
 def has_random_weights(model_name: str) -> bool:
-    """Whether these are a demo graph's towers."""
+    """Return whether the model folder contains a demo graph's towers, which have random weights."""
     return (Path(model_name) / RANDOM_WEIGHTS_MARK).is_file()

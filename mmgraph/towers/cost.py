@@ -1,30 +1,41 @@
-"""Arithmetic and time of the towers, by estimate."""
+"""FLOPs of a transformer and measured speed of a device, for estimates of cost."""
 
 import math
 import time
 
 import torch
 
-MATMUL_SHARE = 0.6  # of a matrix product's speed; towers and fusion of ViT-B/32 reached 0.65 to 0.7 on a CPU
+# Estimated speed of a model, relative to a large matrix product.
+# Towers and fusion of ViT-B/32 reached 0.65 to 0.7 on a CPU.
+MATMUL_SHARE = 0.6
 
 
 def transformer_flops(layers: int, width: int, intermediate: int, length: int) -> float:
-    """Of a transformer's forward pass over one text or image of ``length`` tokens.
+    """Return the FLOPs of a transformer's forward pass over one text or image.
+
+    Multiplications and additions are counted separately.
 
     Args:
-        intermediate: width between a layer's two feed-forward products.
+        layers: number of layers.
+        width: width of the tokens.
+        intermediate: width between the two feed-forward matrix products of a layer.
+        length: number of tokens of the text or image.
     """
     layer = length * (4 * width**2 + 2 * width * intermediate) + 2 * length**2 * width
     return 2.0 * layers * layer
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second of a large matrix product, measured for about 0.2 s."""
+    """Measure the speed of a large matrix product for about 0.2 s.
+
+    Returns:
+        Multiplications and additions per second, in the fastest of the measured products.
+    """
     size = 4096 if device.type == "cuda" else 768
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = math.inf
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.2:
+    measurement_start = time.perf_counter()
+    while time.perf_counter() - measurement_start < 0.2:
         start = time.perf_counter()
         product = left @ right
         if device.type == "cuda":

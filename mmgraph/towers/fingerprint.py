@@ -1,4 +1,4 @@
-"""Fingerprints of towers: of their tensors, and of a model's files."""
+"""Fingerprints of towers, from their tensors or from a model's files."""
 
 import hashlib
 import platform
@@ -19,7 +19,7 @@ MODEL_FILES = (
 
 
 def towers_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over both towers' tensors (names, shapes, bytes as float32), in hexadecimal."""
+    """Return the SHA-256 of both towers' tensors (names, shapes, bytes as float32), in hexadecimal."""
     digest = hashlib.sha256()
     for tower in TOWER_NAMES:
         prefix = f"{tower}.{tower}."
@@ -31,14 +31,15 @@ def towers_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def file_fingerprints(model_name: str) -> dict[str, str]:
-    """SHA-256 of each file of a model, as they lie in its folder or in the hub cache here; empty if none do.
+    """Return the SHA-256 of each file of a model, by file name.
 
-    In seconds, and without loading anything.
+    The files are read from the model's folder, or from the hub cache on this machine. Without such files, the result is
+    empty. This takes seconds and loads no model.
 
     Raises:
-        UserError: it is neither a folder nor what could be a name on the hub.
+        UserError: ``model_name`` is neither a folder nor a valid name on the hub.
     """
-    found = {}
+    fingerprints = {}
     for name in MODEL_FILES:
         folder = Path(model_name)
         try:
@@ -47,15 +48,19 @@ def file_fingerprints(model_name: str) -> dict[str, str]:
             raise no_model(model_name, error) from None
         if isinstance(path, str | Path) and Path(path).is_file():
             with Path(path).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                fingerprints[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return fingerprints
 
 
 def check_same_towers(fingerprint: str) -> None:
-    """Raise :class:`UserError` where a rank has loaded other towers than rank 0, such as another revision's."""
+    """Check that all ranks have loaded the same towers. Called by all ranks.
+
+    Raises:
+        UserError: a rank has loaded different towers than rank 0, for example another revision of the model.
+    """
     ranks = gather_object([(platform.node(), fingerprint)])
-    main_host, of_main = ranks[0]
-    for number, (host, own) in enumerate(ranks):
-        if own != of_main:
+    main_host, main_fingerprint = ranks[0]
+    for number, (host, rank_fingerprint) in enumerate(ranks):
+        if rank_fingerprint != main_fingerprint:
             remedy = "give every machine the same --model_name files"
-            raise UserError(f"rank {number} ({host}) has loaded other towers than rank 0 ({main_host}); {remedy}")
+            raise UserError(f"rank {number} ({host}) has loaded different towers than rank 0 ({main_host}); {remedy}")

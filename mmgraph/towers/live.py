@@ -1,4 +1,4 @@
-"""The token source that runs the towers on every batch."""
+"""Live towers: the token source that runs the towers on every batch."""
 
 from collections.abc import Iterable
 
@@ -10,13 +10,13 @@ from mmgraph.towers.tokens import Tokens, Towers
 
 
 class LiveTowers:
-    """The token source that runs the towers on every batch.
+    """Token source that runs the towers on every batch.
 
     Args:
-        towers: moved to ``device``.
-        preprocessing: of the towers' pictures.
-        device: where batches are.
-        dtype: what the towers compute in; 16-bit ones by autocast.
+        towers: both towers, which are moved to ``device``.
+        preprocessing: normalizes the images of a batch.
+        device: device of the batches.
+        dtype: dtype in which the towers compute. A 16-bit dtype is used through autocast.
     """
 
     def __init__(
@@ -30,15 +30,16 @@ class LiveTowers:
         self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterable[EdgeBatch]:
-        """The loader's batches, which have all that :meth:`tokens` needs."""
+        """Return the loader unchanged. Its batches already contain the tower inputs for :meth:`tokens`."""
         return loader
 
     @torch.no_grad()
     def tokens(self, batch: EdgeBatch, micro_batches: int = 1) -> Tokens:
-        """Tokens of the batch's U unique nodes, from its tower inputs.
+        """Run the towers on the batch's U unique nodes, and return their tokens.
 
         Args:
-            micro_batches: parts that the towers see one after the other.
+            batch: a batch with tower inputs.
+            micro_batches: number of parts in which the nodes go through the towers, one part after the other.
         """
         assert batch.inputs is not None
         names = ("input_ids", "attention_mask", "pictures")
@@ -55,7 +56,17 @@ class LiveTowers:
 def run_towers(
     towers: Towers, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
 ) -> Tokens:
-    """Run both towers on N nodes: their tokens, with the pooled outputs."""
+    """Run both towers on N nodes.
+
+    Args:
+        towers: both towers, on the device of the inputs.
+        input_ids: (N, L) int64.
+        attention_mask: (N, L) 1 at valid text tokens, 0 at padding.
+        pixel_values: (N, 3, S, S) float32, normalized.
+
+    Returns:
+        Tokens with the pooled outputs.
+    """
     text = towers.text.tokens(input_ids, attention_mask)
     image = towers.image.tokens(pixel_values)
     assert text.mask is not None

@@ -1,4 +1,4 @@
-"""Towers of a model by its name: the one place that knows which implementation a model has."""
+"""Loads towers by model name, through the implementation for the model's type."""
 
 from types import ModuleType
 from typing import Any
@@ -12,10 +12,10 @@ from mmgraph.towers.tokens import Towers
 
 
 def _implementation(model_name: str) -> ModuleType:
-    """The module that has this module's functions for a model, by the ``model_type`` of its configuration.
+    """Return the module that implements the functions below for the ``model_type`` in a model's configuration.
 
     Raises:
-        UserError: there is no such model, or its towers have no implementation.
+        UserError: the configuration cannot be loaded, or its ``model_type`` is not implemented.
     """
     match _model_type(model_name):
         case "clip":
@@ -26,54 +26,56 @@ def _implementation(model_name: str) -> ModuleType:
 
 def _model_type(model_name: str) -> str:
     if model_name == clip.DEFAULT_MODEL:
-        return "clip"  # known without the hub
+        return "clip"  # so that the default model needs no access to the hub
     try:
         config, _ = PretrainedConfig.get_config_dict(model_name)
-    except Exception as error:  # whatever broken files make transformers raise
+    except Exception as error:  # transformers raises various errors for broken files
         raise clip.no_model(model_name, error) from None
-    return str(config.get("model_type", "clip"))  # transformers loads a CLIP without it
+    return str(config.get("model_type", "clip"))  # transformers also loads CLIP models without a model_type
 
 
 def load_towers(model_name: str) -> Towers:
-    """Load both towers in float32 from a hub name or a folder, on the CPU, frozen.
+    """Load both towers from a hub name or a folder: float32, on the CPU, frozen.
 
     Raises:
-        UserError: there is no such model, its towers have no implementation, or weights are missing.
+        UserError: the model cannot be loaded, its ``model_type`` is not implemented, or weights are missing.
     """
     return _implementation(model_name).load_towers(model_name)
 
 
 def tower_shapes(model_name: str) -> Towers:
-    """Both towers on torch's meta device, from the model's configuration: no weights are loaded or allocated.
+    """Build both towers on torch's meta device from the model's configuration. No weights are loaded or allocated.
 
     Raises:
-        UserError: as :func:`load_towers`.
+        UserError: the configuration cannot be loaded, or its ``model_type`` is not implemented.
     """
     return _implementation(model_name).tower_shapes(model_name)
 
 
 def empty_towers(model_name: str) -> Towers:
-    """Both towers on torch's default device, to be filled from a file. The default model needs no files of its own.
+    """Build both towers with random weights on torch's default device, to be filled from a checkpoint.
+
+    The default model needs no files. For other models, the configuration is read.
 
     Raises:
-        UserError: as :func:`load_towers`.
+        UserError: the configuration cannot be loaded, or its ``model_type`` is not implemented.
     """
     return _implementation(model_name).empty_towers(model_name)
 
 
 def load_tokenizer_and_processor(model_name: str) -> tuple[Any, Any]:
-    """The tokenizer and the image processor that make the towers' inputs.
+    """Load the tokenizer and the image processor that convert texts and images to tower inputs.
 
     Raises:
-        UserError: as :func:`load_towers`.
+        UserError: they cannot be loaded, or the model's ``model_type`` is not implemented.
     """
     return _implementation(model_name).load_tokenizer_and_processor(model_name)
 
 
 def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
-    """Both towers' tensors under the keys of checkpoint files, without loading the towers.
+    """Return both towers' tensors under the keys of checkpoint files, without loading the towers.
 
     Raises:
-        UserError: as :func:`load_towers`.
+        UserError: see :func:`load_towers`.
     """
     return _implementation(model_name).read_tower_state(model_name)

@@ -1,12 +1,24 @@
-"""Tokens of both towers on disk, each text and each image once: shards of safetensors, memory-mapped.
+"""The tower store: tokens of both towers on disk, in memory-mapped safetensors files (shards).
 
-A shard holds up to ``SHARD`` entries of one kind under the hashes of what they were made from, so a store knows nothing
-of nodes or rows, several graphs can share one, and an entry is never of another text or image than the one asked for:
+Each text and each image has one entry, under the hash of its content. A store contains no node ids or rows, so several
+graphs can share it. An entry is never used for another text or image.
 
-- ``text-<name>.safetensors``: ``hashes`` (K, 16) uint8; ``tokens`` (T, d_text), the valid ones of all K texts one after
-  the other; ``offsets`` (K + 1,) int64, where each begins; ``pooled`` (K, d_text) float32;
-- ``image-<name>.safetensors``: ``hashes``; ``patches`` (K, P, d_vis), without the class token; ``pooled`` (K, d_vis)
-  float32; ``causes`` (K,) uint8, as :data:`mmgraph.data.images.IMAGE_STATUS`.
+A shard has up to ``SHARD`` text entries or image entries (more in very large stores, see ``MAX_SHARDS``). Tokens and
+patches are float32 or float16. The tensors of K entries are:
+
+``text-<name>.safetensors``:
+
+- ``hashes``: (K, 16) uint8.
+- ``tokens``: (T, d_text), the valid tokens of all K texts, concatenated.
+- ``offsets``: (K + 1,) int64, the start of each text in ``tokens``, and T.
+- ``pooled``: (K, d_text) float32.
+
+``image-<name>.safetensors``:
+
+- ``hashes``: (K, 16) uint8.
+- ``patches``: (K, P, d_vis), without the class token.
+- ``pooled``: (K, d_vis) float32.
+- ``causes``: (K,) uint8, the image status: indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
 """
 
 import ctypes
@@ -25,16 +37,18 @@ from mmgraph.data.content_hashes import HASH
 from mmgraph.errors import UserError
 from mmgraph.towers.tokens import Tokens
 
-SHARD = 512  # entries: what a build that is killed computes again
-MAX_SHARDS = 8000  # of a kind; larger stores have larger shards, for the kernel maps 65,530 files at most
+SHARD = 512  # entries per shard; a killed build loses each rank's unfinished shard
+# Per modality. Larger stores have larger shards, because Linux by default limits a process to 65,530 memory maps.
+MAX_SHARDS = 8000
 
-DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # safetensors' names
-TOKENS = (torch.float32, torch.float16)
+DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # by safetensors name
+TOKENS = (torch.float32, torch.float16)  # dtypes of tokens and patches
 
 Modality = Literal["text", "image"]
 ShardTensors = dict[str, torch.Tensor]
 
-LAYOUT: dict[Modality, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {  # dimensions and dtypes of a shard's tensors
+# For each tensor of a shard: its number of dimensions, and its possible dtypes.
+LAYOUT: dict[Modality, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {
     "text": {
         "hashes": (2, (torch.uint8,)),
         "tokens": (2, TOKENS),
@@ -53,21 +67,32 @@ libc = ctypes.CDLL(None)
 
 
 def shard_name(modality: Modality, hashes: np.ndarray) -> str:
-    """A shard's file name, from its entries' hashes: builders that divide the work otherwise never clash."""
+    """Return a shard's file name, which contains a hash of its entries' hashes.
+
+    Two builds that divide the entries differently write different files, so they never conflict.
+    """
     return f"{modality}-{hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()}.safetensors"
 
 
 class Shards:
-    """The shards of one kind in a folder, and the places of their entries: entry k of shard s is starts[s] + k."""
+    """The shards of one modality in a folder.
+
+    Entries are numbered over all shards: entry k of shard s has the index ``starts[s] + k``.
+
+    Raises:
+        UserError: a shard is damaged, cannot be mapped, or is from other towers than the first shard.
+    """
 
     def __init__(self, folder: Path, modality: Modality):
         self.files = sorted(folder.glob(f"{modality}-*.safetensors"))
         self.tensors: list[ShardTensors] = []
         hashes: list[np.ndarray] = []
         for file in self.files:
-            self.tensors.append(shard := _mapped(file, modality))
+            self.tensors.append(shard := _map_shard(file, modality))
             if _widths(shard) != _widths(self.tensors[0]):
-                raise UserError(f"tower store: {file} and {self.files[0]} are of different towers; remove the wrong")
+                raise UserError(
+                    f"tower store: {file} and {self.files[0]} are from different towers; remove the wrong file"
+                )
             hashes.append(shard["hashes"].numpy().reshape(-1).view(HASH).copy())
             _release(shard)
         self.starts = np.cumsum([0, *map(len, hashes)])
@@ -75,105 +100,124 @@ class Shards:
         self._order = np.argsort(self._hashes, kind="stable")
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Places of the entries under ``hashes`` (N,), int64; -1 where there is none."""
+        """Return the index of each hash's entry, or -1 if there is no entry: (N,) HASH -> (N,) int64."""
         if not len(self._order):
             return np.full(len(hashes), -1)
         ranked = np.searchsorted(self._hashes, hashes, sorter=self._order)
-        places = self._order[np.minimum(ranked, len(self._order) - 1)]
-        return np.where(self._hashes[places] == hashes, places, -1)
+        indices = self._order[np.minimum(ranked, len(self._order) - 1)]
+        return np.where(self._hashes[indices] == hashes, indices, -1)
 
-    def locate(self, places: np.ndarray) -> Sequence[tuple[ShardTensors, int]]:
-        """The shard of each place, and the entry in it. Call :meth:`release` when they are read."""
-        shards = self._numbers(places)
-        entries = places - self.starts[shards]
+    def locate(self, indices: np.ndarray) -> Sequence[tuple[ShardTensors, int]]:
+        """Return each entry's shard and its position there. Call :meth:`release` after reading the entries."""
+        shards = self._shard_indices(indices)
+        entries = indices - self.starts[shards]
         return [(self.tensors[s], e) for s, e in zip(shards.tolist(), entries.tolist(), strict=True)]
 
-    def release(self, places: np.ndarray) -> None:
-        """Let go of what was read of the shards of ``places`` (see :func:`_release`)."""
-        for shard in np.unique(self._numbers(places)).tolist():
+    def release(self, indices: np.ndarray) -> None:
+        """Unmap the pages that were read from the shards of these entries (see :func:`_release`)."""
+        for shard in np.unique(self._shard_indices(indices)).tolist():
             _release(self.tensors[shard])
 
-    def _numbers(self, places: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.starts, places, side="right") - 1
+    def _shard_indices(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, indices, side="right") - 1
 
-    def by_shard(self, places: np.ndarray) -> Iterator[tuple[ShardTensors, torch.Tensor]]:
-        """The shards that hold ascending ``places``, and which of their entries these are."""
-        cuts = np.searchsorted(places, self.starts)
+    def by_shard(self, indices: np.ndarray) -> Iterator[tuple[ShardTensors, torch.Tensor]]:
+        """Yield each shard that has some of these entries, and the positions of these entries in the shard.
+
+        Args:
+            indices: (U,) ascending indices of entries.
+        """
+        cuts = np.searchsorted(indices, self.starts)
         for shard, start, begin, end in zip(self.tensors, self.starts[:-1], cuts[:-1], cuts[1:], strict=True):
             if end > begin:
-                yield shard, torch.from_numpy(places[begin:end] - start)
+                yield shard, torch.from_numpy(indices[begin:end] - start)
                 _release(shard)
 
-    def gather(self, name: str, places: np.ndarray) -> torch.Tensor:
-        """A tensor of one row an entry (``pooled``, ``causes``, ``patches``), at ``places``: (U, ...)."""
-        rows = torch.stack([shard[name][entry] for shard, entry in self.locate(places)])
-        self.release(places)
+    def gather(self, name: str, indices: np.ndarray) -> torch.Tensor:
+        """Return the rows of U entries from a tensor with one row per entry: ``pooled``, ``causes`` or ``patches``."""
+        rows = torch.stack([shard[name][entry] for shard, entry in self.locate(indices)])
+        self.release(indices)
         return rows
 
 
-def _mapped(file: Path, modality: Modality) -> ShardTensors:
-    """A shard's tensors where they lie in the file, which the kernel reads when they are used."""
+def _map_shard(file: Path, modality: Modality) -> ShardTensors:
+    """Return a shard's tensors, memory-mapped. The kernel reads the file when they are used.
+
+    Raises:
+        UserError: the shard is damaged or cannot be mapped.
+    """
     try:
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
-        # Mapped here and not by safetensors, so that letting go of pages is known to be safe. Keeps no descriptor open.
-        whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-        return _read(whole, modality)
+        # Mapped by torch, not by safetensors: this mapping is known to be safe for _release(). No file stays open.
+        content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+        return _parse_shard(content, modality)
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"tower store: {file} is damaged ({error}); remove it, and its entries are made anew") from None
-    except (OSError, RuntimeError) as error:  # such as a limit of the kernel's on maps or memory
-        raise UserError(f"tower store: {file} cannot be mapped ({error}); --tower_cache off does without") from None
+        raise UserError(f"tower store: {file} is damaged ({error}); remove it to rebuild its entries") from None
+    except (OSError, RuntimeError) as error:  # for example the kernel's limit on maps or memory
+        raise UserError(
+            f"tower store: {file} cannot be mapped ({error}); set --tower_cache off to run without the store"
+        ) from None
 
 
-def _read(whole: torch.Tensor, modality: Modality) -> ShardTensors:
-    """The tensors in the bytes of a shard. Raises :class:`ValueError` where it is none of this kind."""
-    start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")  # the format: a length, a header in JSON, bytes
-    header = json.loads(whole[8:start].numpy().tobytes())
+def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
+    """Return the tensors in the bytes of a shard.
+
+    Raises:
+        ValueError: the bytes are not a valid shard of this modality.
+    """
+    start = 8 + int.from_bytes(
+        content[:8].numpy().tobytes(), "little"
+    )  # a file is: header length, JSON header, tensors
+    header = json.loads(content[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
     if header.keys() != LAYOUT[modality].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
-        told = ", ".join(f"{name} of {entry['dtype']}" for name, entry in header.items())
-        raise ValueError(f"holds {told}")
+        description = ", ".join(f"{name} ({entry['dtype']})" for name, entry in header.items())
+        raise ValueError(f"unexpected tensors: {description}")
     shard = {
-        name: whole[start:][slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        name: content[start:][slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
         for name, entry in header.items()
     }
     count = len(shard["hashes"])
     for name, (dimensions, dtypes) in LAYOUT[modality].items():
-        found = shard[name]
-        rows = {"tokens": len(found), "offsets": count + 1}.get(name, count)
-        if found.ndim != dimensions or found.dtype not in dtypes or len(found) != rows:
-            raise ValueError(f"{name} is {tuple(found.shape)} {found.dtype}, of {count} {modality}s")
+        tensor = shard[name]
+        rows = {"tokens": len(tensor), "offsets": count + 1}.get(name, count)
+        if tensor.ndim != dimensions or tensor.dtype not in dtypes or len(tensor) != rows:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, for {count} {modality} entries"
+            )
     if shard["hashes"].shape[1] != HASH.itemsize:
-        raise ValueError(f"hashes of {shard['hashes'].shape[1]} bytes")
+        raise ValueError(f"hashes have {shard['hashes'].shape[1]} bytes")
     if modality == "text":
         offsets = shard["offsets"]
         if offsets[0] != 0 or offsets[-1] != len(shard["tokens"]) or not (offsets.diff() > 0).all():
-            raise ValueError("its offsets do not ascend over its tokens")
+            raise ValueError("offsets do not ascend from 0 to the number of tokens")
     return shard
 
 
 def _widths(shard: ShardTensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """What is the same in all shards of a store, for it is of the towers."""
+    """Return each tensor's dtype and shape of a row. They are equal in all shards of the same towers."""
     return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in shard.items()}
 
 
 def _release(shard: ShardTensors) -> None:
-    """Let go of the shard's pages that were read, as :meth:`mmgraph.data.node_table.NodeTable.release` does.
+    """Unmap the shard's pages that were read, as :meth:`mmgraph.data.node_table.NodeTable._release` does.
 
-    The mapping is of a file and nothing writes to it: what is read again comes from the page cache, the same bytes.
+    This is safe because the mapping belongs to a file and is never written to. A page that is read again comes from the
+    page cache, with the same bytes.
     """
     storage = shard["hashes"].untyped_storage()
     libc.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
 
 
 class TowerStore:
-    """A folder of shards, read.
+    """Reads the entries in a store's folder.
 
     Args:
-        folder: the store's; one that does not exist holds nothing.
+        folder: the store's folder. A folder that does not exist is an empty store.
 
     Raises:
-        UserError: a shard is damaged, or cannot be mapped.
+        UserError: a shard is damaged or cannot be mapped, or the shards are from different towers.
     """
 
     def __init__(self, folder: Path):
@@ -184,13 +228,14 @@ class TowerStore:
         return self.texts if modality == "text" else self.images
 
     def tokens(self, texts: np.ndarray, images: np.ndarray, pin: bool = False) -> Tokens:
-        """Tokens of U nodes, from the places of their texts and images; zeros behind the end of a text.
+        """Return the tokens of U nodes, on the CPU. Text tokens are padded with zeros.
 
         Args:
-            pin: in page-locked memory, from where a GPU copies without waiting.
+            texts, images: (U,) indices of the entries of the nodes' texts and images.
+            pin: use page-locked memory, so that a copy to the GPU does not block.
         """
-        found = self.texts.locate(texts)
-        spans = [(shard["tokens"], *shard["offsets"][entry : entry + 2].tolist()) for shard, entry in found]
+        located = self.texts.locate(texts)
+        spans = [(shard["tokens"], *shard["offsets"][entry : entry + 2].tolist()) for shard, entry in located]
         lengths = torch.tensor([end - start for _, start, end in spans])
         shape = (len(spans), int(lengths.max()), spans[0][0].shape[1])
         text = torch.zeros(shape, dtype=spans[0][0].dtype, pin_memory=pin)  # (U, L, d_text)
@@ -206,15 +251,19 @@ class TowerStore:
 
 
 class ResidentTokens(NamedTuple):
-    """All tokens of some nodes in one device's memory."""
+    """All tokens of some nodes, in the memory of one device."""
 
-    text: torch.Tensor  # (T, d_text), of all texts one after the other
-    offsets: torch.Tensor  # (N_text + 1,) int64
+    text: torch.Tensor  # (T, d_text) tokens of all texts, concatenated
+    offsets: torch.Tensor  # (N_text + 1,) int64, the start of each text in ``text``, and T
     patches: torch.Tensor  # (N_image, P, d_vis)
 
     @classmethod
     def load(cls, store: TowerStore, texts: np.ndarray, images: np.ndarray, device: torch.device) -> "ResidentTokens":
-        """The entries at the places ``texts`` and ``images``, each ascending; a shard at a time passes host memory."""
+        """Load entries to a device, one shard at a time, so that host memory never contains all of them.
+
+        Args:
+            texts, images: (N_text,) and (N_image,) ascending indices of entries in ``store``.
+        """
         lengths = torch.cat([shard["offsets"].diff()[entries] for shard, entries in store.texts.by_shard(texts)])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         first, picture = store.texts.tensors[0]["tokens"], store.images.tensors[0]["patches"]
@@ -233,13 +282,15 @@ class ResidentTokens(NamedTuple):
         return cls(text, offsets.to(device), patches)
 
     def tokens(self, texts: torch.Tensor, images: torch.Tensor, length: int) -> Tokens:
-        """As :meth:`TowerStore.tokens`, of the entries with these numbers (U,), on the device.
+        """Return the tokens of U nodes, on the device. Text tokens are padded with zeros.
 
         Args:
-            length: of the longest of these texts, known on the host: the device is not waited for.
+            texts, images: (U,) rows of the nodes' texts and images among the loaded entries, on the device.
+            length: number of tokens of the longest of these texts. It is an argument, because reading it from the
+                device would block the host.
         """
         starts, ends = self.offsets[texts], self.offsets[texts + 1]  # (U,)
-        places = starts[:, None] + torch.arange(length, device=starts.device)  # (U, L)
-        mask = places < ends[:, None]
-        text = self.text[places.clamp(max=len(self.text) - 1)] * mask[:, :, None]  # (U, L, d_text)
+        token_rows = starts[:, None] + torch.arange(length, device=starts.device)  # (U, L)
+        mask = token_rows < ends[:, None]
+        text = self.text[token_rows.clamp(max=len(self.text) - 1)] * mask[:, :, None]  # (U, L, d_text)
         return Tokens(text, mask.long(), self.patches[images])

@@ -1,4 +1,4 @@
-"""Filling a tower store, by all ranks."""
+"""Builds the missing shards of a tower store, on all ranks."""
 
 import json
 import sys
@@ -36,8 +36,8 @@ from mmgraph.utils.files import POLL_SECONDS, claim_file, explain_disk_errors, w
 from mmgraph.utils.log import log
 from mmgraph.utils.units import duration, size
 
-BATCH = 64  # entries that a tower sees at once; fixed, so that the bytes do not depend on who builds
-PROGRESS_SECONDS = 60
+BATCH = 64  # entries per tower batch; fixed, so that a shard's bytes do not depend on how many ranks build the store
+PROGRESS_SECONDS = 60  # between two log lines
 
 
 def build(
@@ -49,49 +49,61 @@ def build(
     shards: list[Shard],
     expected: Cost,
 ) -> None:
-    """Make the shards, each rank its share and then what others have not begun. Called by all ranks.
+    """Build the missing shards of a tower store. Called by all ranks.
 
-    Another run that builds the same store shares the work. A build that is killed goes on where it stopped; it loses
-    the shard that it was at.
+    Each rank builds its part of the shards, and then shards that no other rank has started. A second run that builds
+    the same store at the same time shares the work. A killed build continues where it stopped: each rank loses only its
+    unfinished shard.
+
+    Args:
+        config, accelerator, graph: settings, Accelerator and data of the run.
+        inputs: converts texts and images to tower inputs.
+        recipe: recipe of the store.
+        shards: shards that the store on this rank's host lacks.
+        expected: estimated cost of the shards, for the log.
+
+    Raises:
+        UserError: the towers cannot be loaded, a text or image changed during the build, or tokens overflow float16.
+        RunError: the disk is full or fails.
     """
     folder, entries = recipe.folder, sum(len(shard.rows) for shard in shards)
     speed = min(gather_object([matmul_flops_per_s(accelerator.device, torch.float32)]))
     seconds = expected.flops / (MATMUL_SHARE * speed * accelerator.num_processes)
     log(
-        f"tower store: {folder}; {entries:,} texts and images go through the towers once, about "
-        f"{size(expected.bytes)} and {duration(seconds)} (--tower_cache off runs the towers live)"
+        f"tower store: building {folder} from {entries:,} texts and images, about {size(expected.bytes)} and "
+        f"{duration(seconds)} (--tower_cache off runs the towers live instead)"
     )
-    index, builders = _place(accelerator, folder)
+    index, builders = _builder_index(accelerator, folder)
     description = json.dumps(recipe.description, indent=2) + "\n"
     raise_on_all_ranks(accelerator, lambda: _describe(folder, description) if index == 0 else None)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     towers = raise_on_all_ranks(accelerator, lambda: load_towers(config.model_name).to(accelerator.device))
-    own = shards[index::builders]
-    queue = deque([*own, *reversed([shard for i, shard in enumerate(shards) if i % builders != index])])
+    assigned = shards[index::builders]
+    queue = deque([*assigned, *reversed([shard for i, shard in enumerate(shards) if i % builders != index])])
     with ThreadPoolExecutor(max(1, config.num_workers)) as readers, _Progress(entries, accelerator) as progress:
-        maker = _ShardBuilder(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
-        for others in work_on_all_ranks(accelerator, _saying_why(maker.work(queue, folder), folder)):
-            progress.add(others)  # what is made here the maker tells
-    log(f"tower store: built in {duration(time.perf_counter() - begun)}")
+        shard_builder = _ShardBuilder(graph, inputs, towers, recipe.dtype, accelerator.device, readers, progress)
+        for count in work_on_all_ranks(accelerator, _explain_errors(shard_builder.work(queue, folder), folder)):
+            progress.add(count)  # entries of the other ranks; shard_builder adds this rank's entries
+    log(f"tower store: built in {duration(time.perf_counter() - start)}")
 
 
 def _describe(folder: Path, description: str) -> None:
     write_durably(folder / "store.json", lambda path: path.write_text(description), shared=True)
 
 
-def _saying_why(counts: Iterator[int], folder: Path) -> Iterator[int]:
-    with explain_disk_errors(folder, "make room for the tower store, or --tower_cache off runs the towers live"):
+def _explain_errors(counts: Iterator[int], folder: Path) -> Iterator[int]:
+    with explain_disk_errors(folder, "free disk space for the store, or set --tower_cache off to run the towers live"):
         yield from counts
 
 
 class _Progress:
-    """How far all ranks together are: a bar on the main process's terminal, or a line a minute where it has none."""
+    """Shows the progress of all ranks: a bar if the main process has a terminal, else a log line per minute."""
 
     def __init__(self, entries: int, accelerator: Accelerator):
         self.terminal = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=entries, unit="input", disable=not self.terminal, dynamic_ncols=True)
-        self.entries, self.done, self.begun = entries, 0, time.perf_counter()
-        self.told = self.begun
+        self.entries, self.done, self.start = entries, 0, time.perf_counter()
+        self.last_logged = self.start
 
     def __enter__(self) -> "_Progress":
         return self
@@ -103,45 +115,52 @@ class _Progress:
         now = time.perf_counter()
         self.done += entries
         self.bar.update(entries)
-        if not self.terminal and self.done and now - self.told > PROGRESS_SECONDS:
-            self.told, left = now, (now - self.begun) * (self.entries / self.done - 1)
-            log(f"tower store: {self.done:,} of {self.entries:,}, about {duration(left)} left")
+        if not self.terminal and self.done and now - self.last_logged > PROGRESS_SECONDS:
+            self.last_logged, left = now, (now - self.start) * (self.entries / self.done - 1)
+            log(f"tower store: {self.done:,} of {self.entries:,} texts and images done, about {duration(left)} left")
 
 
-def _place(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
-    """This rank's number among those that write to the same folder, and how many these are."""
+def _builder_index(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
+    """Return this rank's index among the ranks that write to the same folder, and the number of these ranks.
+
+    If a new file of the main process is not visible on all ranks, each host has a separate folder.
+    """
     probe = folder / f".probe-{uuid.uuid4().hex}"
-    name = broadcast_from_main_process(accelerator, lambda: _touched(probe).name)
+    name = broadcast_from_main_process(accelerator, lambda: _touch(probe).name)
     shared = all(gather_object([(folder / name).exists()]))
     on_main_process(accelerator, probe.unlink)
     if shared:
         return accelerator.process_index, accelerator.num_processes
-    raise_on_all_ranks(
-        accelerator, lambda: folder.mkdir(parents=True, exist_ok=True)
-    )  # each host has a folder of its own
-    hosts = gather_object([accelerator.local_process_index])
-    return accelerator.local_process_index, 1 + max(hosts)
+    raise_on_all_ranks(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
+    local_indices = gather_object([accelerator.local_process_index])
+    return accelerator.local_process_index, 1 + max(local_indices)
 
 
-def _touched(path: Path) -> Path:
+def _touch(path: Path) -> Path:
     path.touch()
     return path
 
 
 class _ShardBuilder(NamedTuple):
+    """Builds shards on one rank."""
+
     graph: Graph
     inputs: NodeInputs
-    towers: Towers  # float32
-    dtype: torch.dtype  # of the tokens
+    towers: Towers  # float32, on the device
+    dtype: torch.dtype  # of the stored tokens
     device: torch.device
-    readers: ThreadPoolExecutor
+    readers: ThreadPoolExecutor  # read and decode images
     progress: "_Progress"
 
     def work(self, queue: "deque[Shard]", folder: Path) -> Iterator[int]:
-        """Make the shards of the queue that nobody has made or is making. Yields counts of made entries.
+        """Build the queued shards that no other process has built or is building.
 
-        What is there leaves the queue; what others are at goes to its end, for they may be killed. Where that is all
-        that is left, yields 0 from time to time.
+        A shard that exists leaves the queue. A shard that another process is building moves to the end of the queue,
+        because that process may be killed.
+
+        Yields:
+            The number of entries of each batch, and 0 after each pass over the queue, so that this rank can sync with
+            the other ranks while it waits.
         """
         while queue:
             for _ in range(len(queue)):
@@ -157,7 +176,14 @@ class _ShardBuilder(NamedTuple):
             yield 0
 
     def make(self, shard: Shard) -> Generator[int, None, bytes]:
-        """Yields how many entries each batch has, and returns the bytes of the shard's file."""
+        """Compute a shard.
+
+        Yields:
+            The number of entries of each batch.
+
+        Returns:
+            The bytes of the shard's file.
+        """
         parts: dict[str, list[torch.Tensor]] = {}
         for entries in self._texts(shard) if shard.modality == "text" else self._images(shard):
             for name, tensor in entries.items():
@@ -175,7 +201,9 @@ class _ShardBuilder(NamedTuple):
         for rows, hashes in zip(_batches(shard.rows), _batches(_bytes(shard.hashes)), strict=True):
             texts = [node_text(self.graph.nodes[int(row)]) for row in rows]
             if any(text_hash(text) != expected.tobytes() for text, expected in zip(texts, hashes, strict=True)):
-                raise UserError("the node table changed while the tower store was built; start again, and it goes on")
+                raise UserError(
+                    "the node table changed while the tower store was built; run the same command again to continue"
+                )
             input_ids, mask = self.inputs.texts(texts)
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text.tokens(input_ids, mask)
@@ -187,28 +215,30 @@ class _ShardBuilder(NamedTuple):
         hashes = [expected.tobytes() for expected in _bytes(shard.hashes)]
         read = self.readers.map(self._picture, shard.rows.tolist(), hashes)
         for rows in _batches(shard.rows):
-            pictures, causes = zip(*(next(read) for _ in rows), strict=True)
+            pictures, statuses = zip(*(next(read) for _ in rows), strict=True)
             pixels = self.inputs.preprocessing.normalize(torch.stack(pictures).to(self.device))
             output = self.towers.image.tokens(pixels)
-            told = torch.tensor(causes, dtype=torch.uint8)
-            yield {"patches": self._cast(output.sequence), "causes": told, "pooled": output.pooled}
+            image_status = torch.tensor(statuses, dtype=torch.uint8)
+            yield {"patches": self._cast(output.sequence), "causes": image_status, "pooled": output.pooled}
 
     def _picture(self, row: int, expected: bytes) -> tuple[torch.Tensor, int]:
         reference = self.graph.images.locate(self.graph.nodes[row])
         data, status = self.graph.images.read(reference)
         if image_hash(data, status) != expected:
-            raise UserError(f"{reference} changed while the tower store was built; start again, and it goes on")
+            raise UserError(
+                f"{reference} changed while the tower store was built; run the same command again to continue"
+            )
         return self.inputs.picture_of(data, status)
 
     def _cast(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(self.dtype)
         if not tokens.isfinite().all():
-            raise UserError("tokens of these towers are beyond float16: --tower_cache_dtype float32")
+            raise UserError("tokens of these towers exceed the range of float16; set --tower_cache_dtype float32")
         return tokens
 
 
 def _bytes(hashes: np.ndarray) -> np.ndarray:
-    """(K,) HASH -> (K, 16) uint8."""
+    """Convert hashes to bytes: (K,) HASH -> (K, 16) uint8."""
     return hashes.view(np.uint8).reshape(-1, HASH.itemsize)
 
 

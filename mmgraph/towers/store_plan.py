@@ -1,4 +1,4 @@
-"""What a tower store is of, what it lacks, and what that takes to make."""
+"""Plans a tower store: its recipe, its missing shards, and the cost to build them."""
 
 import hashlib
 import json
@@ -19,46 +19,52 @@ from mmgraph.towers.store import MAX_SHARDS, SHARD, Modality, TowerStore, shard_
 from mmgraph.utils.files import cache_folder
 from mmgraph.utils.units import size
 
-FORMAT = 1  # raised where the same text or image would give other tokens, or the same tokens lie otherwise
+FORMAT = 1  # increase it if the same text or image results in other tokens, or if the layout of shards changes
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def nodes_seen(config: Config, graph: Graph, steps: int) -> int:
-    """How many nodes live towers would see in so many steps, and in the evaluations between them."""
+    """Return how many nodes live towers process in ``steps`` steps and their evaluations.
+
+    A node is counted each time that it is processed.
+    """
     evaluations = 2 + (steps // config.eval_every if config.eval_every else 0)
     return 2 * config.global_batch_size * steps + (2 * len(graph.nodes) * evaluations if graph.held_out else 0)
 
 
 class Recipe(NamedTuple):
-    """All that tokens depend on but the text or image itself."""
+    """Everything that tokens depend on, except the text or image."""
 
-    folder: Path  # of the store; its name is a hash of the description
+    folder: Path  # the store's folder; its name contains a hash of the description
     description: dict[str, Any]
     dtype: torch.dtype
 
 
 class Shard(NamedTuple):
-    """A file to make."""
+    """A shard to build."""
 
     modality: Modality
     name: str
-    rows: np.ndarray  # (K,) nodes that have these texts, or images
-    hashes: np.ndarray  # (K,) HASH
+    rows: np.ndarray  # (K,) rows of nodes that have these texts or images
+    hashes: np.ndarray  # (K,) HASH of these texts or images
 
 
 def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> Recipe:
-    """The recipe of a run.
+    """Return the recipe of a run's tower store.
 
     Args:
-        precision: the launch's; ``no`` stores float32, so that default behaviour stays exact.
-        towers: the fingerprint of the towers' weights.
+        config: settings of the run.
+        precision: mixed precision of the launch. With ``no``, ``--tower_cache_dtype auto`` is float32, so that
+            tokens are exact by default.
+        inputs: contains the tokenizer and the preprocessing.
+        towers: fingerprint of the towers' weights.
     """
     dtype = config.tower_cache_dtype
     if dtype == "auto":
         dtype = "float32" if precision == "no" else "float16"
     text, image = tower_shapes(config.model_name)
     tokenizer = json.loads(inputs.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["truncation"], tokenizer["padding"]  # the last call's
+    del tokenizer["truncation"], tokenizer["padding"]  # they depend on the tokenizer's last call
     preprocessing = inputs.preprocessing
     description = {
         "format": FORMAT,
@@ -82,41 +88,44 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
 
 
 def missing_shards(store: TowerStore, content_hashes: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
-    """What a store lacks of some nodes: each text and image once, in the order of the nodes.
+    """Return the shards that a store lacks for some nodes: each text and image once, in the order of the nodes.
 
-    Where some shards of a build are there, the rest are those that it would have made: all but the last are full.
+    After an interrupted build, these are the remaining shards of that build. The entries are divided in the same way as
+    before, because every shard except the last is full.
 
     Args:
-        among: ascending rows; default: of all nodes.
+        store: the store, which may be empty.
+        content_hashes: hashes of the graph's texts and images.
+        among: ascending rows of the nodes. Default: all nodes.
     """
     among = np.arange(len(content_hashes.texts)) if among is None else among
     shards: dict[Modality, list[Shard]] = {}
-    every: dict[Modality, np.ndarray] = {"text": content_hashes.texts, "image": content_hashes.images}
-    for modality, hashes in every.items():
-        distinct, first = np.unique(hashes[among], return_index=True)
-        rows = np.sort(among[first][store.shards(modality).find(distinct) < 0])
-        size = max(SHARD, -(-len(distinct) // MAX_SHARDS))
+    all_hashes: dict[Modality, np.ndarray] = {"text": content_hashes.texts, "image": content_hashes.images}
+    for modality, hashes in all_hashes.items():
+        unique, first = np.unique(hashes[among], return_index=True)
+        rows = np.sort(among[first][store.shards(modality).find(unique) < 0])
+        size = max(SHARD, -(-len(unique) // MAX_SHARDS))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         shards[modality] = [Shard(modality, shard_name(modality, hashes[part]), part, hashes[part]) for part in parts]
     return [*shards["image"], *shards["text"]]
 
 
 class Cost(NamedTuple):
-    """Of building some shards, by estimate."""
+    """Estimated cost of building shards."""
 
     bytes: int
     flops: float
 
 
 def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
-    """Texts are as long as those of up to 256 of the nodes, in tokens."""
+    """Estimate the cost of building shards. Text lengths are measured on a random sample of up to 256 nodes."""
     text, image = tower_shapes(config.model_name)
     counts = {
         modality: sum(len(shard.rows) for shard in shards if shard.modality == modality)
         for modality in ("text", "image")
     }
-    drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
-    _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in drawn])
+    sample = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
+    _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in sample])
     length = float(mask.sum(dim=1).float().mean())
     width = recipe.dtype.itemsize
     text_bytes = counts["text"] * (text.width * (length * width + 4) + 24)
@@ -126,13 +135,13 @@ def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shard
 
 
 def refusal(folder: Path, needed: int) -> str | None:
-    """Why ``needed`` bytes cannot be built in a folder; None where they can."""
+    """Return why ``needed`` bytes cannot be written to a folder, or None if they can. Creates the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        return f"{folder} cannot be written ({error.strerror})"
+        return f"cannot write to {folder} ({error.strerror})"
     if needed > 0.95 * free:
-        return f"{folder} has room for {size(free)}, and the tower store takes {size(needed)}"
+        return f"{folder} has {size(free)} of free disk space, but the tower store needs {size(needed)}"
     return None

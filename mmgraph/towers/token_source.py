@@ -1,4 +1,4 @@
-"""The token source of a run: a tower store, or live towers with a cache of images."""
+"""Opens the token source of a run: a tower store, or live towers with an image cache."""
 
 from accelerate import Accelerator
 
@@ -14,7 +14,7 @@ from mmgraph.towers.live import LiveTowers
 from mmgraph.towers.load import load_towers
 from mmgraph.utils.files import cache_folder
 
-TokenSource = CachedTowers | LiveTowers  # both have the methods batches and tokens
+TokenSource = CachedTowers | LiveTowers  # both have the methods batches() and tokens()
 
 
 def open_source(
@@ -26,14 +26,18 @@ def open_source(
     towers: str,
     planned_nodes: int,
 ) -> TokenSource:
-    """What a run reads its tokens from. Called by all ranks.
+    """Open the token source of a run. Called by all ranks.
+
+    Live towers read images through an image cache, which this function sets in ``inputs``.
 
     Args:
-        contents: of the graph's nodes, without which there is no store.
-        inputs, towers, planned_nodes: as :func:`mmgraph.towers.cached.open_store`.
+        config, accelerator, graph: settings, Accelerator and data of the run.
+        content_hashes: hashes of the graph's texts and images; None: use live towers.
+        inputs, towers, planned_nodes: see :func:`mmgraph.towers.cached.open_store`.
 
     Raises:
-        UserError: towers that cannot be loaded, or a store that cannot be built where it was asked for.
+        UserError: the towers cannot be loaded, the store is damaged, or ``config.tower_cache`` is a folder in which the
+            store cannot be built.
     """
     if config.tower_cache != "off" and content_hashes is not None:
         stored = open_store(config, accelerator, graph, content_hashes, inputs, towers, planned_nodes)

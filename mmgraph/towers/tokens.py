@@ -1,4 +1,4 @@
-"""The types of the towers: what they offer, and the tokens that they give."""
+"""Types of the towers and of their outputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,16 +14,16 @@ class Tokens(NamedTuple):
     text_mask: torch.Tensor  # (U, L) 1 at valid text tokens, 0 at padding
     patches: torch.Tensor  # (U, P, d_vis) last hidden states of the image tower, without the class token
     image_mask: torch.Tensor | None = None  # (U, P) 1 at valid patches; None: all are valid
-    text_pooled: torch.Tensor | None = None  # (U, d_text) the towers' pooled outputs, where they were asked for
-    image_pooled: torch.Tensor | None = None  # (U, d_vis)
+    text_pooled: torch.Tensor | None = None  # (U, d_text) pooled output of the text tower, if requested
+    image_pooled: torch.Tensor | None = None  # (U, d_vis) pooled output of the image tower, if requested
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
-        """The tokens with ``function`` applied to each tensor that is there."""
+        """Return the tokens with ``function`` applied to each tensor that is not None."""
         return Tokens(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
     @staticmethod
     def cat(parts: Sequence["Tokens"]) -> "Tokens":
-        """Tokens of parts of the nodes, joined in order."""
+        """Concatenate the tokens of several parts of the nodes, in order."""
         if len(parts) == 1:
             return parts[0]
         columns = zip(*parts, strict=True)
@@ -33,13 +33,14 @@ class Tokens(NamedTuple):
 class TowerOutput(NamedTuple):
     """One tower's output for N texts or images."""
 
-    sequence: torch.Tensor  # (N, L, d) last hidden states, without tokens that stand for no part of the input
+    # (N, L, d) last hidden states. Tokens that represent no part of the input, such as a class token, are removed.
+    sequence: torch.Tensor
     mask: torch.Tensor | None  # (N, L) 1 at valid tokens; None: all are valid
-    pooled: torch.Tensor  # (N, d)
+    pooled: torch.Tensor  # (N, d) pooled output
 
 
 class TextTower(Protocol):
-    """A frozen text tower. On torch's meta device it answers all but :meth:`tokens`."""
+    """A frozen text tower. On torch's meta device, everything except :meth:`tokens` works."""
 
     def __init__(self, model: Any): ...
 
@@ -49,24 +50,35 @@ class TextTower(Protocol):
 
     @property
     def width(self) -> int:
-        """d_text, of the tokens and of the pooled output."""
+        """d_text, the width of the tokens and of the pooled output."""
 
     @property
     def length(self) -> int:
-        """Tokens of the longest text."""
+        """Maximum number of tokens of a text."""
 
     def tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TowerOutput:
-        """Run the tower on N texts: (N, L) int64, and (N, L), 1 at valid tokens. The output has a mask."""
+        """Run the tower on N texts.
+
+        Args:
+            input_ids: (N, L) int64.
+            attention_mask: (N, L) 1 at valid tokens, 0 at padding.
+
+        Returns:
+            The output, always with a mask.
+        """
 
     def flops(self, length: int) -> float:
-        """Of a forward pass over one text of ``length`` tokens."""
+        """Return the FLOPs of a forward pass over one text of ``length`` tokens."""
 
     def description(self) -> dict[str, Any]:
-        """Settings that tokens depend on beside the weights, for the recipe of a tower store; plain JSON values."""
+        """Return the settings that the tokens depend on besides the weights, for the recipe of a tower store.
+
+        All values are plain JSON values.
+        """
 
 
 class ImageTower(Protocol):
-    """A frozen image tower. On torch's meta device it answers all but :meth:`tokens`."""
+    """A frozen image tower. On torch's meta device, everything except :meth:`tokens` works."""
 
     def __init__(self, model: Any): ...
 
@@ -76,49 +88,49 @@ class ImageTower(Protocol):
 
     @property
     def width(self) -> int:
-        """d_vis, of the patches and of the pooled output."""
+        """d_vis, the width of the patches and of the pooled output."""
 
     @property
     def patches(self) -> int:
-        """P, of an image."""
+        """P, the number of patches of an image."""
 
     @property
     def image_size(self) -> int:
-        """S, pixels a side."""
+        """S, the side length of an image in pixels."""
 
     def tokens(self, pixel_values: torch.Tensor) -> TowerOutput:
-        """Run the tower on N images, (N, 3, S, S) float32, normalised."""
+        """Run the tower on N images: (N, 3, S, S) float32, normalized."""
 
     def flops(self) -> float:
-        """Of a forward pass over one image."""
+        """Return the FLOPs of a forward pass over one image."""
 
     def description(self) -> dict[str, Any]:
-        """As :meth:`TextTower.description`."""
+        """Return the settings that the tokens depend on; see :meth:`TextTower.description`."""
 
 
 class Towers(NamedTuple):
-    """Both towers."""
+    """The text tower and the image tower of a model."""
 
     text: TextTower
     image: ImageTower
 
     @property
     def text_model(self) -> nn.Module:
-        """The text tower's module, under the encoder's name for it."""
+        """The text tower's module, under the same name as in the encoder."""
         return self.text.model
 
     @property
     def vision_model(self) -> nn.Module:
-        """The image tower's module, under the encoder's name for it."""
+        """The image tower's module, under the same name as in the encoder."""
         return self.image.model
 
     @property
     def widths(self) -> tuple[int, int]:
-        """The widths of their tokens: d_text and d_vis."""
+        """Widths of the tokens: d_text and d_vis."""
         return self.text.width, self.image.width
 
     def to(self, device: torch.device) -> "Towers":
-        """Move the modules to a device, in place."""
+        """Move both modules to a device, in place."""
         for tower in self:
             tower.model.to(device)
         return self

@@ -157,7 +157,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     make = pkgutil.resolve_name(targets.MAKE_SHARD)
 
     def record(self: Any, shard: tower_plan.Shard) -> Generator[int, None, bytes]:
-        seen.extend((shard.kind, row) for row in shard.rows.tolist())
+        seen.extend((shard.modality, row) for row in shard.rows.tolist())
         return make(self, shard)
 
     monkeypatch.setattr(targets.MAKE_SHARD, record)
