@@ -24,6 +24,16 @@ from mmgraph.demo.towers import build_towers
 
 pytest_plugins = ["pages"]  # fixtures of the report's tests
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers for the suite. None with ``-s``, which workers do not support, and none for a single file."""
+    single_file = len(config.args) == 1 and ".py" in config.args[0]
+    if single_file or config.option.capture == "no":
+        config.option.dist = "no"
+        return 0
+    return 2
+
+
 PACKAGE = f"{REPOSITORY / 'mmgraph'}/"  # how the paths of its files begin in a traceback
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "old", "new", "bright", "dark", "quick", "slow"]
 

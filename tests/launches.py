@@ -24,7 +24,7 @@ from accelerate.utils.launch import (
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 SCRIPT = str(REPOSITORY / "launch.py")
-PARALLEL_RUNS = 2
+PARALLEL_RUNS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
 
 # By default ZeRO-3 does not partition parameters of fewer than 100,000 elements: here that would be all.

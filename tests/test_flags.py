@@ -87,7 +87,7 @@ def test_a_range_ends_at_its_bounds(name: str, inside: float, outside: float, va
         ("weight_decay", -1e-9, "--weight_decay -1e-09: must be 0 or more"),
         ("max_grad_norm", math.inf, "--max_grad_norm inf: must be 0 or more"),
         ("max_bad_images", 1.0, ""),
-        ("max_bad_images", 1.1, "--max_bad_images 1.1: must be a share, from 0 to 1"),
+        ("max_bad_images", 1.1, "--max_bad_images 1.1: must be a fraction from 0 to 1"),
         ("eval_fraction", 0.999, ""),
         ("eval_fraction", 1.0, "--eval_fraction 1.0: must be 0 or more, and below 1"),
         ("seed", -1, "--seed -1: must be 0 or more"),

@@ -76,4 +76,4 @@ def test_a_folder_that_is_not_there_for_json_is_one_line(tmp_path: Path, capsys:
 
     assert run(action) == 1
     err = capsys.readouterr().err
-    assert "nowhere/figures.json: No such file" in err and "; give --json" in err and err.count("\n") == 1
+    assert "nowhere/figures.json: No such file" in err and "; set --json" in err and err.count("\n") == 1

@@ -89,4 +89,4 @@ def test_a_worker_that_hangs_in_an_evaluation_ends_the_run(
     begun = time.monotonic()
     assert train_main(settings(graph, tmp_path / "run", *flags)) == 1
     assert time.monotonic() - begun < 60
-    assert "waited --collective_timeout for a DataLoader worker, which hangs" in capsys.readouterr().err
+    assert "timed out after --collective_timeout: a DataLoader worker hangs" in capsys.readouterr().err
