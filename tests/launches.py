@@ -47,6 +47,13 @@ def run(command: list[str], cwd: Path | None = None, **environment: str) -> subp
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def accelerate_launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run launch.py through the launcher, and check that it succeeds."""
+    done = run(launch_command(config, *arguments))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
 class Ended(NamedTuple):
     """How the ranks of a warm run ended."""
 

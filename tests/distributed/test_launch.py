@@ -11,24 +11,17 @@ import psutil
 import pytest
 import torch
 from conftest import LOSSES, PACKAGE, loss_difference, newest, read_metrics, same_state, settings
-from launches import launch_command, run
+from launches import accelerate_launch, launch_command, run
 from safetensors.torch import load_file
 
 FLAGS = ("--max_steps=30", "--save_every=5")
-
-
-def launched(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Launch through the launcher and check that it succeeds."""
-    done = run(launch_command(config, *arguments))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
 def two_processes(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """30 steps on two processes: the output folder, and what was printed."""
     output = tmp_path_factory.mktemp("two") / "run"
-    return output, launched("cpu_2proc.yaml", *settings(graph, output, *FLAGS)).stdout
+    return output, accelerate_launch("cpu_2proc.yaml", *settings(graph, output, *FLAGS)).stdout
 
 
 def norm_relative(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -75,7 +68,7 @@ def test_a_killed_run_resumes_to_the_bit(
 ) -> None:
     reference = two_processes[0]
     if config != "cpu_2proc.yaml":
-        launched(config, *settings(graph, reference := tmp_path / "reference", *FLAGS))
+        accelerate_launch(config, *settings(graph, reference := tmp_path / "reference", *FLAGS))
     output = tmp_path / "killed"
     flags = settings(graph, output, *FLAGS)
     process = subprocess.Popen(launch_command(config, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -87,7 +80,7 @@ def test_a_killed_run_resumes_to_the_bit(
         victim.kill()
     process.wait()
     assert not (output / "state/step-00000030").exists()
-    done = launched(config, *flags)
+    done = accelerate_launch(config, *flags)
     begun = [start["from_step"] for start in starts(output)]
     assert begun in ([0, 20], [0, 25])
     state = str(output / f"state/step-{begun[1]:08d}")
@@ -123,7 +116,7 @@ def test_launches_that_would_train_wrongly_are_refused(
 
 def test_zero_with_offload_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path) -> None:
     config = "deepspeed_zero2_offload.yaml --num_processes 2 --mixed_precision no"
-    done = launched(config, *settings(graph, tmp_path / "run", "--max_steps=30"))
+    done = accelerate_launch(config, *settings(graph, tmp_path / "run", "--max_steps=30"))
     [start] = starts(tmp_path / "run")
     assert (start["processes"], start["distributed_type"]) == (2, "DEEPSPEED")
     [line] = [line for line in done.stdout.splitlines() if re.search(r"\bDEEPSPEED\b", line)]

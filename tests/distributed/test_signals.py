@@ -76,11 +76,10 @@ def endless(graph: Path, tmp_path: Path) -> list[str]:
 
 
 CASES = [  # config, signal, to whom, the launcher's exit code
-    ("cpu.yaml", signal.SIGTERM, "launcher", -signal.SIGTERM),
     ("cpu_2proc.yaml", signal.SIGUSR1, "launcher", -signal.SIGUSR1),
     ("cpu_2proc.yaml", signal.SIGTERM, "group", 1),
-    (ZERO2, signal.SIGUSR1, "rank", 1),
 ]
+ONE_PROCESS = ("cpu.yaml", signal.SIGTERM, "launcher", -signal.SIGTERM)
 MORE = [
     (config, number, target, code)
     for config in ("cpu_2proc.yaml", ZERO2)
@@ -95,7 +94,8 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("config", "number", "target", "code"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+    ("config", "number", "target", "code"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in [ONE_PROCESS, *MORE])],
 )
 def test_a_signal_stops_all_ranks_together(
     endless: list[str], tmp_path: Path, config: str, number: signal.Signals, target: str, code: int
@@ -129,6 +129,7 @@ def test_a_rank_that_is_killed_ends_all_and_is_named(endless: list[str], tmp_pat
     assert PACKAGE not in text  # no traceback of ours
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     with training("cpu_2proc.yaml", output, *endless, "--collective_timeout=4") as (process, ranks):
@@ -137,6 +138,7 @@ def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
     assert line_with(said(output), "mmgraph: error:", "rank 0", "--collective_timeout")
 
 
+@pytest.mark.slow
 def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[str], tmp_path: Path) -> None:
     """The other rank hangs, so no step is finished together: the watchdog of the one that was asked ends it."""
     output = tmp_path / "run"
@@ -258,6 +260,7 @@ def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str]) -> None:
     assert "ValueError: injected by the test" in done.stderr and "--collective_timeout" not in told
 
 
+@pytest.mark.slow
 def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = settings(graph, output, "--max_steps=30", "--save_every=5")

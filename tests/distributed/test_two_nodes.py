@@ -60,7 +60,7 @@ def start(config: str, machine_rank: int, *flags: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.usefixtures("cable")
-@pytest.mark.parametrize("config", ["multi_node", "multi_node_zero2"])
+@pytest.mark.parametrize("config", ["multi_node", pytest.param("multi_node_zero2", marks=pytest.mark.slow)])
 def test_two_nodes_train_as_one_and_survive_the_loss_of_one(
     config: str, graph: Path, one_process: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import targets
 from conftest import settings
-from launches import REPOSITORY, launch, run_warm
+from launches import REPOSITORY, accelerate_launch, launch_command, run
 from targets import EMBED_SHARD_OF_REPORT, REPORT_AT_THE_END, WRITE_PAGE
 
 from mmgraph.cli import train_main
@@ -21,8 +21,8 @@ from mmgraph.cli import train_main
 def test_trackers_get_the_figures(graph: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    launch("cpu.yaml", *settings(graph, tmp_path / "run", "--report", "--report_to=all", "--max_steps=20",
-                                 "--eval_fraction=0.1"))  # fmt: skip
+    flags = ("--report", "--report_to=all", "--max_steps=20", "--eval_fraction=0.1")
+    accelerate_launch("cpu.yaml", *settings(graph, tmp_path / "run", *flags))
     events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0, "tensors": 0})
     events.Reload()
     assert set(events.Tags()["images"]) == {"report/map", "report/gallery"}
@@ -71,10 +71,9 @@ def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Pat
         f"    pytest.MonkeyPatch().setattr({EMBED_SHARD_OF_REPORT!r}, lambda *_: 1 / 0)\n"
         f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
     )
+    launcher = launch_command("cpu_2proc.yaml")[:-1]
     for what, told in (("import", "ModuleNotFoundError"), ("embed", "ZeroDivisionError")):
-        done = run_warm(
-            [str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")], "cpu_2proc.yaml"
-        )
+        done = run([*launcher, str(script), what, *settings(graph, tmp_path / what, "--max_steps=20", "--report")])
         assert done.returncode == 0, done.stderr[-2000:]
         [line] = [line for line in done.stdout.splitlines() if f"mmgraph report {tmp_path / what}" in line]
         assert f"rank 1: {told}" in line and "Traceback" not in done.stderr

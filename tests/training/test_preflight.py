@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 import pytest
 import torch
 from conftest import PACKAGE, settings
-from launches import REPOSITORY, launch, run_warm
+from launches import REPOSITORY, launch, launch_command, run
 from targets import (
     CHECK_AGREEMENT,
     DEEPSPEED_IS_INSTALLED,
@@ -72,7 +72,7 @@ def test_ranks_that_differ_are_named(graph: Path, tmp_path: Path, differ: str, m
         f"import os, runpy, sys\nrank = os.environ['RANK']\n{other}\n{differ}\n"
         f"runpy.run_path({str(REPOSITORY / 'launch.py')!r}, run_name='__main__')\n"
     )
-    done = run_warm([str(script), *settings(graph, tmp_path / "run")], "cpu_2proc.yaml")
+    done = run([*launch_command("cpu_2proc.yaml")[:-1], str(script), *settings(graph, tmp_path / "run")])
     assert done.returncode != 0 and re.search(message, done.stderr), done.stderr
     assert done.stderr.count("mmgraph: error") == 1 and PACKAGE not in done.stderr
     assert not (tmp_path / "run").exists()
