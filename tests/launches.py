@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 SCRIPT = str(REPOSITORY / "launch.py")
 PARALLEL_RUNS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+SERVERS = 2  # a test may need two runs at the same time
 Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
 
 # By default ZeRO-3 does not partition parameters of fewer than 100,000 elements: here that would be all.
@@ -170,7 +171,7 @@ def warm_server(deepspeed: bool) -> Iterator[Any]:
 @cache
 def _pool(deepspeed: bool) -> "queue.LifoQueue[subprocess.Popen[str] | None]":
     pool: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()  # one that was started comes first
-    for _ in range(PARALLEL_RUNS):
+    for _ in range(SERVERS):
         pool.put(None)
     return pool
 

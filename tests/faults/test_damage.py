@@ -233,7 +233,7 @@ def hostile_files(folder: Path, epoch_file: Path) -> dict[str, tuple[Path, str]]
     made("extra", "malware.weight", lambda content: content[model].update({"malware.weight": torch.zeros(2)}))
     made(
         "shape",
-        "text_proj.weight is (3, 3)",
+        "text_proj.weight has shape (3, 3)",
         lambda content: content[model].update({"text_proj.weight": torch.zeros(3, 3)}),
     )
     made("huge", wide, lambda content: content[model].update({wide: torch.zeros(1).expand(10**7, 10**5)}))
