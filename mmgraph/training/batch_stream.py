@@ -1,4 +1,4 @@
-"""The batches of a run, epoch after epoch."""
+"""Batches of a run, over all remaining epochs."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,19 +13,19 @@ from mmgraph.utils.log import log
 
 
 class BatchStream:
-    """Iterates over this rank's batches from where the run stands, until the run is finished.
+    """Yields this rank's batches from the current step of the run until the run is finished.
 
-    The progress must be in the next epoch when the first batch of that is asked for.
+    After the last batch of an epoch, ``progress`` must be advanced to the next epoch before another batch is requested.
 
     Args:
-        loader: prepared by Accelerate, over ``sampler``.
-        sampler: of global batches.
-        source: of the towers' tokens, which reads ahead.
-        progress, schedule: of the run.
-        images: the image files of each batch are noted in it.
+        loader: DataLoader over ``sampler``, prepared by Accelerate.
+        sampler: sampler of global batches.
+        source: token source of the run. It may prefetch tokens.
+        progress, schedule: progress and schedule of the run.
+        images: counts the image files of each batch.
 
     Attributes:
-        data_wait: seconds that the last batch was waited for.
+        data_wait: seconds that the training loop waited for the last batch.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class BatchStream:
         self.loader, self.sampler, self.source = loader, sampler, source
         self.progress, self.schedule, self.images = progress, schedule, images
         self.data_wait = 0.0
-        self._cache_failed = False
+        self._cache_failure_logged = False
 
     def __iter__(self) -> Iterator[EdgeBatch]:
         while not self.schedule.finished:
             self.sampler.begin(self.progress.epoch, self.progress.samples_in_epoch)
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             for batch in self.source.batches(self.loader):
-                self.data_wait = time.perf_counter() - asked
-                self._note(batch)
+                self.data_wait = time.perf_counter() - wait_start
+                self._record_images(batch)
                 yield batch
-                asked = time.perf_counter()
+                wait_start = time.perf_counter()
 
-    def _note(self, batch: EdgeBatch) -> None:
+    def _record_images(self, batch: EdgeBatch) -> None:
         if batch.image_status is not None:
             self.images.note(batch.unique, batch.image_status)
-        if batch.cache_failure and not self._cache_failed:  # of any worker of the main process
-            self._cache_failed = True
-            log(f"the image cache keeps no more pictures ({batch.cache_failure}); training goes on")
+        if batch.cache_failure and not self._cache_failure_logged:  # each worker reports its failure in every batch
+            self._cache_failure_logged = True
+            log(f"the image cache stores no more images ({batch.cache_failure}); training continues without it")

@@ -1,4 +1,4 @@
-"""The best evaluation of a run: whose weights are kept, and when it was too long ago."""
+"""The best evaluation of a run, and early stopping."""
 
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
@@ -8,30 +8,38 @@ DEFAULT_METRIC = "z_graph/mrr"
 
 
 class EarlyStopping:
-    """The best value of ``--keep_best`` so far, and how many evaluations there were since.
+    """Tracks the best value of the ``--keep_best`` metric, and the number of evaluations since then.
 
     Args:
         config: the run's settings.
-        progress: of the run; the value is kept in it.
-        held_out: fingerprint of the held-out edges; values on others are not compared.
+        progress: the run's progress; it stores the best value, so that a resumed run continues with it.
+        held_out: fingerprint of the held-out edges. Values on other edges are not compared.
     """
 
     def __init__(self, config: Config, progress: Progress, held_out: str):
         self.patience, self.progress = config.early_stopping_patience, progress
         self.metric = config.keep_best or (DEFAULT_METRIC if self.patience else None)
-        kind = {"metric": self.metric, "held_out": held_out}
+        comparable = {"metric": self.metric, "held_out": held_out}
         best = progress.best
-        if best is not None and {name: best[name] for name in kind} != kind:
-            log(f"--keep_best begins anew: the best so far was {best['metric']}, on held-out edges {best['held_out']}")
+        if best is not None and {name: best[name] for name in comparable} != comparable:
+            log(
+                f"--keep_best: the previous best value is dropped; its metric is {best['metric']}, its held-out edges "
+                f"are {best['held_out']}, and one of them differs in this run"
+            )
             best = None
-        self.value = best or {**kind, "value": None, "step": None, "misses": 0}
+        self.value = best or {**comparable, "value": None, "step": None, "misses": 0}
 
     def improves(self, step: int, embeddings: dict[str, dict[str, float]]) -> bool:
-        """Note an evaluation; whether it is the best so far."""
+        """Record an evaluation. Return whether it is the best so far.
+
+        Args:
+            step: step of the evaluation.
+            embeddings: metrics by embedding, such as ``embeddings["z_graph"]["mrr"]``.
+        """
         if self.metric is None:
             return False
-        kind, name = self.metric.split("/")
-        value, best = embeddings[kind][name], self.value["value"]
+        embedding, name = self.metric.split("/")
+        value, best = embeddings[embedding][name], self.value["value"]
         better = best is None or value > best
         self.value |= {"value": value, "step": step, "misses": 0} if better else {"misses": self.value["misses"] + 1}
         self.progress.best = self.value
@@ -39,11 +47,12 @@ class EarlyStopping:
 
     @property
     def found(self) -> bool:
+        """Whether there is a best evaluation."""
         return self.value["step"] is not None
 
     @property
     def exhausted(self) -> bool:
-        """Whether ``--early_stopping_patience`` evaluations went by without a better one."""
+        """Whether ``--early_stopping_patience`` evaluations in a row did not improve the metric."""
         return self.patience is not None and self.value["misses"] >= self.patience
 
     def __str__(self) -> str:

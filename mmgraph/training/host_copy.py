@@ -1,16 +1,16 @@
-"""Values on their way from the device to the host."""
+"""Copies from the device to the host that do not block."""
 
 import torch
 
 
 class HostCopy:
-    """A copy of some values on the host, started without waiting for the device.
+    """Copies a tensor to the host, without waiting for the device until the values are read.
 
-    On CUDA the values go to pinned memory, and an event on the same stream marks the end of the copy; reading waits for
-    that event alone. A plain ``.tolist()`` would wait for everything queued on the stream, later steps included.
+    On CUDA, the copy goes to pinned memory, and an event on the same stream marks its end. :meth:`tolist` waits only
+    for this event. A plain ``values.tolist()`` would wait for all work queued on the stream, including later steps.
 
     Args:
-        values: a tensor on any device.
+        values: tensor on any device.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -22,7 +22,7 @@ class HostCopy:
             self._copied.record()
 
     def tolist(self) -> list[float]:
-        """The values, once they are on the host."""
+        """Return the values. Wait until they are on the host."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

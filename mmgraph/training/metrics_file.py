@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object per optimizer step."""
+"""The file ``metrics.jsonl``: one JSON object per optimizer step."""
 
 import json
 import time
@@ -11,34 +11,39 @@ from mmgraph.utils.files import sync
 
 
 class MetricsFile:
-    """Appends rows; on disk at the latest after 10 rows or the row after 1 s, and at :meth:`sync`.
+    """Appends rows to ``metrics.jsonl``.
+
+    Rows are buffered. They are written to the file when 10 rows are buffered, when a row is added more than 1 s after
+    the last write, and by :meth:`sync`.
 
     Args:
-        path: the file.
-        keep: bytes of an existing file to go on from; what stands behind them is cut off.
+        path: the file. It is created if it does not exist.
+        keep: number of bytes to keep of an existing file. The rest is cut off.
     """
 
     def __init__(self, path: Path, keep: int = 0):
         self._file = path.open("ab")
-        self._file.truncate(min(keep, path.stat().st_size))  # a file that lost rows must not be filled up with zeros
-        self._path, self._waiting, self._written = path, 0, time.monotonic()
+        self._file.truncate(min(keep, path.stat().st_size))  # min: truncate() would fill a shorter file with zeros
+        self._path, self._buffered, self._last_write = path, 0, time.monotonic()
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
         self._file.write((json.dumps(dict(row)) + "\n").encode())
-        self._waiting += 1
-        if self._waiting >= 10 or time.monotonic() - self._written > 1:
+        self._buffered += 1
+        if self._buffered >= 10 or time.monotonic() - self._last_write > 1:
             self._flush()
 
     def sync(self) -> int:
-        """Put all rows on the disk. Returns the bytes of the file."""
+        """Write all rows and sync the file to disk. Return its size in bytes."""
         self._flush()
         sync(self._path)
         return self._path.stat().st_size
 
     def close(self) -> None:
-        with suppress(OSError):  # of rows that no state counts on
+        """Write all rows and close the file. Ignore errors."""
+        with suppress(OSError):  # no state includes the lost rows, so a resumed run writes them again
             self._file.close()
 
     def _flush(self) -> None:
         self._file.flush()
-        self._waiting, self._written = 0, time.monotonic()
+        self._buffered, self._last_write = 0, time.monotonic()
