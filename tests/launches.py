@@ -1,15 +1,16 @@
 """Starts training runs and verbs for tests: through ``accelerate launch``, or in warm processes that fork."""
 
 import atexit
+import fcntl
 import json
 import os
-import queue
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,12 @@ TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 SCRIPT = str(REPOSITORY / "launch.py")
 PARALLEL_RUNS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-SERVERS = 2  # a test may need two runs at the same time
+# The sockets of warm servers. Processes that pytest-xdist starts inherit the variable, and so share the servers.
+WARM_SERVERS = Path(os.environ.get("MMGRAPH_WARM_SERVERS") or tempfile.mkdtemp(prefix="mmgraph-warm-"))
+if "MMGRAPH_WARM_SERVERS" not in os.environ:
+    os.environ["MMGRAPH_WARM_SERVERS"] = str(WARM_SERVERS)
+    OWNER = os.getpid()
+    atexit.register(lambda: os.getpid() == OWNER and shutil.rmtree(WARM_SERVERS, ignore_errors=True))
 Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
 
 # By default ZeRO-3 does not partition parameters of fewer than 100,000 elements: here that would be all.
@@ -87,7 +93,7 @@ def launch(config: str, *arguments: str, cwd: Path | None = None) -> Ended:
 def run_warm(
     program: list[str],
     config: str = "cpu.yaml",
-    faults: tuple[Fault, ...] = (),
+    faults: Sequence[Fault] = (),
     cwd: Path | None = None,
     timeout: float = 300,
     no_launcher: bool = False,
@@ -107,14 +113,12 @@ def run_warm(
     environments = [shared] if processes == 1 else [shared | rank_variables(i, processes) for i in range(processes)]
     for number, port in enumerate([free_port()] * processes if processes > 1 else []):
         environments[number]["MASTER_PORT"] = str(port)
-    with warm_server("ACCELERATE_USE_DEEPSPEED" in shared) as server, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         request = {
             "program": program, "environments": environments, "cwd": str(cwd or Path.cwd()), "faults": faults,
             "output": f"{folder}/rank", "timeout": timeout, "no_launcher": no_launcher,
         }  # fmt: skip
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        codes, orphans = json.loads(server.stdout.readline())
+        codes, orphans = serve(request, "ACCELERATE_USE_DEEPSPEED" in shared)
         assert not orphans, "processes left behind"
         stdout, stderr = (
             "".join(Path(f"{folder}/rank.{i}.{name}").read_text(errors="replace") for i in range(processes))
@@ -156,36 +160,26 @@ def launch_environment(config: str) -> tuple[int, dict[str, str]]:
     return arguments.num_processes if arguments.use_deepspeed or arguments.multi_gpu else 1, added
 
 
-@contextmanager
-def warm_server(deepspeed: bool) -> Iterator[Any]:
-    """Borrow a warm process from the pool; it is started when it is first needed."""
-    pool = _pool(deepspeed)
-    server = pool.get()
-    try:
-        server = server or _start_server(deepspeed)
-        yield server
-    finally:
-        pool.put(server)
+def serve(request: dict[str, Any], deepspeed: bool) -> tuple[list[int | None], int]:
+    """Send a request to the server of :mod:`warm`, which is started when it is first needed. Returns its answer."""
+    path = WARM_SERVERS / ("deepspeed" if deepspeed else "plain")
+    with (WARM_SERVERS / f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not path.exists():
+            _start_server(path)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        with connection.makefile() as answer:
+            codes, orphans = json.loads(answer.readline())
+            return codes, orphans
 
 
-@cache
-def _pool(deepspeed: bool) -> "queue.LifoQueue[subprocess.Popen[str] | None]":
-    pool: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()  # one that was started comes first
-    for _ in range(SERVERS):
-        pool.put(None)
-    return pool
-
-
-def _start_server(deepspeed: bool) -> "subprocess.Popen[str]":
+def _start_server(path: Path) -> None:
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "warm.py"), *(["--deepspeed"] if deepspeed else [])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, str(TESTS / "warm.py"), str(path), str(WARM_SERVERS)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
-    atexit.register(server.kill)
-    assert server.stdout is not None
-    while (line := server.stdout.readline()) != "ready\n":
-        assert line, "the warm process did not start"  # libraries may print before
-    return server
+    while not path.exists():
+        assert server.poll() is None, "the warm server did not start"
+        time.sleep(0.05)

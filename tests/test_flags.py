@@ -1,4 +1,4 @@
-"""A flag is declared once, in Config: its help, group, range and uses are read from the field."""
+"""Flags are declared once, as fields of Config, which hold their help, group, valid range and uses."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ FIXED = [
 
 
 def refusal(**settings: Any) -> str:
-    """The error message of a Config, empty where it is valid."""
+    """Return the error message of a Config, or an empty string if the settings are valid."""
     try:
         Config(**settings)
     except UserError as error:
@@ -33,8 +33,8 @@ def refusal(**settings: Any) -> str:
     return ""
 
 
-def shown(flag: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Flags that ``--help`` or ``--help_all`` lists, and the titles above them, which end in a colon."""
+def listed_flags(flag: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the flags that ``--help`` or ``--help_all`` lists, and the titles above them, which end in a colon."""
     with pytest.raises(SystemExit):
         parse_config([flag])
     lines = re.findall(r"^(?:  --(\w+)|(\w+:))", capsys.readouterr().out, re.MULTILINE)
@@ -48,20 +48,23 @@ def test_each_field_has_a_group_and_help() -> None:
 
 
 def bounds() -> list[Any]:
-    """Each bound of each range: flag, a value on its valid side, one on the other side, and the range."""
+    """Return a case per bound of each range: flag, a valid value, an invalid value, range.
+
+    One of the values is the bound, and the other is the next number.
+    """
     cases = []
     for name, field in FIELDS.items():
-        whole = not isinstance(field.default, float)
+        is_integer = not isinstance(field.default, float)
 
-        def beside(bound: float, towards: int, whole: bool = whole) -> float:
-            return bound + towards if whole else math.nextafter(bound, towards * math.inf)
+        def neighbor(bound: float, towards: int, is_integer: bool = is_integer) -> float:
+            return bound + towards if is_integer else math.nextafter(bound, towards * math.inf)
 
         for valid in field.metadata["ranges"]:
             pairs = {
-                "above": (beside(valid.above, 1), valid.above),
-                "at_least": (valid.at_least, beside(valid.at_least, -1)),
-                "at_most": (valid.at_most, beside(valid.at_most, 1)),
-                "below": (beside(valid.below, -1), valid.below),
+                "above": (neighbor(valid.above, 1), valid.above),
+                "at_least": (valid.at_least, neighbor(valid.at_least, -1)),
+                "at_most": (valid.at_most, neighbor(valid.at_most, 1)),
+                "below": (neighbor(valid.below, -1), valid.below),
             }
             cases += [
                 pytest.param(name, *pair, valid, id=f"{name}-{bound}")
@@ -72,9 +75,9 @@ def bounds() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "inside", "outside", "valid"), bounds())
-def test_a_range_ends_at_its_bounds(name: str, inside: float, outside: float, valid: Range) -> None:
+def test_values_beyond_a_bound_are_refused(name: str, inside: float, outside: float, valid: Range) -> None:
     assert refusal(**{name: outside}) == f"--{name} {outside}: must be {valid.description}"
-    assert f"must be {valid.description}" not in refusal(**{name: inside})  # other checks may refuse it
+    assert f"must be {valid.description}" not in refusal(**{name: inside})  # another check may refuse the value
 
 
 @pytest.mark.parametrize(
@@ -104,30 +107,30 @@ def test_values_and_messages(name: str, value: float, message: str) -> None:
     assert refusal(**{name: value}) == message
 
 
-def test_numbers_without_a_range() -> None:
+def test_every_number_has_a_range() -> None:
     numbers = {name for name, field in FIELDS.items() if type(field.default) in (int, float)}
     assert {name for name in numbers if not FIELDS[name].metadata["ranges"]} == set()
 
 
 def test_flags_fixed_on_resume() -> None:
     assert set(FIXED_ON_RESUME) == set(FIXED)
-    known = compute_run_fingerprint(Config(seed=7), "n", "e")
-    assert set(known) == {*FIXED, "nodes table", "edges table"} and known["seed"] == 7
+    fingerprint = compute_run_fingerprint(Config(seed=7), "n", "e")
+    assert set(fingerprint) == {*FIXED, "nodes table", "edges table"} and fingerprint["seed"] == 7
     cosine = compute_run_fingerprint(Config(lr_schedule="cosine"), "n", "e")
     assert set(cosine) == {*FIXED, "epochs", "max_steps", "nodes table", "edges table"}
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_state_older_than_a_flag_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = compute_run_fingerprint(Config(), "n", "e")
-    older = {key: value for key, value in now.items() if key != name}
+def test_a_state_written_before_a_flag_existed_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = compute_run_fingerprint(Config(), "n", "e")
+    older = {key: value for key, value in current.items() if key != name}
     monkeypatch.setattr(run_start, "read_record", lambda state: {"identity": older})
-    run_start.check_run_fingerprint(Path("state"), now, "another run")
-    with pytest.raises(UserError, match=rf"^another run: {name} {now[name]} -> changed; "):
-        run_start.check_run_fingerprint(Path("state"), {**now, name: "changed"}, "another run")
+    run_start.check_run_fingerprint(Path("state"), current, "another run")
+    with pytest.raises(UserError, match=rf"^another run: {name} {current[name]} -> changed; "):
+        run_start.check_run_fingerprint(Path("state"), {**current, name: "changed"}, "another run")
 
 
-def test_flags_that_other_verbs_take_from_the_run() -> None:
+def test_flags_that_other_commands_read_from_the_run() -> None:
     assert set(INHERITED) == {
         "nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
         "eval_edges", "eval_fraction", "seed",
@@ -140,17 +143,19 @@ def test_help_shows_the_common_flags(capsys: pytest.CaptureFixture[str]) -> None
         "nodes", "edges", "image_root", "demo", "model_name", "epochs", "max_steps", "global_batch_size",
         "learning_rate", "seed", "eval_fraction", "num_workers", "output_dir", "resume", "report_to", "check",
     }  # fmt: skip
-    flags = [name for name in shown("--help", capsys) if not name.endswith(":")]
+    flags = [name for name in listed_flags("--help", capsys) if not name.endswith(":")]
     assert sorted(flags) == sorted([*COMMON, "config", "help", "help_all"])
 
 
 def test_help_all_shows_each_flag_below_its_group(capsys: pytest.CaptureFixture[str]) -> None:
-    group, found, titles = "", {}, []
-    for name in shown("--help_all", capsys):
+    group, group_of_flag, titles = "", {}, []
+    for name in listed_flags("--help_all", capsys):
         if name.endswith(":"):
             group = name[:-1]
             titles.append(group)
         else:
-            found[name] = group
+            group_of_flag[name] = group
     assert titles == ["usage", "start", *GROUPS]
-    assert {name: found[name] for name in FIELDS} == {name: field.metadata["group"] for name, field in FIELDS.items()}
+    assert {name: group_of_flag[name] for name in FIELDS} == {
+        name: field.metadata["group"] for name, field in FIELDS.items()
+    }

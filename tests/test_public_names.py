@@ -1,4 +1,4 @@
-"""The names that users import: as in the original, below ``mmgraph.``, and from ``mmgraph`` itself."""
+"""Public names are importable from ``mmgraph``, and from the module paths of the original trainer below it."""
 
 import inspect
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 import mmgraph
 
-PATHS = {  # the original's modules
+PATHS = {  # modules of the original trainer
     "mmgraph.loader.graph_edge_dataset": ["GraphEdgeDataset"],
     "mmgraph.loader.nodes_dataset": ["NodesDataset"],
     "mmgraph.loader.multimodal_collator": ["MultimodalCollator"],
@@ -32,23 +32,23 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_a_path_of_the_original_works(module: str) -> None:
+def test_a_module_path_of_the_original_trainer(module: str) -> None:
     for name in PATHS[module]:
         assert getattr(import_module(module), name) is getattr(mmgraph, name)
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_a_name_of_the_package_has_its_signature(name: str) -> None:
+def test_signature_of_a_public_name(name: str) -> None:
     assert list(inspect.signature(getattr(mmgraph, name)).parameters) == SIGNATURES[name]
 
 
-def test_no_other_names() -> None:
+def test_there_are_no_other_public_names() -> None:
     assert set(mmgraph.__all__) == set(SIGNATURES)
     with pytest.raises(AttributeError):
         _ = mmgraph.nothing
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    """A wrong flag is an error before that second is spent."""
+    """A wrong flag is reported immediately, because the import of torch takes about a second."""
     code = "import sys, mmgraph; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

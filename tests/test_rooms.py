@@ -1,4 +1,4 @@
-"""Imports run one way: a module imports only from its own room, and from those before it."""
+"""Imports go one way: a module imports only from its own room (subpackage) and from earlier rooms in ORDER."""
 
 import ast
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ ORDER = (
     ("models", "losses"), ("checkpoints",), ("inference",), ("evaluation",), ("report",), ("training",), ("demo",),
     ("bench",), ("cli",),
 )  # fmt: skip
-FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-FREE = {"__init__", "__main__"}  # the package's own names and its command line
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+UNCHECKED = {"__init__", "__main__"}  # these may import from every room
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Rooms of mmgraph that a file imports from, at its top or inside of functions."""
+def imported_rooms(path: Path) -> Iterator[str]:
+    """Yield the rooms of mmgraph that a file imports from, at module level or inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module == "mmgraph":
@@ -25,17 +25,17 @@ def imported(path: Path) -> Iterator[str]:
         yield from (name.split(".")[1] for name in names if name.startswith("mmgraph."))
 
 
-def test_a_module_imports_only_from_rooms_before_it() -> None:
+def test_a_module_imports_only_from_earlier_rooms() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if room in FREE:
+        if room in UNCHECKED:
             continue
-        others = [other for other in imported(path) if other != room and FLOOR[other] >= FLOOR[room]]
+        others = [other for other in imported_rooms(path) if other != room and LEVEL[other] >= LEVEL[room]]
         wrong += [f"{path.relative_to(PACKAGE)} imports from {other}" for other in others]
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_room_is_known() -> None:
-    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert found == {*FLOOR, *FREE}
+def test_every_room_is_in_the_order() -> None:
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms == {*LEVEL, *UNCHECKED}

@@ -1,4 +1,4 @@
-"""The version: known where mmgraph runs from a checkout without being installed."""
+"""The version is available if mmgraph runs from a checkout and is not installed."""
 
 import json
 import shutil
@@ -12,29 +12,29 @@ from launches import REPOSITORY, run
 
 import mmgraph
 
-# As where no metadata of mmgraph is found.
+# Runs a script as if mmgraph were not installed: importlib.metadata finds no mmgraph package.
 NOT_INSTALLED = """
 import importlib.metadata, runpy, sys
-known = importlib.metadata.version
+installed_version = importlib.metadata.version
 def version(name):
     if name == "mmgraph":
         raise importlib.metadata.PackageNotFoundError(name)
-    return known(name)
+    return installed_version(name)
 importlib.metadata.version = version
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_run_from_a_checkout(graph: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_checkout_records_the_version(graph: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     script = [sys.executable, "-c", NOT_INSTALLED, str(REPOSITORY / "launch.py")]
     done = run([*script, *settings(graph, output, "--max_steps=2", "--report_to=none")], PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stdout + done.stderr
     state = json.loads((newest(output) / "state.json").read_text())
     [start] = json.loads((output / "environment.json").read_text())
-    for found in (state["versions"], start["versions"]):
-        assert found["mmgraph"] == mmgraph.__version__ and {"python", "torch", "accelerate"} <= found.keys()
+    for versions in (state["versions"], start["versions"]):
+        assert versions["mmgraph"] == mmgraph.__version__ and {"python", "torch", "accelerate"} <= versions.keys()
 
 
 def test_the_package_is_built_with_this_version(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_package_is_built_with_this_version(tmp_path: Path) -> None:
     assert f"Version: {mmgraph.__version__}\n" in metadata.read_text()
 
 
-def test_the_version_needs_no_heavy_import() -> None:
+def test_the_version_is_read_without_torch_and_numpy() -> None:
     code = "import sys, mmgraph; print(mmgraph.__version__, 'torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.split() == [mmgraph.__version__, "False"], done.stderr

@@ -1,13 +1,17 @@
-"""A process that has imported everything, and forks ranks: a run starts in a second, not ten.
+"""A server that has imported everything and forks the ranks of a run: a run starts in a second instead of ten.
 
-Reads one JSON object per line from standard input, see :func:`serve`, and answers each with one JSON line. Started by
-launches.py.
+    python tests/warm.py SOCKET FOLDER
+
+listens on a Unix socket. A client sends one JSON line, the arguments of :func:`serve`, and receives its result as one
+JSON line. A socket named ``deepspeed`` gives a server that has imported DeepSpeed too. The server ends when FOLDER is
+removed. launches.py starts it.
 """
 
 import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -38,14 +42,33 @@ def main() -> None:
     from mmgraph.report import make  # noqa: F401
 
     transformers.CLIPTextModel, transformers.CLIPVisionModel, transformers.CLIPTokenizerFast  # noqa: B018
-    if "--deepspeed" in sys.argv:
+    if sys.argv[1].endswith("deepspeed"):
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401
 
         del os.environ["DS_ACCELERATOR"]
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(serve(**json.loads(line))), flush=True)
+    listen(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+def listen(path: Path, folder: Path) -> None:
+    """Fork a process for each connection, until ``folder`` is removed."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen()
+    Path(f"{path}.new").rename(path)  # clients wait for this name
+    listener.settimeout(1)
+    while folder.exists():
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        with suppress(TimeoutError):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                with connection.makefile("rw") as stream:
+                    print(json.dumps(serve(**json.loads(stream.readline()))), file=stream, flush=True)
+                os._exit(0)
+            connection.close()
 
 
 def serve(

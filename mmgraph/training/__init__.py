@@ -1,1 +1,1 @@
-"""The training run."""
+"""The training loop of a run, and its parts."""

@@ -1,4 +1,4 @@
-"""What a run tells: text log, ``metrics.jsonl``, tracker, progress bar. Files are the main process's alone."""
+"""Text log, ``metrics.jsonl``, trackers and progress bar of a run. Only the main process writes files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,17 @@ from mmgraph.utils.log import flush_log, log, log_file
 
 
 class RunLog:
-    """Opens a run's files in its output folder, and writes to them; on other ranks it does nothing.
+    """Opens the files in a run's output folder, and writes to them. Only the main process opens and writes files.
 
     Args:
         config: the run's settings.
-        accelerator: of this rank.
-        progress: where the run begins; the tracker's id is kept in it.
-        start: the state that the run goes on from.
-        total_steps: the step that the run ends with.
+        accelerator: the run's accelerator.
+        progress: the run's progress. It stores the ID of the wandb run.
+        start: the resume state that the run continues from; None for a new run.
+        total_steps: last step of the run.
+
+    Attributes:
+        failure: the error if a row could not be written, on the main process.
     """
 
     def __init__(
@@ -46,11 +49,16 @@ class RunLog:
         self.config, self.accelerator, self.progress, self.total_steps = config, accelerator, progress, total_steps
         self.start = start
         self.output = config.output_folder
-        self.failure: OSError | None = None  # of writing a row, on the main process
+        self.failure: OSError | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep the files open while the block runs; flush and close them however it ends."""
+        """Keep the files open while the block runs. Flush and close them when it ends or fails. Called by all ranks.
+
+        Raises:
+            UserError: the output folder is not writable, another process is training in it, or another process has
+                written a newer state since this run read its state.
+        """
         with ExitStack() as stack:
             on_main_process(self.accelerator, lambda: self._open(stack))
             yield
@@ -59,11 +67,16 @@ class RunLog:
         self.log_path, config = self.output / "training_log.txt", self.config
         try:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if not locked(self.output, stack):  # two runs that write to one folder would damage each other
-                raise UserError(f"{self.output}: another process is training in this folder")
+            if not locked(self.output, stack):  # two runs would damage each other's files
+                raise UserError(
+                    f"{self.output}: another process is training in this folder; set another --output_dir or --run_name"
+                )
             newer = newer_state(self.output / "state", self.start, self.progress)
-            if newer is not None:  # it had the folder until now; its states and metrics would be lost
-                raise UserError(f"{self.output}: another process has gone on to {newer.name} meanwhile; start again")
+            if newer is not None:  # the other process has ended; this run would discard its states and metrics
+                raise UserError(
+                    f"{self.output}: another process has continued this run up to {newer.name}; run the same command "
+                    "again"
+                )
             write_durably(self.output / "config.yaml", config.save)
             record_start(self.output, self.accelerator, self.progress.step)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
@@ -85,14 +98,17 @@ class RunLog:
             self.bar.close()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Note a finished step: a row of ``metrics.jsonl``, the bar, and every ``log_every`` steps a line."""
+        """Write the row of a finished step, advance the bar, and log a line every ``log_every`` steps.
+
+        The row goes to ``metrics.jsonl`` and the trackers. Does nothing on ranks other than the main process.
+        """
         if not self.accelerator.is_main_process:
             return
         try:
             self._write_row(row)
-        except OSError as error:  # raised by sync(), where the other ranks learn of it
+        except OSError as error:  # StepLog then stops the run, and sync() fails on all ranks
             self.failure = error
-        with suppress(OSError):  # of a terminal that is gone
+        with suppress(OSError):  # the terminal may be closed
             self._show(row)
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
@@ -101,20 +117,23 @@ class RunLog:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         self.bar.update()
-        shown = f"loss {_figure(row[TOTAL])}"
-        self.bar.set_postfix_str(f"{shown}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
+        loss = f"loss {_figure(row[TOTAL])}"
+        self.bar.set_postfix_str(f"{loss}, {row['edges_per_s']:,.0f} edges/s", refresh=False)
         if row["step"] % self.config.log_every == 0:
             log(
-                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: {shown} ({_parts(row)}), lr "
+                f"step {row['step']:,}/{self.total_steps:,}, epoch {row['epoch']}: {loss} ({_parts(row)}), lr "
                 f"{row['lr']:.3g}, {row['edges_per_s']:,.0f} edges/s"
             )
 
     def evaluation(self, step: int, row: Mapping[str, Any] | None, table: Table | None) -> None:
-        """Log an evaluation, write all of it to ``evaluation.json``, and its metrics. Called on the main process alone.
+        """Log an evaluation, write it to ``evaluation.json``, and write the step's row with its metrics.
+
+        Called on the main process only.
 
         Args:
-            row: of the step, which was not written yet; None before the first step.
-            table: None where there was nothing to evaluate on any more.
+            step: step of the evaluation.
+            row: row of the step, which has not been written yet; None before the first step.
+            table: the evaluation; None if the run has no held-out edges any more, so that only the row is written.
         """
         if table is not None:
             log(f"evaluation at step {step:,}: {one_line(table)}")
@@ -124,14 +143,16 @@ class RunLog:
         if row is not None:
             self.row({**row, **values})
         elif values:
-            self.metrics.write(first := {"step": step, "epoch": self.progress.epoch, **values})
-            self.trackers.write(first)
+            self.metrics.write(metrics_row := {"step": step, "epoch": self.progress.epoch, **values})
+            self.trackers.write(metrics_row)
 
     def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
-        """Sum an epoch up in the log, and flush it.
+        """Log a summary of a finished epoch, and flush the log.
 
         Args:
-            means: of the losses, over the steps.
+            epoch: the epoch, from 1.
+            means: mean losses over the steps of the epoch, by name.
+            steps: number of these steps; those with a non-finite loss or gradient are not counted.
         """
         log(
             f"epoch {epoch}/{self.config.epochs} done: mean loss {_figure(means[TOTAL])} ({_parts(means)}) over "
@@ -140,7 +161,14 @@ class RunLog:
         flush_log()
 
     def sync(self) -> int:
-        """Put log and metrics on the disk, for a state that is to follow. Returns the bytes of the metrics."""
+        """Sync the text log and ``metrics.jsonl`` to disk, before the state that refers to them is written.
+
+        Returns:
+            The size of ``metrics.jsonl`` in bytes.
+
+        Raises:
+            OSError: a file cannot be written, or an earlier row could not be written.
+        """
         if self.failure is not None:
             raise self.failure
         flush_log()
@@ -148,16 +176,21 @@ class RunLog:
         return self.metrics.sync()
 
     def log_start(self, graph: Graph, trained: int, frozen: int) -> None:
-        """Tell what begins; ``trained`` and ``frozen`` are numbers of parameters."""
+        """Log where the run starts, and its size.
+
+        Args:
+            graph: the run's data.
+            trained, frozen: number of trained and of frozen parameters.
+        """
         config, progress = self.config, self.progress
         if self.start is not None:
             log(f"resumed at step {progress.step:,} from {self.start}")
         elif config.init_from is not None:
-            log(f"weights from {config.init_from}; begins at epoch {progress.epoch}")
+            log(f"loaded the weights of {config.init_from}; training starts at epoch {progress.epoch}")
         if has_random_weights(config.model_name):
             log(
-                "the towers are untrained stand-ins with random weights, made with the demo graph; --model_name "
-                f"{DEFAULT_MODEL} uses the real ones"
+                "the towers have random weights, because they were built with the demo graph; set --model_name "
+                f"{DEFAULT_MODEL} to use pretrained towers"
             )
         size = (config.epochs - progress.epoch + 1) * 4 * (frozen + 3 * trained) / 1e9
         log(
@@ -167,32 +200,32 @@ class RunLog:
         )
 
     def log_end(self, image_status: np.ndarray, done: bool, best: str) -> None:
-        """Close the bar, and tell what ends, and how many nodes were seen without their whole picture, by cause.
+        """Close the bar, and log how the run ends and how many nodes had no complete image, by image status.
 
-        Called on every rank.
+        Called by all ranks.
 
         Args:
-            image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node that this rank has
-                seen, else 0.
-            done: all steps; else the run was asked to stop.
-            best: what is to be said of the best evaluation.
+            image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node; 0 if this rank has not
+                seen the node.
+            done: whether the run is finished; False if a stop signal ended it.
+            best: line about the best evaluation, or an empty string.
         """
         if self.accelerator.is_main_process:
-            self._close_bar()  # before the last lines, or it would stand below them
-        told = describe_image_status_of_all_ranks(image_status)
-        if told:
-            log(f"images that are black or in part: {told} (among the nodes seen since the start)")
+            self._close_bar()  # before the last lines are logged, or the bar would be printed below them
+        problems = describe_image_status_of_all_ranks(image_status)
+        if problems:
+            log(f"nodes without a complete image: {problems} (of the nodes seen since this start)")
         if best:
             log(best)
         if done:
             log(
-                f"done: {final_file(self.output)}, with metrics.jsonl and training_log.txt in "
-                f"{self.output}. Next: mmgraph encode {self.output} writes the embeddings"
+                f"done: wrote {final_file(self.output)}; metrics.jsonl and training_log.txt are in {self.output}. "
+                f"To write the embeddings, run: mmgraph encode {self.output}"
             )
         else:
-            log(f"stopped at step {self.progress.step:,}, state written; the same command goes on from there")
+            log(f"stopped at step {self.progress.step:,}, state written; run the same command to resume")
         with suppress(OSError):
-            flush_log()  # closing a tracker may take longer than the launcher leaves
+            flush_log()  # flush now: the launcher may kill this process while a tracker closes
 
 
 def _figure(loss: float | None) -> str:
@@ -200,13 +233,21 @@ def _figure(loss: float | None) -> str:
 
 
 def _parts(losses: Mapping[str, Any]) -> str:
-    """The losses of the weighted sum, such as ``text-image 4.1589, graph 4.1589``."""
+    """Format the losses of the weighted sum, such as ``text-image 4.1589, graph 4.1589``."""
     return ", ".join(f"{label} {_figure(losses[name])}" for name, label in LABELS.items())
 
 
 def describe_image_status_of_all_ranks(image_status: np.ndarray) -> str:
-    """How many nodes lack their whole picture, by cause; called on every rank with the (N,) causes that it knows of."""
-    found: dict[int, int] = {}
-    for of_rank in gather_object([{int(row): int(image_status[row]) for row in image_status.nonzero()[0]}]):
-        found |= of_rank
-    return describe_image_status(list(found.values()))
+    """Describe how many nodes of all ranks have no complete image, by image status. Called by all ranks.
+
+    Args:
+        image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node; 0 if this rank has not seen
+            the node.
+
+    Returns:
+        The counts, such as ``3 file not found, 1 truncated``. A node that several ranks have seen is counted once.
+    """
+    status_by_row: dict[int, int] = {}
+    for rank_status in gather_object([{int(row): int(image_status[row]) for row in image_status.nonzero()[0]}]):
+        status_by_row |= rank_status
+    return describe_image_status(list(status_by_row.values()))

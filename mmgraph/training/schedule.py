@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and ends."""
+"""Schedule of a run: when it evaluates, saves and ends."""
 
 from typing import NamedTuple
 
@@ -8,24 +8,25 @@ from mmgraph.training.early_stopping import EarlyStopping
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """Actions that are due after a step."""
 
     evaluation: bool
     save: bool
 
 
 class Schedule:
-    """What a run's settings say of where it stands.
+    """Decides when a run evaluates, saves and ends, from its settings and its current progress.
 
     Args:
         config: the run's settings.
-        progress: where the run stands; read anew each time.
-        early_stopping: of the run.
-        steps_per_epoch: steps in a whole epoch.
-        evaluates: there are edges to evaluate on.
+        progress: the run's progress. Every property reads its current values.
+        early_stopping: the run's early stopping.
+        steps_per_epoch: number of steps in a full epoch.
+        evaluates: whether the run has held-out edges to evaluate on.
 
     Attributes:
-        total_steps: the step that the run ends with, if it is not stopped early.
+        samples_per_epoch: number of edges in a full epoch.
+        total_steps: last step of the run, unless it stops early.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class Schedule:
     ):
         self.config, self.progress, self.early_stopping = config, progress, early_stopping
         self.samples_per_epoch, self.evaluates = steps_per_epoch * config.global_batch_size, evaluates
-        left = (config.epochs - progress.epoch + 1) * self.samples_per_epoch - progress.samples_in_epoch
-        total = progress.step + max(left, 0) // config.global_batch_size
+        remaining = (config.epochs - progress.epoch + 1) * self.samples_per_epoch - progress.samples_in_epoch
+        total = progress.step + max(remaining, 0) // config.global_batch_size
         self.total_steps = min(total, config.max_steps or total)
 
     @property
     def finished(self) -> bool:
+        """Whether all steps are done, or early stopping ends the run."""
         return self.progress.step >= self.total_steps or self.early_stopping.exhausted
 
     @property
@@ -47,11 +49,12 @@ class Schedule:
 
     @property
     def due(self) -> Due:
-        """What is to be done after the step that was finished last."""
+        """Actions that are due after the last finished step."""
         step, every = self.progress.step, self.config.save_every
         return Due(self.evaluation_due, self.epoch_finished or (every > 0 and step % every == 0))
 
     @property
     def evaluation_due(self) -> bool:
+        """Whether an evaluation follows the last finished step."""
         step, every = self.progress.step, self.config.eval_every
         return self.evaluates and (step >= self.total_steps or (every > 0 and step % every == 0))

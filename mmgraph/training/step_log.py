@@ -1,4 +1,4 @@
-"""The figures of each step, written one step late: the device is never waited for."""
+"""Metrics of each step, written one step late so that the host does not wait for the current step."""
 
 import math
 import time
@@ -24,28 +24,30 @@ from mmgraph.training.train_step import StepResult, TrainStep
 
 
 class InFlightStep(NamedTuple):
-    """A step whose figures are on their way to the host."""
+    """A step whose metrics are being copied to the host."""
 
-    row: dict[str, Any]
-    names: list[str]  # of the means
-    means: HostCopy  # over the ranks
-    result: StepResult  # of this rank
-    first_sample: int  # edges of the epoch before the step's
-    finding_scale: bool  # fp16 left the step out, in looking for its loss scale
+    row: dict[str, Any]  # metrics that are known on the host
+    names: list[str]  # names of the values in means
+    means: HostCopy  # means over the ranks
+    result: StepResult  # losses of this rank
+    first_sample: int  # number of edges of the epoch before this step
+    finding_scale: bool  # fp16 skipped the step to lower its loss scale
 
 
 class StepLog:
-    """Reduces the figures of each step over the ranks and writes them a step later. Called by all ranks.
+    """Reduces the metrics of each step over the ranks, and writes them one step later. Called by all ranks.
 
-    What the ranks learn of each other goes with the figures: image files seen, and whether one was asked to stop.
+    The same reduction carries the image counts of the ranks, and whether a rank requests a stop. A rank does so after a
+    stop signal, or if it cannot write a row.
 
     Args:
-        config, accelerator, progress, schedule: of the run.
-        train_step, stream: whose learning rate, loss scale and waiting time are written.
+        config, accelerator, progress, schedule: settings, accelerator, progress and schedule of the run.
+        train_step: its learning rate and loss scale are read.
+        stream: its data wait is written.
         images: image files seen on this rank.
-        signals: of this rank; told when all ranks have agreed to stop.
-        nonfinite: decides on steps that are not finite.
-        run_log: gets the rows.
+        signals: this rank's stop request. Its ``agree()`` is called after any rank has requested a stop.
+        nonfinite: decides whether a non-finite step is skipped or ends the run.
+        run_log: writes the rows.
     """
 
     def __init__(
@@ -68,18 +70,27 @@ class StepLog:
         self._submitted = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """The time of the next step begins now."""
+        """Measure the duration of the next step from now on."""
         self._submitted = time.perf_counter()
 
     def submit(self, result: StepResult) -> None:
-        """Queue the figures of the step that was finished last, and write those of the step before it."""
+        """Queue the metrics of the last finished step, and write those of the step before it.
+
+        Args:
+            result: results of the last finished step on this rank.
+
+        Raises:
+            UserError: too many images are bad (see ``--max_bad_images``).
+            RunError: too many steps are not finite (see ``--max_skipped_steps``).
+        """
         row, finding_scale = self._begin_row()
         values = {**result.losses, "grad_norm": result.grad_norm, **result.counters}
-        asked_to_stop = self.signals.requested or self.run_log.failure is not None
-        counts = {"images_read": self.images.read, "images_bad": self.images.bad, "asked_to_stop": asked_to_stop}
-        own = torch.stack(list(values.values()))
-        own = torch.cat([own, *(own.new_full((1,), count) for count in counts.values())])  # new_full: no copy
-        means = HostCopy(self.accelerator.reduce(own, "mean"))
+        stop_requested = self.signals.requested or self.run_log.failure is not None
+        counts = {"images_read": self.images.read, "images_bad": self.images.bad, "asked_to_stop": stop_requested}
+        local = torch.stack(list(values.values()))
+        # new_full fills on the device, without a copy from the host.
+        local = torch.cat([local, *(local.new_full((1,), count) for count in counts.values())])
+        means = HostCopy(self.accelerator.reduce(local, "mean"))
         first_sample = self.progress.samples_in_epoch - self.config.global_batch_size
         in_flight = InFlightStep(row, [*values, *counts], means, result, first_sample, finding_scale)
         self.flush()
@@ -87,7 +98,10 @@ class StepLog:
         self.signals.step_finished()
 
     def _begin_row(self) -> tuple[dict[str, Any], bool]:
-        """What is known on the host of the step that was finished last."""
+        """Return the first part of the last finished step's row, without values from the device.
+
+        The second value is whether fp16 skipped the step to lower its loss scale.
+        """
         now, edges = time.perf_counter(), self.config.global_batch_size
         seconds, self._submitted = now - self._submitted, now
         row = {
@@ -103,10 +117,11 @@ class StepLog:
         if not self.accelerator.optimizer_step_was_skipped:
             return row, False
         scale = loss_scale(self.accelerator, self.train_step.module)
-        return {**row, "skipped": True}, scale is not None and scale["scale"] >= 1  # below, it is not the scale
+        # With a scale below 1, the scale is not the cause of the overflow.
+        return {**row, "skipped": True}, scale is not None and scale["scale"] >= 1
 
     def flush(self) -> None:
-        """Write the row of the step that was submitted last. The same on every rank, but for the writing."""
+        """Write the row of the last submitted step. All ranks do the same checks, but only the main process writes."""
         if self._in_flight is None:
             return
         step, self._in_flight = self._in_flight, None
@@ -116,8 +131,8 @@ class StepLog:
             self.signals.agree()
         norm = means.pop("grad_norm")
         row, losses = step.row, {name: means.pop(name) for name in step.result.losses}
-        own_loss = step.result.losses[TOTAL]
-        if self.nonfinite.skips(row, losses[TOTAL], norm, own_loss, step.first_sample, step.finding_scale):
+        local_loss = step.result.losses[TOTAL]
+        if self.nonfinite.skips(row, losses[TOTAL], norm, local_loss, step.first_sample, step.finding_scale):
             row["skipped"] = True
         else:
             self.progress.add_losses(losses)
@@ -127,17 +142,22 @@ class StepLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if row["step"] == self.progress.step and self.schedule.evaluation_due:
-            self.progress.unevaluated = row  # written with its evaluation
+            self.progress.unevaluated = row  # written with the metrics of its evaluation
         else:
             self.run_log.row(row)
 
     def _check_images(self, read: float, bad: float) -> None:
-        """Compare the share of bad images with its limit; both counts are means over the ranks."""
+        """Raise an error if the fraction of bad images exceeds ``--max_bad_images``.
+
+        Args:
+            read, bad: number of images read, and of bad ones; means over the ranks.
+        """
         count, limit = read * self.accelerator.num_processes, self.config.max_bad_images
-        if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):  # of few, a share says nothing
+        # The fraction of bad images among only a few means little.
+        if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):
             return
         problems = describe_image_status_of_all_ranks(self.images.image_status)
         raise UserError(
-            f"{bad / read:.0%} of the image files seen are missing or incomplete ({problems}), more than "
+            f"{bad / read:.0%} of the image files read are missing or incomplete ({problems}), more than "
             f"--max_bad_images {limit:g}; check --image_root and the files, or raise the limit"
         )

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` (one object a step) and the trackers; written by the main process alone."""
+"""Experiment trackers of a run: Weights & Biases and TensorBoard. Only the main process uses them."""
 
 import dataclasses
 import netrc
@@ -23,72 +23,80 @@ from mmgraph.utils.exit import hook_may_hang
 from mmgraph.utils.log import log
 
 Pictures = Mapping[str, Image]
-Tables = Mapping[str, tuple[list[str], list[list[Any]]]]  # columns, rows
+Tables = Mapping[str, tuple[list[str], list[list[Any]]]]  # name -> (columns, rows)
 
-START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # that trackers get; wandb's own limits are below
+START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # time limits; for wandb's own, see _start_wandb
 
 
 class Trackers:
-    """The trackers that follow a run, through Accelerate's. None can stop or stall it: an error of one is a line.
+    """Sends the metrics of a run to experiment trackers, through Accelerate's tracker classes.
 
-    Each works in a thread of its own, and is left to itself where it hangs. Weights & Biases without a key or a network
-    is kept offline, below ``folder``.
+    A tracker cannot stop or stall the run. Each one works in a separate thread. If it raises or hangs, it is disabled,
+    one log line reports this, and the run continues. Without an API key or a network, Weights & Biases runs offline and
+    writes below ``folder``.
 
     Args:
-        config: the run's settings; ``report_to`` says which.
-        folder: the run's.
-        step: the run has finished this many; a tracker's rows beyond are of a start that was lost.
-        wandb_id: the wandb run to go on with; None starts one.
+        config: the run's settings. ``report_to`` selects the trackers.
+        folder: output folder of the run.
+        step: number of finished steps of the run. TensorBoard drops later rows of an earlier launch: the run repeats
+            these steps.
+        wandb_id: ID of the wandb run to continue; None starts a new one.
+
+    Attributes:
+        wandb_id: ID of the wandb run, or None.
     """
 
     def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None):
         self.wandb_id, self._config, self._folder = wandb_id, config, folder
-        starts = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
-        self._patience = min(START_SECONDS, config.collective_timeout / 2)  # for which the other ranks wait
-        followers = [_Follower(name, starts[name]) for name in _chosen(config.report_to)]
-        deadline = time.monotonic() + self._patience
-        self._followers = [follower for follower in followers if follower.has_started(deadline, self._patience)]
+        start_functions = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
+        self._start_timeout = min(START_SECONDS, config.collective_timeout / 2)  # the other ranks wait meanwhile
+        threads = [_TrackerThread(name, start_functions[name]) for name in _tracker_names(config.report_to)]
+        deadline = time.monotonic() + self._start_timeout
+        self._threads = [thread for thread in threads if thread.wait_until_started(deadline, self._start_timeout)]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for follower in self._followers:
-            follower.write(row)
+        """Log a row of ``metrics.jsonl`` in all trackers, without waiting for them."""
+        for thread in self._threads:
+            thread.write(row)
 
     def show(self, step: int, pictures: Pictures, tables: Tables, page: Path) -> None:
-        """Show what a report has beyond the metrics.
+        """Send a report's images, tables and HTML page to all trackers, without waiting for them.
 
         Args:
-            step: the run's last.
-            pictures, tables: by the names that they get.
-            page: the HTML file.
+            step: last step of the run.
+            pictures, tables: the report's images and tables, by the names they get in the trackers.
+            page: the report's HTML file.
         """
-        for follower in self._followers:
-            follower.do(lambda tracker: _SHOWS[tracker.name](tracker, step, pictures, tables, page))
+        for thread in self._threads:
+            thread.do(lambda tracker: _SHOW_FUNCTIONS[tracker.name](tracker, step, pictures, tables, page))
 
     def close(self) -> None:
-        for follower in self._followers:
-            follower.end()
+        """Finish all trackers. Wait at most ``FINISH_SECONDS`` for them."""
+        for thread in self._threads:
+            thread.end()
         deadline = time.monotonic() + FINISH_SECONDS
-        for follower in self._followers:
-            follower.has_finished(deadline)
+        for thread in self._threads:
+            thread.wait_until_finished(deadline)
 
     def _start_tensorboard(self, step: int) -> GeneralTracker:
         tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1)
         tracker.start()
         tracker.store_init_configuration(dataclasses.asdict(self._config))
-        log(f"tensorboard --logdir {self._folder / 'tensorboard'} shows the run")
+        log(f"tensorboard: to view the run, run tensorboard --logdir {self._folder / 'tensorboard'}")
         return tracker
 
     def _start_wandb(self) -> GeneralTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # costs seconds: only for those who asked
+        import wandb  # imported only if needed: it takes seconds
 
         config, folder = self._config, self._folder
-        # In s; the latter is not in every version. Once online, then offline, must fit into the patience.
-        known: dict[str, Any] = {"init_timeout": self._patience / 3, "finish_timeout": 60}
-        limits = {name: value for name, value in known.items() if name in wandb.Settings.model_fields}
-        offline = _why_offline(wandb.setup().settings.base_url)
+        # In seconds. An online and then an offline attempt must fit into the start timeout. Some versions of wandb have
+        # no finish_timeout.
+        limits: dict[str, Any] = {"init_timeout": self._start_timeout / 3, "finish_timeout": 60}
+        limits = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
+        offline_reason = _why_offline(wandb.setup().settings.base_url)
 
-        def started(mode: str) -> GeneralTracker:
+        def start_tracker(mode: str) -> GeneralTracker:
             tracker = WandBTracker(
                 config.project, name=config.run_name or folder.name, dir=folder, id=self.wandb_id, mode=mode,
                 resume="allow" if self.wandb_id else None, tags=config.tags.split(",") if config.tags else None,
@@ -98,77 +106,99 @@ class Trackers:
             return tracker
 
         try:
-            tracker = started("offline" if offline else os.environ.get("WANDB_MODE", "online"))
+            tracker = start_tracker("offline" if offline_reason else os.environ.get("WANDB_MODE", "online"))
         except Exception as error:
-            if offline:
+            if offline_reason:
                 raise
-            offline = _said(error)
-            tracker = started("offline")
+            offline_reason = _describe_error(error)
+            tracker = start_tracker("offline")
         run = tracker.tracker
         self.wandb_id = run.id
         if run.offline:
-            log(f"wandb: run {run.id}, offline ({offline or 'as asked'}); wandb sync {Path(run.dir).parent} uploads it")
+            log(
+                f"wandb: run {run.id}, offline ({offline_reason or 'as configured'}); to upload it, run wandb sync "
+                f"{Path(run.dir).parent}"
+            )
         else:
             log(f"wandb: run {run.id}, {run.url}")
         return tracker
 
 
-class _Follower:
-    """A tracker in a thread, which may raise or hang: then it is off, and one line says so."""
+class _TrackerThread:
+    """Runs a tracker in a thread. If the tracker raises or hangs, it is disabled, and one log line reports this.
+
+    Args:
+        name: name of the tracker.
+        start: starts the tracker and returns it.
+    """
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]):
-        self._name, self._start, self._off = name, start, False
+        self._name, self._start, self._disabled = name, start, False
         self._jobs: queue.Queue[Callable[[Any], object] | None] = queue.Queue()
-        self._started, self._since = threading.Event(), time.monotonic()  # when it began with what it is at
+        self._started, self._job_start = threading.Event(), time.monotonic()  # start of the current job
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def has_started(self, deadline: float, patience: float) -> bool:
+    def wait_until_started(self, deadline: float, timeout: float) -> bool:
+        """Wait for the start of the tracker. Disable the tracker if it has not started by ``deadline``.
+
+        Args:
+            deadline: latest value of ``time.monotonic()``.
+            timeout: seconds from the start of the thread to ``deadline``, for the log line.
+
+        Returns:
+            Whether the tracker has started.
+        """
         if not self._started.wait(max(0, deadline - time.monotonic())):
-            self._turn_off(f"has not started within {patience:g} s")
-        return not self._off
+            self._disable(f"did not start within {timeout:g} s")
+        return not self._disabled
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.do(partial(_log_row, row))
 
     def do(self, job: Callable[[Any], object]) -> None:
-        """Have the tracker do something, after all that came before."""
+        """Queue a call of ``job`` with the tracker. Disable the tracker if its current job hangs."""
         if self._jobs.empty():
-            self._since = time.monotonic()
-        elif not self._off and time.monotonic() - self._since > HANG_SECONDS:
-            self._turn_off(f"hangs since {HANG_SECONDS:g} s")
-        if not self._off:
+            self._job_start = time.monotonic()
+        elif not self._disabled and time.monotonic() - self._job_start > HANG_SECONDS:
+            self._disable(f"has been hanging for {HANG_SECONDS:g} s")
+        if not self._disabled:
             self._jobs.put(job)
 
     def end(self) -> None:
+        """Finish the tracker after its queued jobs."""
         self._jobs.put(None)
 
-    def has_finished(self, deadline: float) -> None:
-        if self._off:
+    def wait_until_finished(self, deadline: float) -> None:
+        """Wait for the thread. Disable the tracker if it has not finished by ``deadline``."""
+        if self._disabled:
             return
         self._thread.join(max(0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._turn_off(f"has not finished within {FINISH_SECONDS:g} s")
+            self._disable(f"did not finish within {FINISH_SECONDS:g} s")
 
-    def _turn_off(self, why: str) -> None:
-        self._off = True
-        log(f"{self._name} is off from here: it {why}; the run goes on, and metrics.jsonl has all of it")
-        hook_may_hang()  # what the tracker has registered for the exit would wait for it
+    def _disable(self, reason: str) -> None:
+        self._disabled = True
+        log(f"{self._name} is disabled for the rest of the run: it {reason}; metrics.jsonl has all rows")
+        hook_may_hang()  # an exit hook of the tracker may wait for the tracker
 
     def _work(self) -> None:
-        doing = "start"
+        phase = "start"
         try:
             tracker = self._start()
             self._started.set()
-            doing = "go on"
+            phase = "after start"
             while (job := self._jobs.get()) is not None:
-                self._since = time.monotonic()
+                self._job_start = time.monotonic()
                 job(tracker)
             tracker.finish()
         except Exception as error:
-            if not self._off:
-                log(f"{self._name} is off{'' if doing == 'start' else ' from here'}: {_said(error)}")
-            self._off = True
+            if not self._disabled:
+                log(
+                    f"{self._name} is disabled{'' if phase == 'start' else ' for the rest of the run'}: "
+                    f"{_describe_error(error)}"
+                )
+            self._disabled = True
             self._started.set()
 
 
@@ -199,24 +229,25 @@ def _cell(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-_SHOWS = {"wandb": _show_wandb, "tensorboard": _show_tensorboard}
+_SHOW_FUNCTIONS = {"wandb": _show_wandb, "tensorboard": _show_tensorboard}
 
 
-def _chosen(report_to: str) -> list[str]:
+def _tracker_names(report_to: str) -> list[str]:
     if report_to == "auto":
         if _may_have_key() and os.environ.get("WANDB_MODE") != "disabled":
             return ["wandb"]
-        log("no tracker follows the run: wandb login, or WANDB_API_KEY, changes that (--report_to)")
+        log("no experiment tracker (--report_to auto); to use wandb, run wandb login or set WANDB_API_KEY")
         return []
     return {"none": [], "all": ["wandb", "tensorboard"]}.get(report_to, [report_to])
 
 
 def _may_have_key() -> bool:
-    """Whether there is a key or a login to be found, without the seconds that wandb's import takes."""
+    """Return whether an API key or a login exists. This avoids the import of wandb, which takes seconds."""
     return bool(os.environ.get("WANDB_API_KEY")) or any(_logins())
 
 
 def _logins() -> dict[str, Any]:
+    """Return the logins in the netrc file, by host; empty if the file is missing or invalid."""
     try:
         return netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, ValueError, netrc.NetrcParseError):
@@ -224,23 +255,27 @@ def _logins() -> dict[str, Any]:
 
 
 def _why_offline(base_url: str) -> str | None:
-    """Why wandb would not reach its server; None where it would, or where the user has chosen.
+    """Return why wandb cannot reach its server; None if it can, or if ``WANDB_MODE`` or a proxy is set.
 
-    Without this probe a start with a key and no network takes 46 s instead of 9 s: wandb retries until its time limit.
+    Without this check, a start with a key but no network takes 46 s instead of 9 s, because wandb retries until its
+    time limit.
+
+    Args:
+        base_url: URL of the wandb server.
     """
     if os.environ.get("WANDB_MODE"):
         return None
     url = urlsplit(base_url)
     if not os.environ.get("WANDB_API_KEY") and url.hostname not in _logins():
-        return "no key"
+        return "no API key"
     if getproxies():
-        return None  # what a direct connection does says nothing
+        return None  # a direct connection does not show whether the proxy works
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
     except OSError as error:
-        return f"{url.hostname} cannot be reached: {error}"
+        return f"cannot reach {url.hostname}: {error}"
     return None
 
 
-def _said(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

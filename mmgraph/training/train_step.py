@@ -1,4 +1,4 @@
-"""One optimizer step: tokens, embeddings, losses, backward, update."""
+"""One optimizer step: tokens, embeddings, losses, backward pass, update."""
 
 import math
 from collections.abc import Callable
@@ -15,30 +15,30 @@ from mmgraph.losses.objective import TOTAL, Embeddings, Objective
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.nonfinite import poison_if_nonfinite, skip_if_nonfinite
 
-UNKNOWN_NORM = -1.0  # where the backend does not give it
+UNKNOWN_NORM = -1.0  # gradient norm if the backend does not report it
 
 
 class StepResult(NamedTuple):
-    """What a step gives, on the device: scalars, float32. The device may still be working on them."""
+    """Results of a step: float32 scalars on the device, which may still be computing them."""
 
-    losses: dict[str, torch.Tensor]  # this rank's share, by their names in metrics.jsonl
-    grad_norm: torch.Tensor  # L2, over all parameters and ranks, before clipping; or UNKNOWN_NORM
-    counters: dict[str, torch.Tensor]  # further figures, by their names in metrics.jsonl
+    losses: dict[str, torch.Tensor]  # this rank's losses, by their names in metrics.jsonl
+    grad_norm: torch.Tensor  # L2 norm over all parameters and ranks, before clipping; or UNKNOWN_NORM
+    counters: dict[str, torch.Tensor]  # other metrics of the step, by their names in metrics.jsonl
 
 
 class TrainStep:
-    """Trains on one batch, on this rank. Called by all ranks.
+    """Trains on one batch. Called by all ranks.
 
     Args:
-        module, optimizer: prepared by Accelerate.
-        objective: gives the losses.
-        source: of the towers' tokens.
-        accelerator: of the run.
-        progress: of the run; each step is counted in it.
-        edges: in a step, over all ranks.
-        lr: the learning rate of an update, from 1.
-        micro_batches: parts that the nodes are embedded in.
-        max_grad_norm: L2 norm that gradients are clipped to; 0 does not clip.
+        module, optimizer: the trained module and its optimizer, prepared by Accelerate.
+        objective: computes the losses.
+        source: returns the towers' tokens of a batch.
+        accelerator: the run's accelerator.
+        progress: the run's progress. Each call counts one step in it.
+        edges: number of edges per step, over all ranks.
+        lr: returns the learning rate of a step, counted from 1.
+        micro_batches: number of parts in which a rank embeds the nodes of its batch.
+        max_grad_norm: L2 norm to which gradients are clipped; 0 disables clipping.
     """
 
     def __init__(
@@ -59,9 +59,12 @@ class TrainStep:
         self.micro_batches, self.max_grad_norm = micro_batches, max_grad_norm
 
     def __call__(self, batch: EdgeBatch) -> StepResult:
-        """Train on a batch. Nothing here waits for the device, but for what fp16's loss scaler does."""
+        """Train on this rank's batch.
+
+        The host does not wait for the device, except in fp16, where the loss scaler waits.
+        """
         tokens = self.source.tokens(batch, self.micro_batches)
-        unique = self.module(tokens, self.micro_batches)  # (U, proj_dim) three times
+        unique = self.module(tokens, self.micro_batches)  # graph, text and image: (U, proj_dim) each
         embeddings = Embeddings(*(z.index_select(0, batch.inverse) for z in unique))  # (2b, proj_dim) each
         losses, counters = self.objective(embeddings, batch)
 
@@ -69,18 +72,19 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(poison_if_nonfinite(losses[TOTAL]))  # under DeepSpeed also clips and updates
+        self.accelerator.backward(poison_if_nonfinite(losses[TOTAL]))  # DeepSpeed also clips and updates here
         norm = self._clip_gradients()
         self.optimizer.step()
         return StepResult({name: loss.detach() for name, loss in losses.items()}, norm.detach(), counters)
 
     def _clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients, unless DeepSpeed has done so. Return their norm before clipping, float32."""
         engine: Any = self.module
-        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; Accelerate's own call would wait for the device
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed. Accelerate's method would wait for the device
             norm = engine.get_global_grad_norm()
             return torch.as_tensor(UNKNOWN_NORM if norm is None else norm, device=self.accelerator.device).float()
-        # An infinite limit leaves the gradients as they are, and gives their norm.
+        # An infinite limit does not change the gradients, but the call still returns their norm.
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or math.inf)
-        if self.accelerator.scaler is None:  # which skips such a step itself
+        if self.accelerator.scaler is None:  # a loss scaler skips a non-finite step itself
             skip_if_nonfinite(self.optimizer.optimizer, norm)
         return norm

@@ -1,4 +1,4 @@
-"""The training run: evaluate -> for batch -> step -> log -> save -> stop."""
+"""The training loop: train on a batch, log the step, save and evaluate when due, until the run is done or stopped."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from mmgraph.utils.log import log
 
 @dataclasses.dataclass
 class Run:
-    """One run, on this rank; from :func:`mmgraph.training.build.build_run`."""
+    """A run on this rank. :func:`mmgraph.training.build.build_run` builds it."""
 
     config: Config
     accelerator: Accelerator
@@ -43,25 +43,32 @@ class Run:
     run_log: RunLog
     signals: StopRequest
     images: ImageCounter  # image files seen on this rank
-    outputs: NodeOutputs  # of all nodes, for the evaluation
-    evaluation: Evaluation | None  # of held-out edges
-    parameters: tuple[int, int]  # how many are trained, and how many are frozen
+    outputs: NodeOutputs  # tower outputs of all nodes, for evaluation and report
+    evaluation: Evaluation | None  # None if there are no held-out edges
+    parameters: tuple[int, int]  # number of trained and of frozen parameters
 
     def train(self, at_end: Callable[["Run"], object] | None = None) -> int:
-        """Train to the end, or until asked to stop. Called by all ranks.
+        """Train until the run is finished or a stop signal arrives. Called by all ranks.
 
         Args:
-            at_end: called when all steps are done and saved, while log and trackers are open.
+            at_end: called after the last step is done and saved, while the log and the trackers are open. It is not
+                called if any rank has received a stop signal.
 
         Returns:
-            The exit code.
+            The exit code: 0, or 143 if a stop signal ended the run before its last step.
+
+        Raises:
+            UserError: the output folder cannot be used, too many images are bad, an evaluation fails, or another rank
+                fails with a user error.
+            RunError: the disk is full or fails, too many steps are not finite, or another rank fails.
         """
         progress, schedule = self.progress, self.schedule
         if schedule.finished and progress.unevaluated is None:
             limit = "--early_stopping_patience" if self.early_stopping.exhausted else "--epochs or --max_steps"
-            log(f"finished: {self.config.output_folder} is at step {progress.step:,}; raise {limit} to go on")
+            log(f"finished: {self.config.output_folder} is at step {progress.step:,}; raise {limit} to continue")
             return 0
-        with self.signals.listening(), self.run_log.opened():  # not to be cut off in writing its last lines
+        # In this order: a signal must not interrupt the run log while it writes its last lines.
+        with self.signals.listening(), self.run_log.opened():
             self.run_log.log_start(self.graph, *self.parameters)
             if progress.step == 0 or progress.unevaluated is not None:
                 self.evaluate()
@@ -69,7 +76,7 @@ class Run:
                 self.step_log.submit(self.train_step(batch))
                 due = schedule.due
                 if due.evaluation:
-                    self.checkpointer.save()  # first: an evaluation that does not end costs no step
+                    self.checkpointer.save()  # first: no step is lost if the evaluation fails
                     self.evaluate()
                 if schedule.finished or self.signals.stop_agreed:
                     break
@@ -82,9 +89,12 @@ class Run:
         return EXIT_CODE if self.signals.stop_agreed and not schedule.finished else 0
 
     def evaluate(self) -> None:
-        """Rank the held-out edges, if there are any: a line, metrics of the step's row, ``evaluation.json``."""
+        """Rank the held-out edges, if any. Write the last step's row, which was held back for its evaluation metrics.
+
+        An evaluation also writes a log line and ``evaluation.json``. If it is the best so far, the best file is saved.
+        """
         if self.signals.stop_agreed:
-            return  # the same command begins with it
+            return  # the resumed run starts with this evaluation
         progress, table = self.progress, None
         row, progress.unevaluated = progress.unevaluated, None
         if self.evaluation is not None:
@@ -100,13 +110,13 @@ class Run:
         try:
             return evaluation.evaluate(module.embeddings, self.outputs)
         except UserError as error:
-            remedy = "try a lower --learning_rate, or --max_grad_norm 1"
+            remedy = "try a lower --learning_rate, or set --max_grad_norm 1"
             raise UserError(f"evaluation at step {self.progress.step}: {error}; {remedy}") from None
 
     def _best(self) -> str:
-        """What is to be said of the best evaluation."""
+        """Return the log line about the best evaluation and early stopping, or an empty string."""
         best = self.early_stopping
         line = f"best: {best}, {best_file(self.config.output_folder)}" if best.found else ""
         if best.exhausted:
-            return f"no better one in {best.patience} evaluations: stopped early; {line}"
+            return f"stopped early: no improvement in {best.patience} evaluations; {line}"
         return line

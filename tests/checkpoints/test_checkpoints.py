@@ -1,4 +1,4 @@
-"""Files of the original's format, at the real ViT-B/32 shape and at a tiny one."""
+"""Checkpoints in the original trainer's format, with the ViT-B/32 shape and with a tiny one."""
 
 import re
 import shutil
@@ -40,7 +40,7 @@ TRAINED = [
 
 
 def trained_step(module: TrainedModule) -> tuple[TrainedState, torch.optim.Optimizer]:
-    """The module's state after one AdamW step on random gradients."""
+    """Take one AdamW step on random gradients. Returns the module's state and the optimizer."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -55,7 +55,7 @@ def epoch_checkpoint(towers: Towers, fused_dim: int, proj_dim: int) -> tuple[Che
 
 
 def check_the_real_shape(path: Path) -> dict[str, Any]:
-    """What every file at ViT-B/32's shape must hold, whoever wrote it. Returns the file."""
+    """Check the contents of an epoch checkpoint with the ViT-B/32 shape. Returns the contents."""
     file = torch.load(path, weights_only=True)
     assert list(file) == ["epoch", "model_state_dict", "optimizer_state_dict", "loss"]
     state = file["model_state_dict"]
@@ -80,27 +80,27 @@ def check_the_real_shape(path: Path) -> dict[str, Any]:
         assert set(adam["state"][i]) == {"step", "exp_avg", "exp_avg_sq"} and adam["state"][i]["step"] == 1
         assert adam["state"][i]["exp_avg"].shape == state[name].shape
     assert sum(adam["state"][i]["exp_avg"].numel() for i in range(32)) == 6_040_320
-    encoder = load_pretrained_encoder(path, device="cpu")  # no hub is needed for the default model's shape
+    encoder = load_pretrained_encoder(path, device="cpu")  # needs no hub: this is the default model's shape
     assert list(encoder.state_dict()) == keys and not encoder.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in encoder.state_dict().items())
     return file
 
 
-def test_a_file_at_the_real_shape(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_real_shape(tmp_path: Path) -> None:
     towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are ViT-B/32
     checkpoint, optimizer = epoch_checkpoint(towers, 512, 256)
     path = tmp_path / "checkpoints/multimodal_encoder_epoch_3.pt"
     write_checkpoint(path, checkpoint)
     file = check_the_real_shape(path)
     assert (file["epoch"], file["loss"]) == (3, 1.25)
-    adam, native = file["optimizer_state_dict"], optimizer.state_dict()  # what torch itself writes, as the original did
+    adam, native = file["optimizer_state_dict"], optimizer.state_dict()  # the original trainer saved native
     assert native["param_groups"] == adam["param_groups"]
     assert all(torch.equal(native["state"][i][k], adam["state"][i][k]) for i in range(32) for k in adam["state"][i])
 
 
 @pytest.mark.slow
-def test_a_file_at_the_real_shape_written_under_zero3(tmp_path: Path, graph: Path) -> None:
-    """One step, the only one of its epoch, with random towers of ViT-B/32's shape."""
+def test_a_checkpoint_with_the_real_shape_written_under_zero3(tmp_path: Path, graph: Path) -> None:
+    """The checkpoint of an epoch of one step, with random towers of the ViT-B/32 shape."""
     towers = shutil.copytree(graph / "towers", tmp_path / "towers")
     model = CLIPModel(CLIPConfig())
     (towers / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
@@ -117,7 +117,7 @@ def test_a_file_at_the_real_shape_written_under_zero3(tmp_path: Path, graph: Pat
 
 @pytest.fixture(params=["built here", "written under ZeRO-3"])
 def tiny(tmp_path: Path, graph: Path, request: pytest.FixtureRequest) -> Path:
-    """An epoch file of an encoder around the tiny graph's towers."""
+    """An epoch checkpoint of an encoder with the tiny graph's towers."""
     from mmgraph.towers.clip import load_towers
 
     if request.param == "written under ZeRO-3":
@@ -129,8 +129,11 @@ def tiny(tmp_path: Path, graph: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def test_both_layouts_of_keys_load(tiny: Path, graph: Path, tmp_path: Path) -> None:
-    """transformers 4 wrote the tower's name twice (and old ones position_ids), transformers 5 writes it once."""
+def test_keys_of_both_transformers_versions_load(tiny: Path, graph: Path, tmp_path: Path) -> None:
+    """Keys of transformers 4 have the tower's name twice, keys of transformers 5 once.
+
+    Old versions also have position_ids.
+    """
     file = torch.load(tiny)
     state = file["model_state_dict"]
     widths = len(state["fusion.text_proj.weight"]), len(state["graph_proj.weight"])
@@ -159,11 +162,11 @@ def test_an_encoder_inside_another_module_keeps_its_keys() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epoch", "final", "SGD"])
-def test_convert_loses_nothing(tiny: Path, tmp_path: Path, kind: str) -> None:
+def test_convert_and_back_is_lossless(tiny: Path, tmp_path: Path, kind: str) -> None:
     content = torch.load(tiny)
     if kind == "final":
         torch.save(content["model_state_dict"], tiny)
-    elif kind == "SGD":  # of somebody else's trainer
+    elif kind == "SGD":  # the optimizer of another trainer
         groups = [{"lr": 0.1, "momentum": 0.9, "params": [0]}]
         optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": groups}
         torch.save({**content, "optimizer_state_dict": optimizer}, tiny)
@@ -187,7 +190,9 @@ class Harmful:
 
 
 @pytest.mark.parametrize("content", ["pickle", "zip", "list", "other", "epoch"])
-def test_files_that_are_no_checkpoints(content: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_for_files_that_are_not_checkpoints(
+    content: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = torch.load(tiny)["model_state_dict"]
     if content == "zip":
         tiny.write_bytes(tiny.read_bytes()[:5000])
@@ -200,9 +205,9 @@ def test_files_that_are_no_checkpoints(content: str, tiny: Path, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
-def test_towers_that_do_not_fit_are_named(tiny: Path) -> None:
+def test_error_for_towers_that_do_not_fit(tiny: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_pretrained_encoder(tiny, "cpu")
-    told = str(caught.value)
-    assert str(tiny) in told and "openai/clip-vit-base-patch32" in told and "\n" not in told
-    assert re.search(r"\b(text|vision)_model\.\S+", told), told  # the first tensor that does not fit
+    message = str(caught.value)
+    assert str(tiny) in message and "openai/clip-vit-base-patch32" in message and "\n" not in message
+    assert re.search(r"\b(text|vision)_model\.\S+", message), message  # names the first tensor that does not fit

@@ -1,4 +1,7 @@
-"""DeepSpeed's fp16 loss scale, which no CPU run has: carried over in the terms of torch's GradScaler."""
+"""DeepSpeed's fp16 loss scale, saved and restored with the keys of torch's GradScaler.
+
+A run on the CPU has no fp16 loss scale, so the tests call the functions directly.
+"""
 
 from types import SimpleNamespace
 
@@ -20,15 +23,15 @@ def dynamic() -> DynamicLossScaler:
     )  # fmt: skip
 
 
-def test_the_loss_scale_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any number of steps, with overflows, a new scaler does in each step what the old one does."""
-    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)  # it tells rank 0 of each overflow
+def test_loss_scale_after_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restored scaler has the scale of the saved one in each later step, after 0 to 11 steps with overflows."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)  # on rank 0 DeepSpeed would print each overflow
     for steps in range(12):
         scaler = dynamic()
         for i in range(steps):
             scaler.update_scale(i in (1, 3, 9))
         saved = zero.loss_scale(engine(scaler))
-        assert saved is not None and -1 <= saved["_growth_tracker"] < 5  # from 5 on GradScaler never grows
+        assert saved is not None and -1 <= saved["_growth_tracker"] < 5  # at 5 or more GradScaler never grows
         other = dynamic()
         zero.set_loss_scale(engine(other), saved)
         for i in range(15):
@@ -37,5 +40,5 @@ def test_the_loss_scale_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
             other.update_scale(i == 7)
 
 
-def test_a_fixed_loss_scale_is_the_configs() -> None:
+def test_a_fixed_loss_scale_is_not_saved() -> None:
     assert zero.loss_scale(engine(LossScaler(128))) is None

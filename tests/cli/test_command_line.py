@@ -1,4 +1,4 @@
-"""What a user types: flags, settings files, wrong ones of both, and the verbs."""
+"""The command line: flags, settings files, verbs, and the errors for wrong ones."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from mmgraph.errors import UserError
 from mmgraph.training.lr_schedule import lr_at
 
 
-def test_defaults_are_the_originals() -> None:
+def test_defaults_of_the_original_trainer() -> None:
     config = parse_config([])
     assert config == Config()
     assert (config.model_name, config.fused_dim, config.proj_dim) == ("openai/clip-vit-base-patch32", 512, 256)
@@ -29,7 +29,7 @@ def test_defaults_are_the_originals() -> None:
     assert (config.nodes, config.edges) == ("data/processed/nodes.csv", "data/processed/edges.csv")
 
 
-def test_flags_settings_files_and_their_order(tmp_path: Path) -> None:
+def test_flags_override_settings_files(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 5e-5\nbatch_size: 32\nrun_name: 7\nmax_steps:\n")  # PyYAML reads 5e-5 as text
     config = parse_config([f"--config={path}", "--max-steps", "9", "--seed=1"])
@@ -41,15 +41,15 @@ def test_flags_settings_files_and_their_order(tmp_path: Path) -> None:
     assert str(parse_config(["--nodes=a/b/nodes.csv"]).output_folder) == "runs/b"
 
 
-def tells(text: str, *facts: str) -> None:
-    """Insist on one line of an error that has each of the facts, in this order, as words of their own."""
+def check_error(text: str, *facts: str) -> None:
+    """Check that the output is one error line that contains the facts in this order, each as a separate word."""
     assert text.startswith("mmgraph: error: ") and text.count("\n") == 1 and text.endswith("\n"), text
     pattern = ".*".join(rf"(?<![\w-]){re.escape(fact)}(?!\w)" for fact in facts)
     assert re.search(pattern, text.removeprefix("mmgraph: error: ")), (facts, text)
 
 
 @pytest.mark.parametrize(
-    ("flags", "facts"),  # flags, values, keys, files and what else the error must name
+    ("flags", "facts"),  # facts: what the error must contain
     [
         (["--epoch=3"], ["--epoch", "--epochs"]),
         (["--seed=x"], ["--seed", "int", "'x'"]),
@@ -79,16 +79,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     for name, text in (("BROKEN", "a: [1\nb: }"), ("LIST", "- 1"), ("UNKNOWN", "epocs: 3"), ("WRONG", "epochs: x"),
                        ("NESTED", "epochs: [1]")):  # fmt: skip
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(targets.LOAD_TOWERS, None)  # no model is loaded before
+    monkeypatch.setattr(targets.LOAD_TOWERS, None)  # a call would fail: the error must come before a model is loaded
     assert train_main(flags) == 2
-    tells(capsys.readouterr().err, *facts)
+    check_error(capsys.readouterr().err, *facts)
     assert not (tmp_path / "runs").exists()
 
 
-def test_exit_code_of_the_process_itself(tmp_path: Path) -> None:
+def test_exit_code_of_the_process(tmp_path: Path) -> None:
     done = run([sys.executable, str(REPOSITORY / "launch.py"), "--learning_rte=1"], tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    tells(done.stderr, "--learning_rte", "--learning_rate", "--help")
+    check_error(done.stderr, "--learning_rte", "--learning_rate", "--help")
 
 
 LEAVE = """
@@ -103,7 +103,11 @@ leave(5)
 """
 
 
-def test_a_rank_ends_without_the_teardown_that_can_abort_it() -> None:
+def test_a_rank_exits_without_interpreter_teardown() -> None:
+    """A rank runs its exit hooks but does not destroy its objects, because this can abort the process.
+
+    Without a launcher, a process exits normally.
+    """
     alone, rank = (run([sys.executable, "-c", LEAVE], **environment) for environment in ({}, {"RANK": "0"}))
     assert (alone.returncode, alone.stdout) == (5, "at exit\ntorn down\n"), alone.stderr
     assert (rank.returncode, rank.stdout) == (5, "at exit\n"), rank.stderr
@@ -137,17 +141,20 @@ def test_check_trains_nothing(graph: Path, tmp_path: Path, capsys: pytest.Captur
         (["--init_from=nowhere.pt"], ["--init_from nowhere.pt"]),
     ],
 )
-def test_data_that_cannot_work(
+def test_errors_of_data_and_paths(
     more: list[str], facts: list[str], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [flag.replace("EMPTY", str(tmp_path)) for flag in more]
     assert train_main(settings(graph, tmp_path / "run", *more)) == 2
-    tells(capsys.readouterr().err.replace(str(tmp_path), "EMPTY"), *facts)
+    check_error(capsys.readouterr().err.replace(str(tmp_path), "EMPTY"), *facts)
     assert not (tmp_path / "run").exists()
 
 
-def test_bare_launch_in_a_folder_with_the_originals_layout(graph: Path, tmp_path: Path) -> None:
-    """``accelerate launch launch.py``, nothing else: the hub's cache holds tiny towers under the default's name."""
+def test_launch_without_flags(graph: Path, tmp_path: Path) -> None:
+    """``accelerate launch launch.py`` trains on data in the original trainer's folder layout.
+
+    The hub's cache holds tiny towers under the name of the default model.
+    """
     graph_files(tmp_path / "data/processed", nodes=20, edges=70)
     model = tmp_path / "hub/hub/models--openai--clip-vit-base-patch32"
     (model / "refs").mkdir(parents=True)
@@ -162,7 +169,7 @@ def test_bare_launch_in_a_folder_with_the_originals_layout(graph: Path, tmp_path
     assert (output / "checkpoints/multimodal_encoder_final.pt").is_file()
 
 
-def test_rates() -> None:
+def test_learning_rate_schedules() -> None:
     constant, cosine = Config(), Config(lr_schedule="cosine", warmup_steps=10, learning_rate=1.0)
     assert {lr_at(s, constant, 100) for s in range(1, 101)} == {5e-5}
     assert [lr_at(s, cosine, 110) for s in (1, 5, 10)] == [0.1, 0.5, 1.0]
@@ -181,7 +188,7 @@ def test_rates() -> None:
         (["demo", "FULL"], ["FULL:"]),
     ],
 )
-def test_wrong_verbs(
+def test_errors_of_verbs(
     arguments: list[str], facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -189,10 +196,10 @@ def test_wrong_verbs(
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL/mine.txt").touch()
     assert main(arguments) == 2
-    tells(capsys.readouterr().err, *facts)
+    check_error(capsys.readouterr().err, *facts)
     assert (tmp_path / "FULL/mine.txt").exists()
 
 
-def test_config_is_checked_where_it_is_built() -> None:
+def test_config_checks_its_values() -> None:
     with pytest.raises(UserError):
         Config(epochs=0)

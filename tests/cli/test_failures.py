@@ -1,4 +1,4 @@
-"""Which errors are one line, and which keep their traceback."""
+"""Errors that are printed as one line, and errors that keep their traceback."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def raising(error: Exception) -> int:
     ],
     ids=errno.errorcode.get,
 )  # fmt: skip
-def test_what_the_environment_causes_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_machine_are_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     error = OSError(number, os.strerror(number), "runs/a/state.json")
     assert run(lambda: raising(error)) == 1
     assert capsys.readouterr().err == f"mmgraph: error: {error}\n"
@@ -47,10 +47,10 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
     assert caught.value is error and capsys.readouterr().err == ""
 
 
-def test_a_bug_where_exit_hooks_may_hang_is_printed(
+def test_a_bug_is_printed_if_exit_hooks_may_hang(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code comes back, so that the process ends without those hooks."""
+    """``run`` prints the traceback and returns a code, so that the caller can end the process without the hooks."""
     monkeypatch.setattr(failures, "hooks_may_hang", lambda: True)
     assert run(lambda: raising(ValueError("a bug"))) == 1
     err = capsys.readouterr().err
@@ -65,11 +65,11 @@ def test_errors_for_the_user_have_their_exit_code(
     assert capsys.readouterr().err == f"mmgraph: error: {error}\n"
 
 
-def test_the_set_has_no_error_of_a_program() -> None:
+def test_errors_of_bugs_are_not_errors_of_the_machine() -> None:
     assert not ENVIRONMENT_ERRORS & {errno.EBADF, errno.EINVAL, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, None}
 
 
-def test_a_folder_that_is_not_there_for_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_for_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def action() -> int:
         report("title", [{"name": "a", "ms": 1.0}], {}, tmp_path / "nowhere/figures.json")
         return 0

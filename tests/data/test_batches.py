@@ -1,4 +1,4 @@
-"""Batches of edges: each has the relation that its edge has in the table."""
+"""Batches of edges: each edge has the relation of its row in the edge table."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     folder = graph_files(tmp_path / "graph")
     table = pd.read_csv(folder / "edges.csv", dtype=str)
     table["rel_id"] = np.array(RELATIONS)[np.random.default_rng(0).integers(0, 4, len(table))]
-    table.loc[5, "dst_id"] = "nobody"  # such an edge is dropped
+    table.loc[5, "dst_id"] = "nobody"  # an edge to an unknown node is dropped
     table.to_csv(folder / "edges.csv", index=False)
     return folder
 
@@ -48,7 +48,7 @@ def open_graph(folder: Path, fraction: float) -> Graph:
 
 
 def batches(graph: Graph, workers: int | None) -> list[EdgeBatch]:
-    """Of an epoch, as Accelerate prepares them; without tower inputs where there are no workers to make them."""
+    """Return the batches of an epoch, as prepared by Accelerate. If ``workers`` is None, they have no tower inputs."""
     inputs = None if workers is None else NodeInputs(tokenize, Processor(), 0)
     sampler = GlobalBatchSampler(len(graph.rows), 12, seed=0)
     settings = DataLoaderConfiguration(split_batches=True, even_batches=False, dispatch_batches=False)
@@ -56,8 +56,8 @@ def batches(graph: Graph, workers: int | None) -> list[EdgeBatch]:
     return list(accelerator.prepare(build_loader(graph, inputs, sampler, workers or 0)))
 
 
-def in_table(folder: Path, batch: EdgeBatch) -> set[tuple[str, str, str]]:
-    """Source, destination and relation of the table's edges between the batch's ends."""
+def table_edges(folder: Path, batch: EdgeBatch) -> set[tuple[str, str, str]]:
+    """Return (source, destination, relation) of the table's edges that connect the ends of the batch's edges."""
     table = pd.read_csv(folder / "edges.csv", dtype=str, keep_default_na=False)
     names = [f"{row:03d}" for row in batch.rows.tolist()]
     ends = {*zip(names[: len(batch.edges)], names[len(batch.edges) :], strict=True)}
@@ -66,28 +66,28 @@ def in_table(folder: Path, batch: EdgeBatch) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
 @pytest.mark.parametrize("workers", [None, 0, 2])
-def test_relations_are_those_of_the_table(folder: Path, fraction: float, workers: int | None) -> None:
+def test_relations_equal_table(folder: Path, fraction: float, workers: int | None) -> None:
     graph = open_graph(folder, fraction)
     table = pd.read_csv(folder / "edges.csv", dtype=str, keep_default_na=False).drop(index=5).reset_index(drop=True)
     held_out = np.zeros(len(table), bool)
     if graph.held_out is not None:
-        [kept] = (folder / "mmgraph_cache/tables").glob("*.held_out.npy")
-        held_out[np.load(kept)] = True
+        [stored] = (folder / "mmgraph_cache/tables").glob("*.held_out.npy")
+        held_out[np.load(stored)] = True
     expected = table["rel_id"][~held_out].tolist()
     assert graph.relations is not None and len(graph.relations) == len(graph.rows) == len(expected)
-    seen = 0
+    edge_count = 0
     for batch in batches(graph, workers):
         assert batch.relations is not None and batch.relations.dtype == batch.edges.dtype
         names = [graph.relation_names[number] for number in batch.relations.tolist()]
         assert names == [expected[edge] for edge in batch.edges.tolist()]
         rows = [f"{row:03d}" for row in batch.rows.tolist()]
-        assert {*zip(rows[:12], rows[12:], names, strict=True)} <= in_table(folder, batch)
-        seen += len(names)
-    assert seen == len(expected) // 12 * 12
+        assert {*zip(rows[:12], rows[12:], names, strict=True)} <= table_edges(folder, batch)
+        edge_count += len(names)
+    assert edge_count == len(expected) // 12 * 12
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
-def test_none_without_a_column(folder: Path, fraction: float) -> None:
+def test_no_relations_without_a_column(folder: Path, fraction: float) -> None:
     table = pd.read_csv(folder / "edges.csv", dtype=str).drop(columns="rel_id")
     table.to_csv(folder / "edges.csv", index=False)
     graph = open_graph(folder, fraction)
@@ -95,8 +95,8 @@ def test_none_without_a_column(folder: Path, fraction: float) -> None:
     assert batches(graph, None)[0].relations is None
 
 
-def test_a_split_of_before_has_them(folder: Path) -> None:
-    """Nothing but what an older version wrote lies beside it, and nothing is written."""
+def test_stored_split_has_relations(folder: Path) -> None:
+    """A stored split needs no more files than an older version wrote, and opening it again writes nothing."""
     open_graph(folder, 0.2)
     before = {path: path.stat().st_mtime_ns for path in (folder / "mmgraph_cache").rglob("*")}
     assert sorted(path.suffix for path in before if path.is_file()) == [".arrow", ".json", *[".npy"] * 4]
@@ -105,14 +105,14 @@ def test_a_split_of_before_has_them(folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (folder / "mmgraph_cache").rglob("*")} == before
 
 
-def test_an_epoch_of_relations_does_not_grow_in_memory(tmp_path: Path) -> None:
+def test_memory_of_reading_relations(tmp_path: Path) -> None:
     count = 20_000_000  # 80 MB
     np.save(tmp_path / "relations.npy", np.arange(count, dtype=np.int32))
     relations = RemainingEdges(EdgeTable(tmp_path / "relations.npy"), np.arange(0, count, count // 1000))
-    drawn = np.random.default_rng(0).integers(0, len(relations), (2_000, 256))
+    edge_numbers = np.random.default_rng(0).integers(0, len(relations), (2_000, 256))
     before = resident_mb()
-    for numbers in drawn:
-        found = relations[numbers]
+    for numbers in edge_numbers:
+        values = relations[numbers]
     assert resident_mb() - before < 10
-    rest = np.delete(np.arange(count), np.arange(0, count, count // 1000))
-    assert np.array_equal(found, rest[numbers]) and found.dtype == np.int64
+    expected = np.delete(np.arange(count), np.arange(0, count, count // 1000))
+    assert np.array_equal(values, expected[numbers]) and values.dtype == np.int64

@@ -1,4 +1,4 @@
-"""Content hashes: an image file is read again only where it may have changed."""
+"""Content hashes: an image file is read again only if it may have changed."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ from mmgraph.utils.files import cache_folder, file_signature
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The image files that are read from here on."""
-    found: list[object] = []
+    """Collects the image files that are read during the test."""
+    files: list[object] = []
     read = image_source.read_file
-    monkeypatch.setattr(image_source, "read_file", lambda file: found.append(file) or read(file))
+    monkeypatch.setattr(image_source, "read_file", lambda file: files.append(file) or read(file))
     monkeypatch.setattr(content_hashes, "MIN_AGE_NS", 10_000_000)
-    return found
+    return files
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def hashes(nodes: str, image_root: str | None = None) -> ContentHashes:
 
 
 @pytest.mark.parametrize("with_root", [False, True])
-def test_a_start_from_another_folder_reads_no_image(
+def test_start_from_another_folder_reads_no_image(
     folder: Path, reads: list[object], monkeypatch: pytest.MonkeyPatch, with_root: bool
 ) -> None:
     monkeypatch.chdir(folder)
@@ -52,31 +52,34 @@ def test_a_start_from_another_folder_reads_no_image(
     starts = [(folder.parent, "graph/nodes.csv", "graph"), (Path("/"), str(folder / "nodes.csv"), str(folder))]
     for start, nodes, root in starts:
         monkeypatch.chdir(start)
-        found = hashes(nodes, root if with_root else None)
-        assert all(np.array_equal(a, b) for a, b in zip(first, found, strict=True))
+        result = hashes(nodes, root if with_root else None)
+        assert all(np.array_equal(a, b) for a, b in zip(first, result, strict=True))
     assert len(reads) == 40
     assert len(list((folder / "mmgraph_cache").glob("images-*.npy"))) == 1
 
 
-def test_an_image_of_another_working_directory_is_read(
+def test_image_in_another_working_directory_is_read(
     folder: Path, reads: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without a root, what is not in the table's folder is looked up in the working directory."""
+    """Without an image root, a file that is missing in the table's folder is looked up in the working directory."""
     for number, name in enumerate(("one", "two")):
         (tmp_path / name / "images").mkdir(parents=True)
         shutil.copy(folder / f"images/{number}.png", tmp_path / name / "images/7.png")
     (folder / "images/7.png").unlink()
     time.sleep(0.05)
-    found = []
+    by_folder = []
     for name in ("one", "two"):
         monkeypatch.chdir(tmp_path / name)
-        found.append(hashes(str(folder / "nodes.csv")))
-    assert len(reads) == 41 and (found[0].images != found[1].images).nonzero()[0].tolist() == [7]
-    assert found[0].images[7] == found[0].images[0] and found[1].images[7] == found[1].images[1]
+        by_folder.append(hashes(str(folder / "nodes.csv")))
+    assert len(reads) == 41 and (by_folder[0].images != by_folder[1].images).nonzero()[0].tolist() == [7]
+    assert by_folder[0].images[7] == by_folder[0].images[0] and by_folder[1].images[7] == by_folder[1].images[1]
 
 
 def test_signatures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the absolute path; none of what is no file, and of one that changed a moment ago or says so."""
+    """A signature depends on the absolute path and the times.
+
+    It is None for a file that changed too recently, and empty for a path that is not a regular file.
+    """
     path, hour = folder / "images/0.png", 3600 * 10**9
     signature = file_signature(path, 0)
     monkeypatch.chdir(folder)

@@ -1,4 +1,7 @@
-"""The shared image cache: never another picture than decoding gives, whoever writes, whatever happens to the file."""
+"""The shared image cache: entries equal decoded images.
+
+This holds while several processes write the file, after a writer was killed, and when the file is damaged.
+"""
 
 import errno
 import multiprocessing
@@ -51,7 +54,7 @@ class Processor:
 
 
 def tokenize(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
-    """Pictures are what is looked at here."""
+    """Return constant tokens: these tests check only the images."""
     return dict.fromkeys(("input_ids", "attention_mask"), torch.ones(len(texts), 1, dtype=torch.int64))
 
 
@@ -59,76 +62,76 @@ def source_signature(path: str) -> bytes | None:
     return file_signature(path, image_cache.TICK_NS)
 
 
-def settle() -> None:
-    """Let what was just written become old enough to be kept."""
+def wait_until_cacheable() -> None:
+    """Wait until the files just written are old enough to be cached."""
     time.sleep(2 * TICK_NS / 1e9)
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
-    """Twelve image files, of which one ends early."""
+    """Twelve image files; number 3 is truncated."""
     generator = np.random.default_rng(0)
     paths = [tmp_path / f"{i}.png" for i in range(12)]
     for path in paths:
         Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
     paths[3].write_bytes(paths[3].read_bytes()[:3000])
-    settle()
+    wait_until_cacheable()
     return [str(path) for path in paths]
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> NodeInputs:
-    """With a file for 12 rows and nothing else that caches."""
+    """Node inputs with a picture file for 12 rows, and no cache in memory."""
     file = PictureFile(tmp_path / "cache/pictures", np.arange(12, dtype=np.int32), SHAPE)
     return NodeInputs(tokenize, Processor(), 0, picture_file=file)
 
 
-def decoded_by(inputs: NodeInputs, paths: list[Any]) -> int:
-    """Read all, compare with decoding, and count what was decoded."""
+def count_decoded(inputs: NodeInputs, paths: list[Any]) -> int:
+    """Read all images, compare them with decoded images, and return the number of decodes."""
     expected, expected_causes = NodeInputs(tokenize, Processor(), 0).pictures(paths)
     before = inputs.decoded
-    found, causes = inputs.pictures(paths, range(len(paths)))
-    assert torch.equal(found, expected) and causes == expected_causes
+    pictures, causes = inputs.pictures(paths, range(len(paths)))
+    assert torch.equal(pictures, expected) and causes == expected_causes
     return inputs.decoded - before
 
 
-def test_what_is_kept_is_what_decoding_gives(inputs: NodeInputs, images: list[str], tmp_path: Path) -> None:
+def test_cached_images_equal_decoded_images(inputs: NodeInputs, images: list[str], tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     paths = [*images[:8], None, str(tmp_path / "missing.png"), str(tmp_path / "broken.png"), str(tmp_path)]
-    settle()
-    assert decoded_by(inputs, paths) == 9  # 8 and the broken one: what is not there is not decoded
-    assert decoded_by(inputs, paths) == 1  # why a file is not readable may pass
-    again = PictureFile(inputs.picture_file.path, inputs.picture_file.slots, SHAPE)
-    assert decoded_by(NodeInputs(tokenize, Processor(), 0, picture_file=again), paths) == 1
+    wait_until_cacheable()
+    assert count_decoded(inputs, paths) == 9  # 8 and broken.png: missing files are not decoded
+    assert count_decoded(inputs, paths) == 1  # broken.png is not cached: the error may be temporary
+    reopened = PictureFile(inputs.picture_file.path, inputs.picture_file.slots, SHAPE)
+    assert count_decoded(NodeInputs(tokenize, Processor(), 0, picture_file=reopened), paths) == 1
     causes = inputs.pictures(paths, range(12))[1]
     assert IMAGE_STATUS[causes[3]] == "truncated" and sum(cause > 0 for cause in causes) == 5
 
 
-def test_without_rows_and_without_a_slot_nothing_is_kept(images: list[str], tmp_path: Path) -> None:
+def test_images_without_a_slot_are_not_cached(images: list[str], tmp_path: Path) -> None:
     slots = np.array([0, -1, 1, *[-1] * 9], dtype=np.int32)
     inputs = NodeInputs(tokenize, Processor(), 0, picture_file=PictureFile(tmp_path / "file", slots, SHAPE))
     for _ in range(2):
         inputs.pictures(images)
     assert inputs.decoded == 24
-    assert [decoded_by(inputs, images) for _ in range(3)] == [12, 10, 10]
+    assert [count_decoded(inputs, images) for _ in range(3)] == [12, 10, 10]
     assert (tmp_path / "file").stat().st_size == 2 * slot_bytes(SHAPE)
 
 
 @pytest.mark.parametrize("way", ["in place", "renamed", "touched"])
-def test_an_image_that_changed_is_decoded_anew(inputs: NodeInputs, images: list[str], way: str) -> None:
-    decoded_by(inputs, images)
+def test_changed_image_is_decoded_again(inputs: NodeInputs, images: list[str], way: str) -> None:
+    count_decoded(inputs, images)
     first, second = Path(images[0]), Path(images[1])
     before = first.stat()
     content = second.read_bytes() if way != "touched" else first.read_bytes()
     target = first if way == "in place" else first.with_name("new.png")
-    target.write_bytes(content.ljust(before.st_size, b"\0")[: before.st_size])  # the same size, and
-    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same time
+    target.write_bytes(content.ljust(before.st_size, b"\0")[: before.st_size])  # same size
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))  # same time
     target.replace(first)
-    settle()
-    assert [decoded_by(inputs, images) for _ in range(2)] == [1, 0]
+    wait_until_cacheable()
+    assert [count_decoded(inputs, images) for _ in range(2)] == [1, 0]
 
 
-def test_an_image_that_is_changing_is_not_kept(
+def test_image_that_changes_while_decoded_is_not_cached(
     inputs: NodeInputs, images: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, before = inputs.picture_file, source_signature(images[0])
@@ -138,39 +141,39 @@ def test_an_image_that_is_changing_is_not_kept(
         return torch.zeros(SHAPE, dtype=torch.uint8), 0
 
     assert file.read(0, AS_GIVEN, images[0], decode)[1] == 0 and file.get(0, before) is None
-    settle()
-    assert decoded_by(inputs, images[:1]) == 1 and decoded_by(inputs, images[:1]) == 0
-    monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files are this young
-    assert decoded_by(inputs, images[:1]) == 1 and source_signature(images[0]) is None
+    wait_until_cacheable()
+    assert count_decoded(inputs, images[:1]) == 1 and count_decoded(inputs, images[:1]) == 0
+    monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files changed more recently than this
+    assert count_decoded(inputs, images[:1]) == 1 and source_signature(images[0]) is None
 
 
-def test_a_damaged_entry_is_never_returned(inputs: NodeInputs, images: list[str]) -> None:
+def test_damaged_entry_is_never_returned(inputs: NodeInputs, images: list[str]) -> None:
     file = inputs.picture_file
-    decoded_by(inputs, images)
-    whole = file.path.read_bytes()
+    count_decoded(inputs, images)
+    content = file.path.read_bytes()
     signatures = [source_signature(path) for path in images]
-    kept = [file.get(row, signatures[row])[0] for row in range(12)]
+    stored = [file.get(row, signatures[row])[0] for row in range(12)]
     generator = random.Random(0)
     for i in range(150):
-        start = generator.randrange(len(whole))
+        start = generator.randrange(len(content))
         length = generator.choice((1, 20, 5000))
         junk = bytes(length) if i % 2 else generator.randbytes(length)
-        damaged = (whole[:start] + junk + whole[start + length :])[: len(whole)] if i % 5 else whole[:start]
+        damaged = (content[:start] + junk + content[start + length :])[: len(content)] if i % 5 else content[:start]
         file.path.write_bytes(damaged)
         for row in range(12):
-            place = slice(row * file.slot_bytes, (row + 1) * file.slot_bytes)
-            found = file.get(row, signatures[row])
-            assert (found is not None) == (damaged[place] == whole[place])
-            assert found is None or torch.equal(found[0], kept[row])
-    decoded_by(inputs, images)
-    assert decoded_by(inputs, images) == 0 and file.path.read_bytes() == whole
+            slot = slice(row * file.slot_bytes, (row + 1) * file.slot_bytes)
+            entry = file.get(row, signatures[row])
+            assert (entry is not None) == (damaged[slot] == content[slot])
+            assert entry is None or torch.equal(entry[0], stored[row])
+    count_decoded(inputs, images)
+    assert count_decoded(inputs, images) == 0 and file.path.read_bytes() == content
 
 
-def test_only_the_same_image_file_is_found(inputs: NodeInputs, images: list[str]) -> None:
+def test_entry_of_another_image_file_is_not_returned(inputs: NodeInputs, images: list[str]) -> None:
     signatures = {source_signature(path) for path in images}
     assert len(signatures) == 12 and all(len(signature or b"") == 16 for signature in signatures)
     assert source_signature(os.path.relpath(images[0])) == source_signature(images[0])
-    decoded_by(inputs, images)
+    count_decoded(inputs, images)
     assert inputs.picture_file.get(0, source_signature(images[1])) is None
 
 
@@ -178,8 +181,8 @@ LARGE = (3, 224, 224)
 VERSIONS = {name * 16: torch.full(LARGE, name[0], dtype=torch.uint8) for name in (b"a", b"b")}
 
 
-def write_for_ever(path: Path, started: Any) -> None:
-    """Puts pictures of two states of three image files, in turn."""
+def write_forever(path: Path, started: Any) -> None:
+    """Write two versions of three images, alternating, until the process is killed."""
     file = PictureFile(path, np.arange(3, dtype=np.int32), LARGE)
     started.set()
     while True:
@@ -188,35 +191,35 @@ def write_for_ever(path: Path, started: Any) -> None:
                 file.put(row, signature, picture, 0)
 
 
-def test_writers_that_are_killed_and_writers_at_once(tmp_path: Path) -> None:
-    """Two processes write other pictures to the same slots, until they are killed anywhere: none is ever mixed."""
+def test_concurrent_and_killed_writers(tmp_path: Path) -> None:
+    """Two processes that write different images to the same slots, until they are killed, never mix entries."""
     path = tmp_path / "file"
     file = PictureFile(path, np.arange(3, dtype=np.int32), LARGE)
-    found: Counter[bool] = Counter()
+    hits: Counter[bool] = Counter()
 
-    def look() -> None:
+    def check_entries() -> None:
         for row in range(3):
             for signature, picture in VERSIONS.items():
                 entry = file.get(row, signature)
-                found[entry is not None] += 1
+                hits[entry is not None] += 1
                 assert entry is None or torch.equal(entry[0], picture)
 
     generator = random.Random(0)
     for _ in range(10):
         started = [FORK.Event() for _ in range(2)]
-        writers = [FORK.Process(target=write_for_ever, args=(path, event)) for event in started]
+        writers = [FORK.Process(target=write_forever, args=(path, event)) for event in started]
         for writer in writers:
             writer.start()
         assert all(event.wait(60) for event in started)
         end = time.monotonic() + generator.random() / 20
         while time.monotonic() < end:
-            look()
+            check_entries()
         for writer in writers:
             os.kill(writer.pid, signal.SIGKILL)
             writer.join()
-        look()
-    print(f"{found[True]:,} entries found whole, {found[False]:,} not found")
-    assert found[True] and found[False]
+        check_entries()
+    print(f"{hits[True]:,} complete entries read, {hits[False]:,} not found")
+    assert hits[True] and hits[False]
 
 
 def fill(inputs: NodeInputs, images: list[str], seed: int) -> None:
@@ -239,13 +242,13 @@ def test_several_processes_fill_one_file(inputs: NodeInputs, images: list[str], 
         for filler in fillers:
             filler.join()
         assert killed or [filler.exitcode for filler in fillers] == [0, 0, 0]
-    decoded = decoded_by(inputs, images)
+    decoded = count_decoded(inputs, images)
     assert killed or decoded == 0
-    assert decoded_by(inputs, images) == 0
+    assert count_decoded(inputs, images) == 0
 
 
-class Mapped:
-    """Rows that are indexed by int arrays alone."""
+class CountedRows:
+    """Rows that accept only int arrays as an index, and record the largest one."""
 
     def __init__(self, rows: np.ndarray):
         self.rows, self.largest = rows, 0
@@ -260,14 +263,14 @@ class Mapped:
 
 
 @pytest.mark.parametrize(("nodes", "edges"), [(50, 90), (300, 2**20 + 1000), (7, 1)])
-def test_slots_are_of_the_most_frequent_nodes(nodes: int, edges: int) -> None:
+def test_most_frequent_nodes_have_slots(nodes: int, edges: int) -> None:
     rows = np.random.default_rng(nodes).zipf(1.3, (edges, 2)) % nodes
     count = Counter(rows.ravel().tolist())
     order = sorted(range(nodes), key=lambda row: (-count[row], row))
     for room in (0, 1, nodes // 2, nodes - 1):
-        mapped = Mapped(rows)
-        slots = slots_by_frequency(mapped, nodes, room)  # type: ignore[arg-type]
-        assert slots.dtype == np.int32 and mapped.largest <= 2**20
+        counted = CountedRows(rows)
+        slots = slots_by_frequency(counted, nodes, room)  # type: ignore[arg-type]
+        assert slots.dtype == np.int32 and counted.largest <= 2**20
         assert [int(np.flatnonzero(slots == slot)[0]) for slot in range(room)] == order[:room]
         assert (slots >= 0).sum() == room
     assert slots_by_frequency(rows, nodes, nodes + 1).tolist() == list(range(nodes))
@@ -285,52 +288,54 @@ def case(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield Case(config, Preprocessing(load_tokenizer_and_processor(config.model_name)[1]))
 
 
-def replaced(config: Any, **values: Any) -> Any:
+def with_values(config: Any, **values: Any) -> Any:
     return type(config)(**{**vars(config), **values})
 
 
-def test_there_is_room_for_as_many_as_fit(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = slot_bytes((3, 72, 72))
+def test_number_of_slots_and_file_names(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry_bytes = slot_bytes((3, 72, 72))
     graph = load_graph(case.config)
     capsys.readouterr()
     names = set()
     for pictures in (0.5, 7.9, 8, 39.9, 40, 1000):
-        config = replaced(case.config, image_cache_gb=pictures * one / 1e9 * (1 + 1e-9))
+        config = with_values(case.config, image_cache_gb=pictures * entry_bytes / 1e9 * (1 + 1e-9))
         file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
         room = min(int(pictures), 40)
-        assert (file.slots >= 0).sum() == room and file.path.stat().st_size == room * one
+        assert (file.slots >= 0).sum() == room and file.path.stat().st_size == room * entry_bytes
         assert file.path.parent == tmp_path / "cache" and file.path.stat().st_blocks == 0  # sparse
-        [told] = capsys.readouterr().out.splitlines()
-        assert str(file.path) in told
-        figures = re.findall(r"\b\d[\d.]*(?: GB)?\b", told.replace(str(file.path), ""))
-        assert figures == [str(room), "40", f"{room * one / 1e9:.2f} GB"]  # pictures, nodes, bytes
+        [message] = capsys.readouterr().out.splitlines()
+        assert str(file.path) in message
+        figures = re.findall(r"\b\d[\d.]*(?: GB)?\b", message.replace(str(file.path), ""))
+        # images with a slot, nodes, size of the file
+        assert figures == [str(room), "40", f"{room * entry_bytes / 1e9:.2f} GB"]
         names.add(file.path.name)
-    assert len(names) == 5  # the last two are one: room for all
-    config = replaced(case.config, image_cache_gb=8 * one / 1e9 * (1 + 1e-9))
-    for other in (
-        (replaced(config, truncated_images="black"), graph),
+    assert len(names) == 5  # 40 and 1000 have the same name: both have room for all nodes
+    config = with_values(case.config, image_cache_gb=8 * entry_bytes / 1e9 * (1 + 1e-9))
+    for changed in (
+        (with_values(config, truncated_images="black"), graph),
         (config, graph._replace(nodes_fingerprint="other")),
         (config, graph._replace(edges_fingerprint="other")),
     ):
-        names.add(shared_pictures(*other, case.preprocessing, cache_folder(config.nodes)).path.name)
+        names.add(shared_pictures(*changed, case.preprocessing, cache_folder(config.nodes)).path.name)
     case.preprocessing.short_side += 8
     names.add(shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes)).path.name)
     assert len(names) == 9
 
 
-def decoded_in_an_epoch(config: Any) -> list[int]:
+def decoded_per_batch(config: Any) -> list[int]:
     run = build_run(config, build_accelerator(), load_graph(config))
-    steps = range(run.schedule.samples_per_epoch // config.global_batch_size)  # the stream goes on to the next epoch
+    # a limit, because the stream continues with the next epoch
+    steps = range(run.schedule.samples_per_epoch // config.global_batch_size)
     return [batch.decoded for _, batch in zip(steps, run.stream, strict=False)]
 
 
-def test_the_trainer_decodes_each_image_once(case: Case, tmp_path: Path) -> None:
-    first = decoded_in_an_epoch(case.config)
+def test_trainer_decodes_each_image_once(case: Case, tmp_path: Path) -> None:
+    first = decoded_per_batch(case.config)
     assert len(first) == 16 and all(isinstance(decoded, int) for decoded in first) and 30 <= sum(first) <= 40
-    assert sum(decoded_in_an_epoch(replaced(case.config, num_workers=2))) == 0
+    assert sum(decoded_per_batch(with_values(case.config, num_workers=2))) == 0
     for path in (tmp_path / "cache").glob("pictures-*"):
         path.unlink()
-    assert sum(decoded_in_an_epoch(replaced(case.config, image_cache_gb=0.0))) > 100
+    assert sum(decoded_per_batch(with_values(case.config, image_cache_gb=0.0))) > 100
     assert not list((tmp_path / "cache").glob("pictures-*"))
 
 
@@ -342,34 +347,34 @@ def train(config: Any, tmp_path: Path, *flags: str) -> list[float]:
     return [row["loss"] for row in read_metrics(folder)]
 
 
-def about_the_cache(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines that name a file of the cache, or a setting of it."""
+def cache_messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the printed lines that name a file or a setting of the cache."""
     names = ("pictures-", "MMGRAPH_CACHE", "image_cache_gb")
     return [line for line in capsys.readouterr().out.splitlines() if any(name in line for name in names)]
 
 
-def test_training_goes_on_without_it(
+def test_training_without_a_usable_cache(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = train(case.config, tmp_path, "--image_cache_gb=0")
-    assert not about_the_cache(capsys) and not list((tmp_path / "cache").glob("pictures-*"))
+    assert not cache_messages(capsys) and not list((tmp_path / "cache").glob("pictures-*"))
 
     (tmp_path / "file").write_text("a file where the folder should be")
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "file/cache"))
     assert train(case.config, tmp_path) == expected
-    [told] = about_the_cache(capsys)
-    assert f"{tmp_path / 'file/cache'}/pictures-" in told and "MMGRAPH_CACHE" in told
-    assert os.strerror(errno.ENOTDIR) in told
+    [message] = cache_messages(capsys)
+    assert f"{tmp_path / 'file/cache'}/pictures-" in message and "MMGRAPH_CACHE" in message
+    assert os.strerror(errno.ENOTDIR) in message
 
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(targets.PICTURES_MISSING_ROOM, lambda path, size: 10**9)
     assert train(case.config, tmp_path) == expected
-    [told] = about_the_cache(capsys)
-    assert str(tmp_path / "cache") in told and re.search(r"\b1\.00 GB\b", told) and "--image_cache_gb" in told
+    [message] = cache_messages(capsys)
+    assert str(tmp_path / "cache") in message and re.search(r"\b1\.00 GB\b", message) and "--image_cache_gb" in message
     assert not list((tmp_path / "cache").glob("pictures-*"))
 
 
-def test_room_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_room_counts_existing_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     path = tmp_path / "no/folder/yet/file"
@@ -379,25 +384,25 @@ def test_room_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_full_disk_stops_the_cache_and_nothing_else(
+def test_full_disk_stops_only_the_cache(
     workers: int, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = train(case.config, tmp_path, "--image_cache_gb=0")
     write, written = os.pwrite, []
 
-    def full(*args: Any) -> int:
+    def write_until_full(*args: Any) -> int:
         written.append(args)
         if len(written) > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*args)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", write_until_full)
     assert train(case.config, tmp_path, f"--num_workers={workers}") == expected
     assert capsys.readouterr().out.count(os.strerror(errno.ENOSPC)) == 1
-    assert len(written) == (0 if workers else 6)  # workers are forks: each has a list of its own
+    assert len(written) == (0 if workers else 6)  # workers are forks with separate lists
     monkeypatch.undo()
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))
-    assert sum(decoded_in_an_epoch(case.config)) <= 35  # at least five were kept
+    assert sum(decoded_per_batch(case.config)) <= 35  # at least five images were cached
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -415,15 +420,18 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
     expected = batches(None, worker=False)
     file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
     for worker, decoded in ((True, 40), (False, 0)):
-        found = batches(file, worker)
-        assert sum(batch.decoded for batch in found) == decoded
+        actual = batches(file, worker)
+        assert sum(batch.decoded for batch in actual) == decoded
         assert all(
-            torch.equal(a.inputs["pictures"], b.inputs["pictures"]) for a, b in zip(found, expected, strict=True)
+            torch.equal(a.inputs["pictures"], b.inputs["pictures"]) for a, b in zip(actual, expected, strict=True)
         )
 
 
-def read_as_a_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile | None, barrier: Any, out: Any) -> None:
-    """Two epochs of a rank's batches, in step with the other's. Puts (epoch, lookups, distinct, decoded)."""
+def read_as_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile | None, barrier: Any, out: Any) -> None:
+    """Read two epochs of a rank's batches, in step with the other rank.
+
+    Put (epoch, edge ends, unique nodes, decoded images) of each batch into ``out``.
+    """
     count = int(rows.max()) + 1
     nodes = pd.DataFrame({"short_name": "", "summary": "", "image_path": [f"{i}.jpg" for i in range(count)]})
     inputs = NodeInputs(tokenize, Processor(), 128, picture_file=file)
@@ -441,13 +449,18 @@ def read_as_a_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile 
 
 
 @pytest.mark.slow
-def test_how_much_is_decoded(tmp_path: Path) -> None:
-    """Two ranks of four workers on a graph of skewed degrees: with room for all pictures, and for 8 % of them."""
-    nodes, edges = 2000, 220 * 64  # no edge is left out of an epoch
+def test_decoded_images_per_epoch(tmp_path: Path) -> None:
+    """Count the images that two ranks with four workers each decode, on a graph with skewed degrees.
+
+    With room for all images, the first epoch decodes at most 1.2 images per node, and the second epoch none. With room
+    for the 8 % most frequent nodes, at least their share of the edge ends, minus 0.01, needs no decoding in the second
+    epoch.
+    """
+    nodes, edges = 2000, 220 * 64  # a multiple of the batch size: an epoch has all edges
     generator = np.random.default_rng(0)
     weights = 1 / np.arange(1, nodes + 1) ** 0.8
     rows = generator.choice(nodes, (edges, 2), p=weights / weights.sum())
-    rows = np.unique(rows, return_inverse=True)[1].reshape(-1, 2)  # without nodes that have no edge
+    rows = np.unique(rows, return_inverse=True)[1].reshape(-1, 2)  # remove nodes without an edge
     nodes = int(rows.max()) + 1
     for i in range(nodes):
         Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((40, 40)).save(
@@ -458,19 +471,19 @@ def test_how_much_is_decoded(tmp_path: Path) -> None:
     for room in (nodes, few):
         file = PictureFile(tmp_path / f"room{room}", slots_by_frequency(rows, nodes, room), SHAPE)
         barrier, out = FORK.Barrier(2), FORK.SimpleQueue()
-        ranks = [FORK.Process(target=read_as_a_rank, args=(i, tmp_path, rows, file, barrier, out)) for i in range(2)]
+        ranks = [FORK.Process(target=read_as_rank, args=(i, tmp_path, rows, file, barrier, out)) for i in range(2)]
         for rank in ranks:
             rank.start()
         counts = {1: np.zeros(3, dtype=int), 2: np.zeros(3, dtype=int)}
         for _ in range(2 * 2 * (edges // 64)):
-            epoch, *found = out.get()
-            counts[epoch] += found
+            epoch, *batch_counts = out.get()
+            counts[epoch] += batch_counts
         for rank in ranks:
             rank.join()
-        for epoch, (lookups, distinct, decoded) in counts.items():
+        for epoch, (lookups, unique, decoded) in counts.items():
             print(
-                f"room for {room} of {nodes}, epoch {epoch}: {decoded:,} decoded; none for {1 - decoded / lookups:.1%} "
-                f"of {lookups:,} edge ends, {1 - decoded / distinct:.1%} of {distinct:,} pictures"
+                f"room for {room} of {nodes}, epoch {epoch}: {decoded:,} decoded; cached: {1 - decoded / lookups:.1%} "
+                f"of {lookups:,} edge ends, {1 - decoded / unique:.1%} of {unique:,} images"
             )
         if room == nodes:
             assert 1 - counts[1][2] / counts[1][0] >= 1 - 1.2 * nodes / (2 * edges) and counts[2][2] == 0

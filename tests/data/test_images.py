@@ -1,4 +1,4 @@
-"""Pictures: equal to Pillow's, to CLIP's preprocessing, and never an exception."""
+"""Decoded images equal Pillow's and CLIP's, and bad image files never raise."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 83, 4), dtype=np.uint8)
 
 
 def pictures() -> dict[str, bytes]:
-    """One file of every kind that is decoded differently."""
+    """Return one file of every image format and mode that is decoded differently."""
     rgb, rgba = Image.fromarray(NOISE[:, :, :3]), Image.fromarray(NOISE, "RGBA")
     files: dict[str, bytes] = {}
 
@@ -34,7 +34,7 @@ def pictures() -> dict[str, bytes]:
     save("gray.jpg", rgb.convert("L"), "JPEG")
     save("cmyk.jpg", rgb.convert("CMYK"), "JPEG")
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees: the original did not turn it back
+    exif[0x0112] = 6  # rotated by 90 degrees; the original trainer ignores this tag too
     save("rotated.jpg", rgb, "JPEG", exif=exif)
     save("rgb.png", rgb, "PNG")
     save("rgba.png", rgba, "PNG")
@@ -53,7 +53,7 @@ def pictures() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", list(pictures()))
-def test_pixels_are_those_of_pillow(name: str, tmp_path: Path) -> None:
+def test_pixels_equal_pillow(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(pictures()[name])
     tensor, cause = read_image(str(path))
@@ -63,23 +63,23 @@ def test_pixels_are_those_of_pillow(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 83), (83, 60), (224, 224), (225, 300), (301, 224), (10, 9), (500, 401)])
-def test_preprocessing_is_clips(size: tuple[int, int]) -> None:
+def test_preprocessing_equals_clip(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     preprocessing = Preprocessing(CLIPImageProcessor())
     ours = preprocessing.normalize(preprocessing.resize(torch.from_numpy(pixels).permute(2, 0, 1))[None])
     assert ours.shape == (1, 3, 224, 224) and ours.dtype == torch.float32
-    for processor, bound in ((CLIPImageProcessor(), 1e-5), (CLIPImageProcessorPil(), 0.031)):
+    for processor, tolerance in ((CLIPImageProcessor(), 1e-5), (CLIPImageProcessorPil(), 0.031)):
         theirs = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
-        assert (ours - theirs).abs().max() <= bound
+        assert (ours - theirs).abs().max() <= tolerance
 
 
-def test_another_preprocessing_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^CLIPImageProcessor\b[^\n]*$"):  # one line, which names its class
+def test_other_preprocessing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^CLIPImageProcessor\b[^\n]*$"):  # one line that starts with the class name
         Preprocessing(CLIPImageProcessor(size={"height": 224, "width": 224}))
 
 
 @pytest.mark.parametrize("name", ["rgb.jpg", "rgb.png", "palette.png"])
-def test_a_truncated_file_is_used_in_part_and_counted(name: str, tmp_path: Path) -> None:
+def test_truncated_file_is_decoded_in_part(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(pictures()[name][: len(pictures()[name]) // 2])
     tensor, cause = read_image(str(path))
@@ -98,7 +98,7 @@ def test_a_truncated_file_is_used_in_part_and_counted(name: str, tmp_path: Path)
         (b"\x89PNG\r\n\x1a\n", "unreadable"),
     ],
 )
-def test_bad_files_are_black_and_counted(content: bytes | None, cause: str, tmp_path: Path) -> None:
+def test_bad_files_are_black(content: bytes | None, cause: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     tensor, code = read_image(str(tmp_path / "a.png"))
@@ -107,13 +107,13 @@ def test_bad_files_are_black_and_counted(content: bytes | None, cause: str, tmp_
     assert IMAGE_STATUS[read_image(str(tmp_path))[1]] == "file not found"  # a folder
 
 
-def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(pictures()["rgb.png"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 83 // 2 - 1)  # Pillow refuses above twice this
     assert IMAGE_STATUS[read_image(str(tmp_path / "a.png"))[1]] == "too many pixels"
 
 
-def test_a_picture_too_thin_to_resize_is_black(tmp_path: Path) -> None:
+def test_image_too_thin_to_resize_is_black(tmp_path: Path) -> None:
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
     inputs = NodeInputs(None, CLIPImageProcessor(), 1)
     pictures, causes = inputs.pictures([str(tmp_path / "thin.png")])

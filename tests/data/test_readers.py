@@ -1,4 +1,4 @@
-"""Line numbers of CSV tables: exact, whatever lines pandas skips."""
+"""Line numbers in errors about CSV tables: they count the lines that pandas skips."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mmgraph.errors import UserError
 
 HEADER = "node_id,short_name,summary,image_path\n"
 BLANK = "\n   \n\t \t\n"  # 3 lines
-SPANNING = 'a,x,"two\n\n  \nlines",\n'  # 4 lines, of which two are blank inside of quotes
+SPANNING = 'a,x,"two\n\n  \nlines",\n'  # 4 lines, two of them blank lines inside quotes
 
 
 def nodes(folder: Path, text: str, line_end: str = "\n") -> Path:
@@ -28,11 +28,12 @@ def nodes(folder: Path, text: str, line_end: str = "\n") -> Path:
         (BLANK + HEADER + SPANNING + BLANK + '"",x,,\n', "line 12: node_id is empty"),
         (HEADER + BLANK + SPANNING + BLANK + "a,x,,\n", "line 12: node_id 'a' is already used in line 5;"),
         (HEADER + BLANK + SPANNING + BLANK + "b,x\n", "line 12: 2 fields where the header has 4"),
-        (HEADER + BLANK + '"  "\n', "line 5: 1 fields where the header has 4"),  # pandas reads a node of these two
+        # pandas reads the last line of these two as a node
+        (HEADER + BLANK + '"  "\n', "line 5: 1 fields where the header has 4"),
         (HEADER + BLANK + "\u00a0\n", "line 5: 1 fields where the header has 4"),
     ],
 )
-def test_the_exact_line(tmp_path: Path, text: str, message: str, line_end: str) -> None:
+def test_line_number(tmp_path: Path, text: str, message: str, line_end: str) -> None:
     path = nodes(tmp_path, text, line_end)
     with pytest.raises(UserError) as caught:
         read_nodes(path)
@@ -40,13 +41,13 @@ def test_the_exact_line(tmp_path: Path, text: str, message: str, line_end: str) 
 
 
 @pytest.mark.parametrize("rows", [1, 2, None])
-def test_the_exact_line_of_a_chunk(tmp_path: Path, rows: int | None) -> None:
+def test_line_number_in_chunks(tmp_path: Path, rows: int | None) -> None:
     path = nodes(tmp_path, HEADER + SPANNING + BLANK + "b,x,,\n" + BLANK + "c,x,,\n  \n,x,,\n")
     with pytest.raises(UserError, match="line 15: node_id is empty"):
         list(read_chunks(path, NODE_COLUMNS, NODE_COLUMNS[:1], rows))
 
 
-def test_every_row_that_pandas_reads_has_its_line(tmp_path: Path) -> None:
+def test_location_of_every_row(tmp_path: Path) -> None:
     text = BLANK + HEADER + BLANK + SPANNING + " \n" + "b,x,,\n" + BLANK + SPANNING.replace("a", "c", 1) + "d,x,,\n"
     path = nodes(tmp_path, text)
     ids = pd.read_csv(path)["node_id"].tolist()

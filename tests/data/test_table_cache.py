@@ -1,4 +1,4 @@
-"""Memory-mapped tables: equal to the files they are made from, made once, and no load on memory."""
+"""Memory-mapped tables: their rows equal the source files, each is converted once, and they use little memory."""
 
 import csv
 import errno
@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import targets
-from test_tables import BAD_TABLES, HEADER, bad_table, tells
+from test_tables import BAD_TABLES, HEADER, assert_one_line, bad_table
 
 from mmgraph.data import table_cache
 from mmgraph.data.batches import EdgeRows
@@ -42,21 +42,21 @@ def open_edges(path: Path, nodes_path: Path) -> EdgeTable:
     return table_cache.open_edges(path, fingerprint(path), nodes, fingerprint(nodes_path)).rows
 
 
-def all_edges(edges: EdgeTable) -> list[list[int]]:
+def edge_list(edges: EdgeTable) -> list[list[int]]:
     return edges[np.arange(len(edges))].tolist()
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of a few rows are read and looked up in several chunks."""
+    """Small chunk sizes, so that a table of a few rows is read and looked up in several chunks."""
     monkeypatch.setattr(targets.ROW_CHUNK, 3)
     monkeypatch.setattr(targets.EDGE_CHUNK, 4)
     monkeypatch.setattr(targets.ID_CHUNK, 5)
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the folders lie that stand in for a cache that cannot be written."""
+def temporary_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary folders, which replace a cache that cannot be written."""
     (folder := tmp_path / "stand_ins").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     yield folder
@@ -96,30 +96,30 @@ def edges_csv(folder: Path, nodes_path: Path, count: int = 100, unknown: str = "
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_rows_are_those_of_the_csv(tmp_path: Path, small_chunks: None, encoding: str) -> None:
+def test_rows_equal_csv(tmp_path: Path, small_chunks: None, encoding: str) -> None:
     path = nodes_csv(tmp_path, encoding=encoding)
     table, frame = open_nodes(path), read_nodes(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        plain = list(csv.DictReader(file))
-    assert len(table) == len(plain) == 40
-    assert table.ids(range(len(table))) == frame["node_id"].tolist() == [row["node_id"] for row in plain]
+        csv_rows = list(csv.DictReader(file))
+    assert len(table) == len(csv_rows) == 40
+    assert table.ids(range(len(table))) == frame["node_id"].tolist() == [row["node_id"] for row in csv_rows]
     for i in (*range(40), -1):
-        row = {name: value for name, value in plain[i].items() if name != "node_id"}
+        row = {name: value for name, value in csv_rows[i].items() if name != "node_id"}
         assert table[i] == row == frame.drop(columns="node_id").iloc[i].to_dict()
     with pytest.raises(IndexError):
         table[40]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "feather", "stream"])
-def test_rows_of_other_formats(tmp_path: Path, small_chunks: None, kind: str) -> None:
-    """Of every type that a column may have; an uncompressed Arrow file is read where it is."""
+def test_rows_of_parquet_and_arrow(tmp_path: Path, small_chunks: None, kind: str) -> None:
+    """Columns have text, float and categorical values; uncompressed Arrow files are not converted."""
     frame = read_nodes(nodes_csv(tmp_path))
     frame["extra"] = np.arange(40) / 7
     frame.loc[3, ["summary", "image_path"]] = None
     frame["kind"] = pd.Categorical(["x", "y"] * 20)
     path = tmp_path / f"n.{'arrow' if kind == 'stream' else kind}"
     if kind == "parquet":
-        frame[::-1][::-1].iloc[1:].to_parquet(path, row_group_size=7)  # with pandas' index
+        frame[::-1][::-1].iloc[1:].to_parquet(path, row_group_size=7)  # adds pandas' index as a column
         frame = frame.iloc[1:]
     elif kind == "feather":
         frame.to_feather(path)  # compressed
@@ -137,7 +137,7 @@ def test_rows_of_other_formats(tmp_path: Path, small_chunks: None, kind: str) ->
         assert table[i] == expected.iloc[i].to_dict()
 
 
-def test_integer_ids_are_their_digits(tmp_path: Path) -> None:
+def test_integer_ids_are_read_as_text(tmp_path: Path) -> None:
     frame = pd.DataFrame({"node_id": [7, 8], "short_name": [1, 2], "summary": ["x", None], "image_path": ["", ""]})
     arrow = pa.Table.from_pandas(frame)
     frame.to_parquet(tmp_path / "n.parquet")
@@ -149,11 +149,11 @@ def test_integer_ids_are_their_digits(tmp_path: Path) -> None:
         nodes = open_nodes(tmp_path / name)
         assert nodes[1] == {"short_name": "2", "summary": None, "image_path": ""}
         assert (nodes.path.name == name) == (name == "b.arrow")
-        assert all_edges(open_edges(tmp_path / "e.csv", tmp_path / name)) == [[1, 0], [0, 1]]
+        assert edge_list(open_edges(tmp_path / "e.csv", tmp_path / name)) == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
-def test_edges_are_rows_of_known_nodes(
+def test_edges_between_known_nodes(
     tmp_path: Path, small_chunks: None, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nodes_path = nodes_csv(tmp_path)
@@ -164,38 +164,39 @@ def test_edges_are_rows_of_known_nodes(
     elif suffix == "arrow":
         frame.to_feather(path := tmp_path / "e.arrow", compression="uncompressed")
     expected = known_edges(read_nodes(nodes_path), read_edges(path), path)
-    told = capsys.readouterr().out.splitlines()
+    messages = capsys.readouterr().out.splitlines()
     edges = open_edges(path, nodes_path)
     nodes = open_nodes(nodes_path)
     rows = {node_id: row for row, node_id in enumerate(nodes.ids(range(len(nodes))))}
-    plain = [[rows.get(a, -1), rows.get(b, -1)] for a, b in zip(frame["src_id"], frame["dst_id"], strict=True)]
-    assert all_edges(edges) == expected.tolist() == [ends for ends in plain if min(ends) >= 0]
+    ends_of_edges = [[rows.get(a, -1), rows.get(b, -1)] for a, b in zip(frame["src_id"], frame["dst_id"], strict=True)]
+    assert edge_list(edges) == expected.tolist() == [ends for ends in ends_of_edges if min(ends) >= 0]
     assert 0 < len(edges) < 100 and np.load(edges.path).dtype == np.int32
-    drawn = np.random.default_rng(1).integers(len(edges), size=(300,))
-    assert edges[drawn].dtype == np.int64 and np.array_equal(edges[drawn], expected[drawn])
+    sample = np.random.default_rng(1).integers(len(edges), size=(300,))
+    assert edges[sample].dtype == np.int64 and np.array_equal(edges[sample], expected[sample])
     dataset = EdgeRows(edges)
     assert dataset[5] == (5, *expected[5]) and dataset.__getitems__([5, 2]) == [dataset[5], dataset[2]]
-    assert told[-1] in capsys.readouterr().out.splitlines()
+    assert messages[-1] in capsys.readouterr().out.splitlines()
     open_edges(path, nodes_path)
-    assert capsys.readouterr().out.splitlines() == told[-1:]  # at each start, and no word of a conversion
+    # every start logs the dropped edges; the second start does not convert the table
+    assert capsys.readouterr().out.splitlines() == messages[-1:]
 
 
-def test_rows_that_32_bits_do_not_hold(tmp_path: Path) -> None:
+def test_edge_file_dtype_depends_on_node_count(tmp_path: Path) -> None:
     rows = np.array([[1, 2**31], [2**40, 0]])
-    for part in (2**31, 2**31 + 1):
+    for num_nodes in (2**31, 2**31 + 1):
         with (tmp_path / "e.npy").open("w+b") as file:
-            writer = EdgeWriter(file, part)
+            writer = EdgeWriter(file, num_nodes)
             for row in rows:
-                writer.write(row[None] % part)
+                writer.write(row[None] % num_nodes)
             writer.finish()
-        assert np.array_equal(EdgeTable(tmp_path / "e.npy")[np.arange(2)], rows % part)
-        assert np.load(tmp_path / "e.npy").itemsize == (4 if part == 2**31 else 8)
+        assert np.array_equal(EdgeTable(tmp_path / "e.npy")[np.arange(2)], rows % num_nodes)
+        assert np.load(tmp_path / "e.npy").itemsize == (4 if num_nodes == 2**31 else 8)
 
 
 def test_tables_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_path = nodes_csv(tmp_path)
     edges_path = edges_csv(tmp_path, nodes_path)
-    edges = all_edges(open_edges(edges_path, nodes_path))
+    edges = edge_list(open_edges(edges_path, nodes_path))
     frame = read_nodes(nodes_path)
     with pa.ipc.new_file(arrow_path := tmp_path / "n.arrow", pa.Schema.from_pandas(frame)) as writer:
         writer.write_table(pa.Table.from_pandas(frame))
@@ -208,27 +209,27 @@ def test_tables_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(targets.READ_CHUNKS, fail)
     monkeypatch.setattr(targets.CHECK_UNIQUE, fail)
-    assert all_edges(open_edges(edges_path, nodes_path)) == edges
+    assert edge_list(open_edges(edges_path, nodes_path)) == edges
     open_nodes(arrow_path)
     monkeypatch.undo()
     nodes_path.write_text(nodes_path.read_text().replace("n7,", "m7,").replace("name 9", "name nine"))
     assert open_nodes(nodes_path)[7 + 9]["short_name"] == "name nine"
-    fewer = open_edges(edges_path, nodes_path)
-    assert all_edges(fewer) == known_edges(read_nodes(nodes_path), read_edges(edges_path)).tolist()
-    assert len(fewer) < len(edges)
+    fewer_edges = open_edges(edges_path, nodes_path)
+    assert edge_list(fewer_edges) == known_edges(read_nodes(nodes_path), read_edges(edges_path)).tolist()
+    assert len(fewer_edges) < len(edges)
 
 
 @pytest.mark.parametrize(("content", "facts"), BAD_TABLES)
-def test_errors_are_those_of_reading(
+def test_errors_equal_those_of_read_nodes(
     tmp_path: Path, small_chunks: None, content: str | bytes | None, facts: tuple[str, ...]
 ) -> None:
     path = bad_table(tmp_path / "nodes.csv", content)
-    with pytest.raises(UserError) as whole:
+    with pytest.raises(UserError) as expected:
         read_nodes(path)
     with pytest.raises(UserError) as caught:
         open_nodes(path)
-    tells(caught.value, path, *facts)
-    assert str(caught.value) == str(whole.value)
+    assert_one_line(caught.value, path, *facts)
+    assert str(caught.value) == str(expected.value)
     assert not list(tmp_path.glob("mmgraph_cache/tables/*")) and not list(tmp_path.glob("mmgraph_cache/tables/.*"))
 
 
@@ -236,7 +237,7 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
     path = nodes_csv(tmp_path)
     good = path.read_text()
     for more, facts in (
-        (',"x",,,', ("line 44", "node_id")),  # two fields before span lines
+        (',"x",,,', ("line 44", "node_id")),  # the line number counts two line breaks in quotes above
         ("n3,x,,,", ("line 44", "node_id", "'n3'", "line 14")),
         ("z,x,,,,,", ("line 44", "7", "5")),
         ('z,"x', ("line 44", "2", "5")),
@@ -244,37 +245,37 @@ def test_errors_beyond_the_first_chunk(tmp_path: Path, small_chunks: None) -> No
         path.write_text(good + more + "\n")
         with pytest.raises(UserError) as caught:
             open_nodes(path)
-        tells(caught.value, path, *facts)
+        assert_one_line(caught.value, path, *facts)
     path.write_text(good)
     edges = edges_csv(tmp_path, path)
     for more, facts in (("0,,007", ("line 102", "dst_id")), ("0,1,2,3", ("line 102", "4", "3"))):
         edges.write_text(edges_csv(tmp_path, path).read_text() + more + "\n")
         with pytest.raises(UserError) as caught:
             open_edges(edges, path)
-        tells(caught.value, edges, *facts)
+        assert_one_line(caught.value, edges, *facts)
     edges.write_text("src_id,dst_id\n" + "nobody,none\n" * 9)
     with pytest.raises(UserError) as caught:
         open_edges(edges, path)
-    tells(caught.value, edges, "'nobody'")  # the first end that is no node
+    assert_one_line(caught.value, edges, "'nobody'")  # the first unknown id
     frame = pd.concat([read_nodes(path), read_nodes(path)[4:5]])
     frame.reset_index(drop=True).to_feather(arrow := tmp_path / "n.arrow", compression="uncompressed")
     with pytest.raises(UserError) as caught:
         open_nodes(arrow)
-    tells(caught.value, arrow, "row 40", "node_id", "'nan'", "row 4")
+    assert_one_line(caught.value, arrow, "row 40", "node_id", "'nan'", "row 4")
     for content in (b"", b"no table"):
         arrow.write_bytes(content)
         with pytest.raises(UserError) as caught:
             open_nodes(arrow)
-        tells(caught.value, arrow, "Arrow")
+        assert_one_line(caught.value, arrow, "Arrow")
 
 
-def test_a_table_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_changed_during_conversion_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = nodes_csv(tmp_path)
     digest = fingerprint(path)
     path.write_text(path.read_text() + "more,,,,\n")
     with pytest.raises(UserError) as caught:
         table_cache.open_nodes(path, digest)
-    tells(caught.value, path)
+    assert_one_line(caught.value, path)
     assert not list(tmp_path.glob("mmgraph_cache/tables/*.arrow"))
     assert len(open_nodes(path)) == 41 and len(list(tmp_path.glob("mmgraph_cache/tables/*"))) == 1
 
@@ -301,64 +302,64 @@ print(len(table), len(rows), table.path)
 """
 
 
-def opening(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
+def start_opening(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", OPEN, str(folder), str(seconds), targets.CHECK_UNIQUE],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    """Files of the cache, but for claims."""
+def cache_files(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files in the cache, by file name."""
     return {path.name: path.read_bytes() for path in (folder / "mmgraph_cache/tables").iterdir()}
 
 
-def test_two_processes_at_once_make_one_conversion(tmp_path: Path) -> None:
+def test_concurrent_processes_convert_once(tmp_path: Path) -> None:
     edges_csv(tmp_path, nodes_csv(tmp_path))
-    both = [opening(tmp_path, 1.5, RANK="0") for _ in range(2)]
-    outputs = [process.communicate(timeout=100) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    processes = [start_opening(tmp_path, 1.5, RANK="0") for _ in range(2)]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     lines = [line for output, _ in outputs for line in output.splitlines()]
     assert lines.count("written") == 1
-    for name in ("nodes.csv", "edges.csv"):  # each by one, which tells in how many seconds
+    for name in ("nodes.csv", "edges.csv"):  # each is converted by one process, which logs the seconds
         assert len([line for line in lines if re.search(rf"{name}: .*\b\d+\.\d s\b", line)]) == 1
     assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
-    assert len(made(tmp_path)) == 4  # nodes, edges, their relations, what is told
+    assert len(cache_files(tmp_path)) == 4  # nodes, edges, relations, and the summary of the edges
 
 
-def test_a_killed_conversion_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_killed_conversion_leaves_no_partial_table(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
     for folder in (tmp_path / "killed", tmp_path / "whole"):
         edges_csv(folder, nodes_csv(folder))
-    child = opening(tmp_path / "killed", 60)
+    child = start_opening(tmp_path / "killed", 60)
     assert child.stdout is not None and child.stdout.readline() == "written\n"
     child.kill()
     child.wait()
     child.communicate()
-    [left] = made(tmp_path / "killed")
+    [left] = cache_files(tmp_path / "killed")
     assert left.startswith(".") and left.endswith(".tmp")
     start = time.monotonic()
     for folder in (tmp_path / "killed", tmp_path / "whole"):
         open_edges(folder / "edges.csv", folder / "nodes.csv")
-    assert made(tmp_path / "killed") == made(tmp_path / "whole") and time.monotonic() - start < 10
+    assert cache_files(tmp_path / "killed") == cache_files(tmp_path / "whole") and time.monotonic() - start < 10
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_cache(tmp_path: Path) -> None:
     edges_csv(tmp_path, nodes_csv(tmp_path))
     (tmp_path / "file").touch()
     (tmp_path / "temporary").mkdir()
-    child = opening(tmp_path, 0, MMGRAPH_CACHE=str(tmp_path / "file/cache"), TMPDIR=str(tmp_path / "temporary"))
+    child = start_opening(tmp_path, 0, MMGRAPH_CACHE=str(tmp_path / "file/cache"), TMPDIR=str(tmp_path / "temporary"))
     output, errors = child.communicate(timeout=100)
     assert child.returncode == 0, errors
-    [told] = [line for line in output.splitlines() if os.strerror(errno.ENOTDIR) in line]
-    assert str(tmp_path / "file/cache") in told
+    [message] = [line for line in output.splitlines() if os.strerror(errno.ENOTDIR) in line]
+    assert str(tmp_path / "file/cache") in message
     assert str(tmp_path / "temporary") in output.splitlines()[-1] and output.splitlines()[-1].startswith("40 ")
-    assert not list((tmp_path / "temporary").iterdir())  # gone with the process
+    assert not list((tmp_path / "temporary").iterdir())  # removed at exit
 
 
-def test_a_cache_without_room(
-    tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_cache_on_full_disk(
+    tmp_path: Path, temporary_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = nodes_csv(tmp_path)
     claim_file = pkgutil.resolve_name(targets.CLAIM_FILE)
@@ -374,17 +375,17 @@ def test_a_cache_without_room(
     @contextmanager
     def full(path: Path) -> Iterator[Any]:
         with claim_file(path) as file:
-            yield file if stand_ins in path.parents or file is None else Full()
+            yield file if temporary_root in path.parents or file is None else Full()
 
     monkeypatch.setattr(targets.CLAIM_FILE, full)
     first, second = open_nodes(path), open_nodes(path)
-    assert len(first) == len(second) == 40 and first.path == second.path and stand_ins in first.path.parents
-    [told] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.ENOSPC) in line]
-    assert str(tmp_path / "mmgraph_cache/tables") in told
-    assert made(tmp_path) == {}
+    assert len(first) == len(second) == 40 and first.path == second.path and temporary_root in first.path.parents
+    [message] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.ENOSPC) in line]
+    assert str(tmp_path / "mmgraph_cache/tables") in message
+    assert cache_files(tmp_path) == {}
 
 
-def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = nodes_csv(tmp_path)
     converted = open_nodes(path).path
 
@@ -396,10 +397,10 @@ def test_a_read_only_cache_that_is_complete_is_used(tmp_path: Path, monkeypatch:
     assert open_nodes(path).path == converted
 
 
-def test_a_damaged_table_of_a_read_only_cache(
-    tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_damaged_table_in_read_only_cache(
+    tmp_path: Path, temporary_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It cannot be removed: a folder for this run stands in."""
+    """A damaged table that cannot be removed is converted again to a temporary folder."""
     path = nodes_csv(tmp_path)
     converted = open_nodes(path).path
     os.truncate(converted, converted.stat().st_size // 2)
@@ -409,19 +410,19 @@ def test_a_damaged_table_of_a_read_only_cache(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        assert len(table := open_nodes(path)) == 40 and stand_ins in table.path.parents
-    [told] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.EROFS) in line]
-    assert str(converted.parent) in told
+        assert len(table := open_nodes(path)) == 40 and temporary_root in table.path.parents
+    [message] = [line for line in capsys.readouterr().out.splitlines() if os.strerror(errno.EROFS) in line]
+    assert str(converted.parent) in message
 
 
-def test_a_slower_process_leaves_what_another_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_rebuilt_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = nodes_csv(tmp_path)
     converted = open_nodes(path).path
     whole = converted.read_bytes()
     os.truncate(converted, len(whole) // 2)
     fresh = tmp_path / "fresh"
     fresh.write_bytes(whole)
-    found = fresh.stat()
+    rebuilt = fresh.stat()
 
     def open_damaged(name: Path) -> NodeTable:
         if fresh.exists():
@@ -430,10 +431,10 @@ def test_a_slower_process_leaves_what_another_made_anew(tmp_path: Path, monkeypa
         return NodeTable(name)
 
     monkeypatch.setattr(targets.OPENED_NODE_TABLE, open_damaged)
-    assert len(open_nodes(path)) == 40 and converted.stat().st_mtime_ns == found.st_mtime_ns
+    assert len(open_nodes(path)) == 40 and converted.stat().st_mtime_ns == rebuilt.st_mtime_ns
 
 
-def test_tables_go_to_other_processes(tmp_path: Path) -> None:
+def test_tables_in_other_processes(tmp_path: Path) -> None:
     nodes_path = nodes_csv(tmp_path)
     edges = open_edges(edges_csv(tmp_path, nodes_path), nodes_path)
     nodes = open_nodes(nodes_path)
@@ -442,10 +443,10 @@ def test_tables_go_to_other_processes(tmp_path: Path) -> None:
     for method in ("spawn", "fork"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.map(nodes.__getitem__, range(40)) == expected
-            assert pool.apply(edges.__getitem__, (np.arange(len(edges)),)).tolist() == all_edges(edges)
+            assert pool.apply(edges.__getitem__, (np.arange(len(edges)),)).tolist() == edge_list(edges)
 
 
-def test_paths_are_drawn_from_the_filled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_path_check_samples_filled_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{i}.png" if i % 3 == 0 else [None, "", " \t"][i % 9 // 3] for i in range(200_000)]
     filled = {name for name in names if name and name.strip()}
     column = pa.chunked_array([names[:70_000], names[70_000:70_001], names[70_001:]])
@@ -460,17 +461,17 @@ def test_paths_are_drawn_from_the_filled_ones(tmp_path: Path, monkeypatch: pytes
         ImagePaths(tmp_path / "n.csv").check(column, seed)
         draws.append(list(looked_up))
         assert len(looked_up) == len(set(looked_up)) == 1000 and set(looked_up) <= filled
-        places = np.array([int(str(name).split(".")[0]) for name in looked_up])
-        assert 90_000 < places.mean() < 110_000  # from all of the table: the deviation is 1,800
+        indices = np.array([int(str(name).split(".")[0]) for name in looked_up])
+        assert 90_000 < indices.mean() < 110_000  # from the whole table: the mean's standard deviation is 1,800
     assert draws[0] == draws[1] != draws[2]
 
 
 def generate(folder: Path, nodes: int, edges: int) -> None:
-    """Tables with ids in no order, and texts of 100 to 230 characters."""
+    """Write tables with shuffled ids and summaries of 45 to 190 characters."""
     with (folder / "nodes.csv").open("w") as file:
         file.write(HEADER)
         for i in range(nodes):
-            name = f"images/{i}.jpg" if i % 10 else "nodes.csv"  # the tenth is there
+            name = f"images/{i}.jpg" if i % 10 else "nodes.csv"  # every tenth node's file exists
             text = f'"a summary of node {i}, as long as summaries are{", with more words" * (i % 9)}"'
             file.write(f"Q{i * 7919 % (10 * nodes)},name {i},{text},{name}\n")
     generator = np.random.default_rng(0)
@@ -481,7 +482,7 @@ def generate(folder: Path, nodes: int, edges: int) -> None:
             file.write("".join(f"Q{source},Q{destination}\n" for source, destination in ends.tolist()))
 
 
-def measured(folder: Path) -> dict[str, float]:
+def measure_memory(folder: Path) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).parent / "table_memory.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -493,13 +494,17 @@ def measured(folder: Path) -> dict[str, float]:
     [(40_000, 400_000), pytest.param(1_000_000, 10_000_000, marks=pytest.mark.slow)],
     ids=["40k_nodes", "1m_nodes"],
 )
-def test_tables_do_not_grow_in_memory(tmp_path: Path, nodes: int, edges: int) -> None:
-    """On a first start, which converts, and on a second: after the load, each row once and an epoch of edges."""
+def test_memory_of_tables(tmp_path: Path, nodes: int, edges: int) -> None:
+    """The memory of a first start, which converts the tables, and of a second start stays small.
+
+    It is measured after the tables are loaded, after every node is read, and while batches of edges are read in the
+    main process and in a worker.
+    """
     generate(tmp_path, nodes, edges)
     for start in ("first", "second"):
-        figures = measured(tmp_path)
-        print(start, {name: round(value, 1) for name, value in figures.items()})
-        assert (figures["nodes"], figures["edges"]) == (nodes, edges)
-        assert figures["after_load_mb"] < 60 and figures["after_every_row_mb"] < 60
-        assert figures["main_epoch_mb"] < 5 and figures["worker_epoch_mb"] < 5
-    assert figures["load_s"] < 5
+        metrics = measure_memory(tmp_path)
+        print(start, {name: round(value, 1) for name, value in metrics.items()})
+        assert (metrics["nodes"], metrics["edges"]) == (nodes, edges)
+        assert metrics["after_load_mb"] < 60 and metrics["after_every_row_mb"] < 60
+        assert metrics["main_epoch_mb"] < 5 and metrics["worker_epoch_mb"] < 5
+    assert metrics["load_s"] < 5

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from conftest import LOSSES, PACKAGE, loss_difference, newest, read_metrics, same_state, settings
-from launches import accelerate_launch, launch_command, run
+from launches import accelerate_launch, launch, launch_command, run
 from safetensors.torch import load_file
 
 FLAGS = ("--max_steps=30", "--save_every=5")
@@ -68,7 +68,7 @@ def test_a_killed_run_resumes_to_the_bit(
 ) -> None:
     reference = two_processes[0]
     if config != "cpu_2proc.yaml":
-        accelerate_launch(config, *settings(graph, reference := tmp_path / "reference", *FLAGS))
+        launch(config, *settings(graph, reference := tmp_path / "reference", *FLAGS))
     output = tmp_path / "killed"
     flags = settings(graph, output, *FLAGS)
     process = subprocess.Popen(launch_command(config, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_to_the_bit(
         victim.kill()
     process.wait()
     assert not (output / "state/step-00000030").exists()
-    done = accelerate_launch(config, *flags)
+    done = launch(config, *flags)
     begun = [start["from_step"] for start in starts(output)]
     assert begun in ([0, 20], [0, 25])
     state = str(output / f"state/step-{begun[1]:08d}")

@@ -16,7 +16,7 @@ import pytest
 import targets
 import torch.distributed as dist
 from conftest import LOSSES, PACKAGE, line_with, lines_with, read_metrics, settings, stop_lines
-from launches import REPOSITORY, TESTS, launch_command, run
+from launches import REPOSITORY, SCRIPT, TESTS, launch_command, run, run_warm
 
 from mmgraph.distributed.signals import StopRequest
 
@@ -209,7 +209,7 @@ def test_a_run_of_slow_steps_and_saves_stops_with_its_state(graph: Path, tmp_pat
         ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": "SIGTERM"}),  # before those 4 s
     ]
     flags = settings(graph, tmp_path / "run", "--save_every=3", "--stop_grace=1", "--report_to=none")
-    done = run([*launch_command("cpu.yaml")[:-1], LAUNCHED, *flags], FAULTS=json.dumps(faults))
+    done = run_warm([SCRIPT, *flags], faults=faults)
     steps = len(read_metrics(tmp_path / "run"))
     assert len(stop_lines(done.stdout, steps)) == 1 and not lines_with(done.stderr, "mmgraph:"), done.stderr
     assert 3 <= steps < 8 and (tmp_path / f"run/state/step-{steps:08d}").exists()
@@ -250,6 +250,7 @@ def test_ranks_meet_in_their_own_start() -> None:
     assert [process.communicate(timeout=60)[0] for process in (first, second)] == ["2.0\n", "2.0\n"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str]) -> None:
     """In the collator, on rank 1 alone."""
     fault = ("at_call", {"target": targets.COLLATE_EDGES, "number": 3, "action": "raise", "rank": "1"})
@@ -280,23 +281,25 @@ def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_pa
 
 
 def test_slurm_script(tmp_path: Path) -> None:
-    """It is bash; and with stand-ins for Slurm's commands it starts, is told of its end, stops and queues again."""
+    """The script is valid bash. With fake Slurm commands it starts, forwards a signal, ends and requeues its job."""
     script = REPOSITORY / "accelerate_configs/slurm.sbatch"
     assert run(["bash", "-n", str(script)]).returncode == 0
     (tmp_path / "bin").mkdir()
-    stand_ins = {
+    commands = {
         "srun": 'shift; exec "$@"',
         "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >>requeued',
-        "scancel": "pkill -USR1 -f stand_in_rank",
-        "accelerate": f"{sys.executable} stand_in_rank.py >started 2>&1",
+        "scancel": 'kill -USR1 "$(cat rank.pid)"',
+        "accelerate": f"{sys.executable} rank.py >started 2>&1",
     }
-    for name, text in stand_ins.items():
+    for name, text in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "stand_in_rank.py").write_text(
-        "import signal, sys, time\n"
+    (tmp_path / "rank.py").write_text(
+        "import os, signal, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))\n"
-        "open('ready', 'w').close()\n"
+        "with open('rank.new', 'w') as file:\n"
+        "    print(os.getpid(), file=file)\n"
+        "os.rename('rank.new', 'rank.pid')\n"
         "time.sleep(60)\n"
     )
     environment = {
@@ -304,7 +307,7 @@ def test_slurm_script(tmp_path: Path) -> None:
         "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0",
     }  # fmt: skip
     process = subprocess.Popen(["bash", str(script), "--epochs", "1"], cwd=tmp_path, env=environment)
-    while not (tmp_path / "ready").exists():
+    while not (tmp_path / "rank.pid").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=20) == 1 and (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -64,7 +64,7 @@ def one_line(said: str) -> str:
 
 
 @pytest.mark.fault("a full disk (tmpfs) during a save of an epoch file, a state, or metrics")
-@pytest.mark.parametrize("sizes", [5, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
     whole = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
 
@@ -94,7 +94,7 @@ def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path,
 
 
 @pytest.mark.fault("a failing write, sync or rename during a save (no space, quota, I/O error)")
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output, ranks = tmp_path / f"{number}", 1 + (number % 4 == 0)

@@ -64,7 +64,7 @@ def check_resumed(graph: Path, output: Path, reference: Path, *more: str) -> Non
 
 
 @pytest.mark.fault("kill -9 after each step of a run")
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_after_a_step(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(step: int) -> None:
         output = tmp_path / f"{step}"
@@ -77,7 +77,7 @@ def test_after_a_step(graph: Path, reference: Path, tmp_path: Path, cases: Cases
 
 
 @pytest.mark.fault("kill -9 three times in one epoch")
-@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, cases: Cases, count: int) -> None:
     epochs = [range(first, first + EPOCH) for first in range(1, STEPS + 1, EPOCH)]
     triples = [triple for epoch in epochs for triple in itertools.combinations_with_replacement(epoch, 3)]
@@ -111,7 +111,7 @@ def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: C
 
 
 @pytest.mark.fault("kill -9 or a power cut before each write, sync and rename during saves")
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["SIGKILL", "power"])
 def test_in_a_save(
     graph: Path, reference: Path, all_states: Path, tmp_path: Path, cases: Cases, action: str, every: int
@@ -132,7 +132,7 @@ def test_in_a_save(
 
 
 @pytest.mark.fault("kill -9 before each write, sync and rename around an evaluation")
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.slow)])
 def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output = tmp_path / f"{number}"
@@ -144,7 +144,7 @@ def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: C
 
 
 @pytest.mark.fault("kill -9 while tables are converted and the tower store is built")
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
 def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output, cache = tmp_path / f"{number}", {"MMGRAPH_CACHE": str(tmp_path / f"cache-{number}")}

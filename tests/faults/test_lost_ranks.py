@@ -33,6 +33,7 @@ PLACES = {  # function, number of its call
     "start": (targets.OPEN_GRAPH, 1),
     "towers": (targets.OPEN_STORE, 1),
 }
+RAISING = [(place, rank) for place in PLACES for rank in (0, 1) if rank == 0 or "main" not in place]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,10 @@ def shared_memory() -> set[str]:
 @pytest.mark.fault(
     "a rank that raises in the dataset, collator, forward pass, loss, evaluation, start, or main-process code"
 )
-def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("some", [RAISING[1::3], pytest.param(RAISING, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_rank_that_raises(
+    graph: Path, reference: Path, tmp_path: Path, cases: Cases, some: list[tuple[str, int]]
+) -> None:
     def check(case: tuple[str, int]) -> None:
         place, rank = case
         target, number = PLACES[place]
@@ -69,8 +73,7 @@ def test_a_rank_that_raises(graph: Path, reference: Path, tmp_path: Path, cases:
         check_same(output, reference)
 
     before = shared_memory()
-    pairs = [(place, rank) for place in PLACES for rank in (0, 1) if rank == 0 or "main" not in place]
-    cases(each(pairs, check))
+    cases(each(some, check))
     assert shared_memory() == before
 
 
@@ -83,7 +86,7 @@ def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.fault("a DataLoader worker that is killed, runs out of memory, raises or hangs")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
     whole = tmp_path / "whole"
     assert run(brief(graph, whole, *LIVE), ranks=ranks).codes == [0] * ranks

@@ -1,4 +1,4 @@
-"""Embeddings out: the original's files, other formats, ranks, kills, and memory."""
+"""``mmgraph encode``: checkpoints of the original trainer, all formats, two ranks, kills and memory."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 
 @pytest.fixture(scope="module")
 def original(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A final file as the original under transformers 4 left it, in no run's folder."""
+    """A final checkpoint as the original trainer wrote it under transformers 4, outside a run folder."""
     torch.manual_seed(1)
     encoder = MultimodalGraphEncoder(str(graph / "towers"), 24, 16)
     state = encoder.state_dict()
@@ -40,14 +40,14 @@ def original(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def given(graph: Path, original: Path, output: Path, *more: str) -> list[str]:
+def encode_arguments(graph: Path, original: Path, output: Path, *more: str) -> list[str]:
     return ["encode", str(original), f"--nodes={graph / 'nodes.csv'}", f"--model_name={graph / 'towers'}",
             f"--output_dir={output}", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def expected(graph: Path, original: Path) -> dict[str, torch.Tensor]:
-    """Each node alone, by the public encoder and collator."""
+    """Features of all nodes, each embedded alone by the public encoder and collator."""
     encoder = MultimodalGraphEncoder(str(graph / "towers"), 24, 16).eval()
     encoder.load_state_dict(torch.load(original))
     towers = str(graph / "towers")
@@ -56,43 +56,45 @@ def expected(graph: Path, original: Path) -> dict[str, torch.Tensor]:
     for node in pd.read_csv(graph / "nodes.csv", dtype=str).to_dict("records"):
         inputs = collate([{**node, "image_path": str(graph / node["image_path"].replace("\\", "/"))}])
         with torch.no_grad():
-            found = {**encoder.encode(**inputs), "z_graph": encoder(**inputs)[0]}
+            features = {**encoder.encode(**inputs), "z_graph": encoder(**inputs)[0]}
         for name in FEATURES:
-            rows[name].append(found[name])
+            rows[name].append(features[name])
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def test_features_of_an_original_checkpoint(
     graph: Path, original: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Names, shapes, order and values of the original's files; its own four are all there, and z_graph."""
-    assert main(given(graph, original, tmp_path)) == 0
+    """The names, shapes, order and values of the original trainer's four files and of z_graph are correct."""
+    assert main(encode_arguments(graph, original, tmp_path)) == 0
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {f"features_{name}.pt" for name in FEATURES}
     for name, width in zip(FEATURES, (16, 24, 128, 128, 256), strict=True):
-        found = torch.load(tmp_path / f"features_{name}.pt", weights_only=True)
-        assert found.shape == (40, width) and found.dtype == torch.float32 and found.is_contiguous()
-        assert torch.allclose(found, expected[name], atol=1e-5), name
+        vectors = torch.load(tmp_path / f"features_{name}.pt", weights_only=True)
+        assert vectors.shape == (40, width) and vectors.dtype == torch.float32 and vectors.is_contiguous()
+        assert torch.allclose(vectors, expected[name], atol=1e-5), name
     assert torch.allclose(expected["z_graph"].norm(dim=1), torch.ones(40))
 
 
-def test_over_ranks_and_in_every_format(
+def test_two_ranks_and_all_formats(
     graph: Path, original: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """40 nodes in blocks of 6, so that ranks have different numbers of them."""
+    """Features from two ranks and in all formats are correct. The ranks have different numbers of 6-node shards."""
     script = tmp_path / "run.py"
     script.write_text(
         f"import runpy, pytest\npytest.MonkeyPatch().setattr({NODES_OF_A_FEATURE_SHARD!r}, 6)\n"
         "runpy.run_module('mmgraph', run_name='__main__')\n"
     )
-    done = run_warm([str(script), *given(graph, original, tmp_path / "pt", "--num_workers=1")], "cpu_2proc.yaml")
+    done = run_warm(
+        [str(script), *encode_arguments(graph, original, tmp_path / "pt", "--num_workers=1")], "cpu_2proc.yaml"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"{tmp_path / 'pt'}/features_*.pt") == 1  # of two ranks one tells
+    assert done.stdout.count(f"{tmp_path / 'pt'}/features_*.pt") == 1  # only one rank prints it
     for name in FEATURES:
         assert torch.allclose(torch.load(tmp_path / f"pt/features_{name}.pt"), expected[name], atol=1e-5)
-    for kind in ("safetensors", "npy", "parquet"):
-        more = f"--output_dir={tmp_path / kind}", f"--format={kind}", "--features", "fused", "z_graph", "fused"
-        assert main(given(graph, original, tmp_path, *more)) == 0
-        assert len(list((tmp_path / kind).glob("features_*"))) == 2
+    for suffix in ("safetensors", "npy", "parquet"):
+        more = f"--output_dir={tmp_path / suffix}", f"--format={suffix}", "--features", "fused", "z_graph", "fused"
+        assert main(encode_arguments(graph, original, tmp_path, *more)) == 0
+        assert len(list((tmp_path / suffix).glob("features_*"))) == 2
     z_graph = expected["z_graph"]
     assert torch.allclose(
         load_file(tmp_path / "safetensors/features_z_graph.safetensors")["z_graph"], z_graph, atol=1e-5
@@ -117,19 +119,22 @@ runpy.run_module("mmgraph", run_name="__main__")
 """
 
 
-def test_a_second_start_goes_on(
+def test_encode_resumes_after_a_kill(
     graph: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed between blocks; only blocks that lack, and those of an image that changed, are made; all as at once."""
+    """After a kill between two shards, ``encode`` builds only the missing, damaged and outdated shards.
+
+    A shard is outdated if one of its images has changed. The features equal those of a run without a kill.
+    """
     folder = shutil.copytree(graph, tmp_path / "graph")
     for image in (folder / "images").iterdir():
         image.touch()
-    time.sleep(2.1)  # files that changed a moment ago are not trusted
+    time.sleep(2.1)  # images that changed less than 2 s ago make their shard outdated
     monkeypatch.setattr(NODES_OF_A_FEATURE_SHARD, 4)
-    assert main(given(folder, original, tmp_path / "once")) == 0
+    assert main(encode_arguments(folder, original, tmp_path / "once")) == 0
     (tmp_path / "run.py").write_text(KILLED)
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), *given(folder, original, tmp_path / "out")],
+        [sys.executable, str(tmp_path / "run.py"), *encode_arguments(folder, original, tmp_path / "out")],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -139,23 +144,23 @@ def test_a_second_start_goes_on(
     psutil.Process(process.pid).kill()
     process.wait()
     assert not list((tmp_path / "out").glob("features_*"))
-    kept = len(list((tmp_path / "out").glob(".blocks-*/[0-9]*.safetensors")))
+    finished = len(list((tmp_path / "out").glob(".blocks-*/[0-9]*.safetensors")))
 
-    damaged = bytearray((block := sorted((tmp_path / "out").glob(".blocks-*/*.safetensors"))[1]).read_bytes())
+    damaged = bytearray((shard := sorted((tmp_path / "out").glob(".blocks-*/*.safetensors"))[1]).read_bytes())
     damaged[-9] ^= 1
-    block.write_bytes(damaged)
-    made: list[int] = []
+    shard.write_bytes(damaged)
+    built: list[int] = []
     make = resolve_name(MAKE_FEATURE_SHARDS)
-    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda self, numbers: made.extend(numbers) or make(self, numbers))
-    Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # of the first block
+    monkeypatch.setattr(MAKE_FEATURE_SHARDS, lambda self, numbers: built.extend(numbers) or make(self, numbers))
+    Image.new("RGB", (60, 50), "red").save(folder / "images/1.png")  # an image of shard 0
     capsys.readouterr()
-    assert main(given(folder, original, tmp_path / "out")) == 0
-    assert made == [0, 1, *range(kept, 10)]
+    assert main(encode_arguments(folder, original, tmp_path / "out")) == 0
+    assert built == [0, 1, *range(finished, 10)]
     numbers = [re.findall(r"\d+", line) for line in capsys.readouterr().out.splitlines()]
-    assert numbers.count([str(4 * (kept - 2)), "40"]) == 1  # a line tells what was embedded before
+    assert numbers.count([str(4 * (finished - 2)), "40"]) == 1  # one line has the number of nodes already embedded
     for name in FEATURES:
-        once, resumed = (torch.load(tmp_path / f"{part}/features_{name}.pt") for part in ("once", "out"))
-        same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(once, resumed, strict=True)]
+        uninterrupted, resumed = (torch.load(tmp_path / f"{part}/features_{name}.pt") for part in ("once", "out"))
+        same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(uninterrupted, resumed, strict=True)]
         assert same == [name == "text_only" or i != 1 for i in range(40)]
     assert not list((tmp_path / "out").glob(".blocks-*"))
 
@@ -168,10 +173,10 @@ def test_a_second_start_goes_on(
         (["--output_dir=/proc/none"], ["--output_dir /proc/none:"]),
     ],
 )
-def test_wrong_usage(
+def test_encode_rejects_wrong_arguments(
     graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], facts: list[str]
 ) -> None:
-    assert main(given(graph, original, tmp_path, *more)) == 2
+    assert main(encode_arguments(graph, original, tmp_path, *more)) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith("mmgraph: error: ") and all(fact in error for fact in facts)
     assert not list(tmp_path.iterdir())
@@ -185,22 +190,22 @@ input()
 """
 
 
-def test_two_at_once_in_one_folder(
+def test_output_folder_locked_by_another_process(
     graph: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE, stdin=subprocess.PIPE
     )
     process.stdout.readline()
-    assert main(given(graph, original, tmp_path)) == 2
+    assert main(encode_arguments(graph, original, tmp_path)) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith("mmgraph: error: ") and f"--output_dir {tmp_path}:" in error
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
     process.communicate(b"\n")
-    assert main(given(graph, original, tmp_path, "--features", "text_only")) == 0
+    assert main(encode_arguments(graph, original, tmp_path, "--features", "text_only")) == 0
 
 
-# Of its own: pages of a file that is mapped, which .pt features are written from, are the kernel's to take back.
+# Measures anonymous memory only. .pt features are written from a mapped file, and the kernel can reclaim its pages.
 MEMORY = """import runpy, threading, time
 peak = 0
 def watch():
@@ -218,9 +223,11 @@ finally:
 
 
 @pytest.mark.slow
-def test_memory_is_not_the_graphs(graph: Path, original: Path, tmp_path: Path) -> None:
-    """40,000 nodes, whose features are 88 MB, against 10,000; live towers. The allocator's memory goes up and down by
-    20 MB, so a run over fewer nodes may end before its peak."""
+def test_memory_does_not_grow_with_the_graph(graph: Path, original: Path, tmp_path: Path) -> None:
+    """With live towers, 40,000 nodes (88 MB of features) take less than 30 MB more memory than 10,000 nodes.
+
+    The memory of the allocator varies by 20 MB over time, so a shorter run may end before it reaches its peak.
+    """
     (tmp_path / "run.py").write_text(MEMORY)
     image, peaks = str(graph / "images/0.png"), []
     for count in (10_000, 40_000):

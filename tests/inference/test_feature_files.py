@@ -1,4 +1,4 @@
-"""Files of features in each format, against the formats' own libraries."""
+"""Feature files in each format, read by mmgraph and by the formats' libraries."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def ids() -> list[pa.ChunkedArray]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_formats_are_their_libraries_own(tmp_path: Path, kind: str) -> None:
+def test_files_are_readable_by_their_libraries(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"features_fused.{kind}"
     assert sum(write_features(path, (1000, 7), blocks(), ids())) == 1000
     if kind == "pt":
@@ -38,19 +38,19 @@ def test_formats_are_their_libraries_own(tmp_path: Path, kind: str) -> None:
         assert np.array_equal(np.load(path), VECTORS.numpy())
         assert np.array_equal(np.load(path, mmap_mode="r"), VECTORS.numpy())
     elif kind == "safetensors":
-        [(name, found)] = load_file(path).items()
-        assert name == "fused" and torch.equal(found, VECTORS)
+        [(name, vectors)] = load_file(path).items()
+        assert name == "fused" and torch.equal(vectors, VECTORS)
     else:
         table = pq.read_table(path)
         assert table["node_id"].to_pylist() == IDS
         assert np.array_equal(np.stack(table["vector"].to_numpy()), VECTORS.numpy())
-    found, names = read_features(path)
-    assert torch.equal(found, VECTORS) and names == (IDS if kind == "parquet" else None)
+    vectors, names = read_features(path)
+    assert torch.equal(vectors, VECTORS) and names == (IDS if kind == "parquet" else None)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"features_fused.{kind}"
     path.write_bytes(b"older")
 
@@ -63,13 +63,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> 
     assert path.read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_files_are_told(tmp_path: Path) -> None:
+def test_errors_for_other_files(tmp_path: Path) -> None:
     torch.save({"a": VECTORS}, tmp_path / "dict.pt")
     torch.save(torch.arange(5), tmp_path / "flat.pt")
     torch.save(torch.zeros(1, 1).expand(10**6, 10**6), tmp_path / "huge.pt")
     torch.save(torch.empty(10**6, 10**6, device="meta"), tmp_path / "meta.pt")
     torch.save(VECTORS, tmp_path / "features_old.pt", _use_new_zipfile_serialization=False)
-    assert find_features([tmp_path / "features_old.pt"]) == [tmp_path / "features_old.pt"]  # no checkpoint
+    assert find_features([tmp_path / "features_old.pt"]) == [tmp_path / "features_old.pt"]  # not taken for a checkpoint
     (tmp_path / "broken.npy").write_bytes(b"x")
     (tmp_path / "table.csv").write_text("a,b\n")
     for name, *facts in (
@@ -78,6 +78,7 @@ def test_other_files_are_told(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
             read_features(tmp_path / name)
-        told = str(caught.value)
-        assert told.startswith(str(tmp_path / name)) and "\n" not in told and all(fact in told for fact in facts), told
-        assert ("Error: " in told) == ("Error: " in facts)  # what a library could not read, and what is another thing
+        text = str(caught.value)
+        assert text.startswith(str(tmp_path / name)) and "\n" not in text and all(fact in text for fact in facts), text
+        # A library's error is included only if the library could not read the file.
+        assert ("Error: " in text) == ("Error: " in facts)

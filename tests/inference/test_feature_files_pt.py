@@ -1,4 +1,4 @@
-"""Files of features that torch itself writes: whole zips, in constant memory, and nothing left of a failure."""
+""".pt feature files: complete zip archives, written in constant memory, with no files left after an error."""
 
 import resource
 import subprocess
@@ -21,18 +21,18 @@ def blocks() -> list[np.ndarray]:
     return [part.numpy() for part in VECTORS.split(64)]
 
 
-def test_the_zip_is_whole_and_loads_as_torch_saves_it(tmp_path: Path) -> None:
+def test_the_archive_is_complete_and_loads_with_torch(tmp_path: Path) -> None:
     path = tmp_path / "features_fused.pt"
     assert sum(write_features(path, (1000, 7), blocks(), [])) == 1000
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     for mapped in (False, True):
-        found = torch.load(path, weights_only=True, mmap=mapped)
-        assert torch.equal(found, VECTORS) and found.dtype == torch.float32 and found.is_contiguous()
+        vectors = torch.load(path, weights_only=True, mmap=mapped)
+        assert torch.equal(vectors, VECTORS) and vectors.dtype == torch.float32 and vectors.is_contiguous()
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-# A copy of the vectors, on the heap or in private pages, would go over the limit.
+# A copy of the vectors, on the heap or in private pages, would exceed the limit.
 WRITE = """
 import resource, sys
 from pathlib import Path
@@ -49,12 +49,12 @@ assert write(150_000) == 150_000
 
 
 def test_memory_does_not_grow_with_the_number_of_vectors(tmp_path: Path) -> None:
-    """150 MB of vectors, where the process may take 32 MB beyond what 10 MB of vectors needed."""
+    """Writing 150 MB of vectors succeeds with 32 MB more memory than the process uses after writing 10 MB."""
     path = tmp_path / "features_fused.pt"
     done = subprocess.run([sys.executable, "-c", WRITE, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = torch.load(path, weights_only=True, mmap=True)
-    assert found.shape == (150_000, 256) and found[-1, -1] == 0.5
+    vectors = torch.load(path, weights_only=True, mmap=True)
+    assert vectors.shape == (150_000, 256) and vectors[-1, -1] == 0.5
 
 
 def failing_blocks() -> Iterator[np.ndarray]:
@@ -67,7 +67,7 @@ def too_few_blocks() -> Iterator[np.ndarray]:
 
 
 @pytest.mark.parametrize(("source", "kind"), [(failing_blocks, OSError), (too_few_blocks, ValueError)])
-def test_vectors_that_do_not_come_leave_what_was_there(tmp_path: Path, source: type, kind: type[Exception]) -> None:
+def test_missing_vectors_keep_the_old_file(tmp_path: Path, source: type, kind: type[Exception]) -> None:
     path = tmp_path / "features_fused.pt"
     path.write_bytes(b"older")
     with pytest.raises(kind):
@@ -77,7 +77,7 @@ def test_vectors_that_do_not_come_leave_what_was_there(tmp_path: Path, source: t
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Let writes beyond ``size`` bytes of a file fail, as on a full disk."""
+    """Make writes beyond ``size`` bytes of a file fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

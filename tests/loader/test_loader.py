@@ -25,7 +25,7 @@ from mmgraph.towers.clip import load_tokenizer_and_processor
 
 @pytest.fixture
 def dataset(graph: Path, monkeypatch: pytest.MonkeyPatch) -> GraphEdgeDataset:
-    monkeypatch.chdir(graph)  # the collator opens the paths that it gets
+    monkeypatch.chdir(graph)  # the image paths are relative to this folder
     return GraphEdgeDataset(read_nodes("nodes.csv"), read_edges("edges.csv"))
 
 
@@ -62,13 +62,13 @@ def test_collated_pairs(dataset: GraphEdgeDataset, collator: MultimodalCollator)
 
 
 class _Processor:
-    """A bare image processor, as an original CLIPProcessor holds one."""
+    """An image processor with only the attributes that a collator needs."""
 
     size, crop_size, resample = {"shortest_edge": 72}, {"height": 72, "width": 72}, 3
     image_mean, image_std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-def test_rows_become_dicts_without_the_id(dataset: GraphEdgeDataset) -> None:
+def test_node_rows_are_dicts_without_the_id(dataset: GraphEdgeDataset) -> None:
     nodes = NodesDataset(read_nodes("nodes.csv"))
     assert len(nodes) == 40 and list(nodes[3]) == ["short_name", "summary", "image_path"]
     assert nodes[3]["short_name"] == "node 3" and nodes[-1]["short_name"] == "node 39"
@@ -87,7 +87,7 @@ def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None
     tracemalloc.start()
     dataset = NodesDataset(nodes)
     ours = table + tracemalloc.get_traced_memory()[1]
-    copied = nodes.set_index("node_id").to_dict("index")  # the original, beside its table
+    copied = nodes.set_index("node_id").to_dict("index")  # the original trainer stored this and the table
     theirs = table + tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(copied) == len(dataset) == count
@@ -111,13 +111,13 @@ def test_a_second_pass_over_a_graph_that_fits_reads_nothing(
         first = len(reads)
         passes.append([collator([dataset[i] for i in range(start, start + 20)]) for start in range(0, 200, 20)])
         if not first:
-            assert len(reads) == len(set(reads)) <= 40  # each picture once, 400 times asked for
+            assert len(reads) == len(set(reads)) <= 40  # 400 requests, but each image is read once
             seen = len(reads)
     assert len(reads) == seen
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(*passes, strict=True))
 
 
-def test_cache_size_is_a_bound(graph: Path, dataset: GraphEdgeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_size_limits_the_cache(graph: Path, dataset: GraphEdgeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = count_reads(monkeypatch)
     tokenizer, processor = load_tokenizer_and_processor(str(graph / "towers"))
     for size in (0, 1, 5):
@@ -129,20 +129,20 @@ def test_cache_size_is_a_bound(graph: Path, dataset: GraphEdgeDataset, monkeypat
     assert MultimodalCollator(tokenizer, processor).inputs.cache.capacity == 128
 
 
-def test_the_least_recently_used_entry_goes() -> None:
-    """Against a list that is searched, over uses that are drawn at random; fewer entries than shards, and more."""
+def test_the_cache_drops_the_least_recently_used_entry() -> None:
+    """Random lookups agree with a plain list as cache, for capacities below and above the number of cache shards."""
     for capacity in (1, 3, 7, 20, 60):
         cache: ShardedLRU[int] = ShardedLRU(capacity)
-        kept: list[int] = []
+        entries: list[int] = []
         generator = torch.Generator().manual_seed(capacity)
         for key in torch.randint(3 * capacity, (2000,), generator=generator).tolist():
             missed: list[int] = []
             assert cache.get(f"path/{key}", lambda key=key, missed=missed: missed.append(key) or key) == key
-            assert bool(missed) == (key not in kept)
-            if key in kept:
-                kept.remove(key)
-            kept = [*kept, key][-capacity:]
-            assert len(cache) == len(kept)
+            assert bool(missed) == (key not in entries)
+            if key in entries:
+                entries.remove(key)
+            entries = [*entries, key][-capacity:]
+            assert len(cache) == len(entries)
 
 
 def test_the_cache_is_safe_under_threads() -> None:
@@ -161,7 +161,7 @@ def test_the_cache_is_safe_under_threads() -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_of_every_start_method(dataset: GraphEdgeDataset, collator: MultimodalCollator, method: str) -> None:
+def test_workers_with_every_start_method(dataset: GraphEdgeDataset, collator: MultimodalCollator, method: str) -> None:
     expected = [collator([dataset[i] for i in range(start, start + 50)]) for start in range(0, 200, 50)]
     loader = DataLoader(dataset, 50, collate_fn=collator, num_workers=1, multiprocessing_context=method)
     for batch, other in zip(loader, expected, strict=True):
@@ -174,12 +174,15 @@ def _collected(_: Any) -> float:
 
 
 def test_a_worker_copies_nothing_of_its_parent() -> None:
-    """Memory that is a worker's alone, MB: each object that its garbage collector visits would be a page copied."""
+    """After a garbage collection, a worker has less than half of the private memory that it has without gc.freeze.
 
-    def own(**settings: Any) -> float:
+    Without it, the collector writes to every object that it visits, which copies the pages shared with the parent.
+    """
+
+    def private_memory(**settings: Any) -> float:
         [after] = DataLoader(range(1), num_workers=1, collate_fn=_collected, **settings)
         return float(after)
 
-    as_it_is, started = own(), own(worker_init_fn=start_worker)
-    print(f"a worker's own memory, its garbage collected: {started:.1f} MB; {as_it_is:.1f} MB without freezing")
-    assert started < as_it_is / 2
+    unfrozen, frozen = private_memory(), private_memory(worker_init_fn=start_worker)
+    print(f"private memory of a worker after garbage collection: {frozen:.1f} MB; {unfrozen:.1f} MB without gc.freeze")
+    assert frozen < unfrozen / 2

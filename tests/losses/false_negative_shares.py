@@ -1,4 +1,4 @@
-"""Launched by test_false_negatives.py: each case's loss and gradients over all ranks, written by rank 0."""
+"""Launched by test_false_negatives.py. Rank 0 writes the losses and gradients of each case, over all ranks."""
 
 import sys
 
@@ -14,41 +14,41 @@ from mmgraph.losses.negative_mask import FalseNegatives
 
 target, source = sys.argv[1:]
 accelerator = build_accelerator()
-given = torch.load(source)
+inputs = torch.load(source)
 rank, world_size = accelerator.process_index, accelerator.num_processes
-edges = len(given["rows"]) // 2  # of the global batch; anchors first
+edges = len(inputs["rows"]) // 2  # B, of the global batch; the rows are its B anchors, then its B positives
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's anchors, then its positives."""
-    both = tensor.unflatten(0, (2, edges))
-    part = slice(edges * rank // world_size, edges * (rank + 1) // world_size)
-    return both[:, part].flatten(0, 1).clone()
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the rows of this rank: its b anchors, then its b positives."""
+    anchors_and_positives = tensor.unflatten(0, (2, edges))
+    shard = slice(edges * rank // world_size, edges * (rank + 1) // world_size)
+    return anchors_and_positives[:, shard].flatten(0, 1).clone()
 
 
 results = {}
-for at_once in (1 << 24, 30):  # whole, and in parts
-    losses.LOGIT_CHUNK = at_once
-    for same, linked, missing in given["cases"]:
-        z = [own(tensor).requires_grad_() for tensor in given["z"]]
-        neighbors = Adjacency(given["keys"], given["num_nodes"]) if linked else None
-        masks = FalseNegatives(given["pictures"], same, neighbors, missing)
-        nodes = BatchNodes(own(given["rows"]), own(given["missing"]))
-        found = contrastive_losses(*z, 0.2, 0.7, masks, nodes)
-        found.total.backward()
-        shares = torch.stack([found.total, found.mm, found.graph, *found.left_out]).detach()
+for chunk in (1 << 24, 30):  # the complete logit matrix, and chunks of it
+    losses.LOGIT_CHUNK = chunk
+    for same, linked, missing in inputs["cases"]:
+        z = [local_rows(tensor).requires_grad_() for tensor in inputs["z"]]
+        neighbors = Adjacency(inputs["keys"], inputs["num_nodes"]) if linked else None
+        masks = FalseNegatives(inputs["pictures"], same, neighbors, missing)
+        nodes = BatchNodes(local_rows(inputs["rows"]), local_rows(inputs["missing"]))
+        result = contrastive_losses(*z, 0.2, 0.7, masks, nodes)
+        result.total.backward()
+        values = torch.stack([result.total, result.mm, result.graph, *result.left_out]).detach()
         gradients = torch.stack([tensor.grad for tensor in z])  # (3, 2b, d)
-        everyones = [torch.empty_like(gradients) for _ in range(world_size)]
+        all_gradients = [torch.empty_like(gradients) for _ in range(world_size)]
         if world_size > 1:
-            dist.all_reduce(shares)
-            dist.all_gather(everyones, gradients)
+            dist.all_reduce(values)
+            dist.all_gather(all_gradients, gradients)
         else:
-            everyones = [gradients]
-        whole = torch.cat([part.unflatten(1, (2, -1)) for part in everyones], dim=2).flatten(1, 2)  # (3, 2B, d)
-        results[at_once, same, linked, missing] = shares / world_size, whole / world_size
+            all_gradients = [gradients]
+        total = torch.cat([part.unflatten(1, (2, -1)) for part in all_gradients], dim=2).flatten(1, 2)  # (3, 2B, d)
+        results[chunk, same, linked, missing] = values / world_size, total / world_size
         if not (same or linked or missing):
             plain = contrastive_losses(*(tensor.detach() for tensor in z), 0.2, 0.7)
-            assert torch.equal(torch.stack([*plain[:3]]), torch.stack([found.total, found.mm, found.graph]))
+            assert torch.equal(torch.stack([*plain[:3]]), torch.stack([result.total, result.mm, result.graph]))
 if accelerator.is_main_process:
     torch.save(results, target)
 leave(0)

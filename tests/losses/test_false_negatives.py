@@ -1,4 +1,4 @@
-"""Negatives that are left out: against brute force over two ranks, and in real runs."""
+"""Masks for false negatives and missing images: against brute force on one and two ranks, and in training runs."""
 
 import math
 from itertools import product
@@ -21,10 +21,10 @@ CASES = [(False, False, False), (True, False, False), (True, True, False), (Fals
 
 
 def batch() -> dict:
-    """12 edges between few nodes, of which some share a picture and some have none."""
+    """Return 12 edges between 14 nodes. Some nodes share an image, and some have no image."""
     generator = np.random.default_rng(4)
     rows = generator.integers(0, NODES, 2 * EDGES)
-    rows[5] = rows[EDGES + 5]  # a self-loop
+    rows[5] = rows[EDGES + 5]  # self-loop
     graph = generator.integers(0, NODES, (20, 2))
     keys = sorted({a * NODES + b for a, b in graph.tolist()} | {b * NODES + a for a, b in graph.tolist()})
     pictures = np.arange(NODES)
@@ -37,81 +37,89 @@ def batch() -> dict:
     }  # fmt: skip
 
 
-def brute_force(given: dict, same: bool, linked: bool, missing: bool) -> tuple[list[float], torch.Tensor]:
-    """Losses, counts a query and gradients in float64, one query and one entry at a time, by the definition."""
-    z = [tensor.double().requires_grad_() for tensor in given["z"]]
-    rows, pictures = given["rows"].tolist(), given["pictures"].tolist()
+def brute_force(inputs: dict, same: bool, linked: bool, missing: bool) -> tuple[list[float], torch.Tensor]:
+    """Return the losses, the masked entries per query, and the gradients, from the definition: float64, plain loops."""
+    z = [tensor.double().requires_grad_() for tensor in inputs["z"]]
+    rows, pictures = inputs["rows"].tolist(), inputs["pictures"].tolist()
     anchors, positives = rows[:EDGES], rows[EDGES:]
-    true = {(a, b) for a, b in given["graph"].tolist()} | {(b, a) for a, b in given["graph"].tolist()}
-    left_out = {"graph": 0, "mm": 0}
+    linked_pairs = {(a, b) for a, b in inputs["graph"].tolist()} | {(b, a) for a, b in inputs["graph"].tolist()}
+    masked = {"graph": 0, "mm": 0}
 
     def alike(a: int, b: int) -> bool:
         return a == b or pictures[a] == pictures[b]
 
-    def one(
-        kind: str, query: torch.Tensor, columns: torch.Tensor, own: int, false: list[bool], gone: list[bool]
+    def cross_entropy(
+        loss: str,
+        query: torch.Tensor,
+        columns: torch.Tensor,
+        label: int,
+        false_negative: list[bool],
+        absent: list[bool],
     ) -> torch.Tensor:
-        left_out[kind] += sum(flag for j, flag in enumerate(false) if j != own)
-        kept = [j for j in range(len(columns)) if j == own or not (false[j] or gone[j])]
-        scores = torch.stack([(query * columns[j]).sum() / 0.2 for j in kept])
-        return torch.logsumexp(scores, 0) - scores[kept.index(own)]
+        masked[loss] += sum(flag for j, flag in enumerate(false_negative) if j != label)
+        columns_used = [j for j in range(len(columns)) if j == label or not (false_negative[j] or absent[j])]
+        scores = torch.stack([(query * columns[j]).sum() / 0.2 for j in columns_used])
+        return torch.logsumexp(scores, 0) - scores[columns_used.index(label)]
 
     graph_terms = []
     for nodes, others, left, right in (
         (anchors, positives, z[0][:EDGES], z[0][EDGES:]), (positives, anchors, z[0][EDGES:], z[0][:EDGES]),
     ):  # fmt: skip
         for i in range(EDGES):
-            false = [
+            false_negative = [
                 (same and (alike(others[j], others[i]) or alike(others[j], nodes[i])))
-                or (linked and (nodes[i], others[j]) in true)
+                or (linked and (nodes[i], others[j]) in linked_pairs)
                 for j in range(EDGES)
             ]  # fmt: skip
-            graph_terms.append(one("graph", left[i], right, i, false, [False] * EDGES))
+            graph_terms.append(cross_entropy("graph", left[i], right, i, false_negative, [False] * EDGES))
     mm_terms = []
-    gone = [missing and flag for flag in given["missing"].tolist()]
+    absent = [missing and flag for flag in inputs["missing"].tolist()]
     for left, right in ((z[1], z[2]), (z[2], z[1])):
         for i in range(2 * EDGES):
-            false = [same and alike(rows[j], rows[i]) for j in range(2 * EDGES)]
-            term = one("mm", left[i], right, i, false, gone)
-            if not gone[i]:
+            false_negative = [same and alike(rows[j], rows[i]) for j in range(2 * EDGES)]
+            term = cross_entropy("mm", left[i], right, i, false_negative, absent)
+            if not absent[i]:
                 mm_terms.append(term)
     graph, mm = torch.stack(graph_terms).mean(), torch.stack(mm_terms).mean()
     total = mm + 0.7 * graph
     total.backward()
-    counts = [left_out["mm"] / (4 * EDGES), left_out["graph"] / (2 * EDGES)] if same else []
+    counts = [masked["mm"] / (4 * EDGES), masked["graph"] / (2 * EDGES)] if same else []
     return [total.item(), mm.item(), graph.item(), *counts], torch.stack([tensor.grad for tensor in z])
 
 
 @pytest.mark.parametrize("config", ["cpu.yaml", "cpu_2proc.yaml"])
-def test_losses_are_brute_forces(tmp_path: Path, config: str) -> None:
-    """Every case whole and in parts; with nothing left out the loss is the original's, to the bit."""
-    given = batch()
-    torch.save({name: value for name, value in given.items() if name != "graph"}, tmp_path / "given.pt")
+def test_losses_against_brute_force(tmp_path: Path, config: str) -> None:
+    """Every case is computed with the complete logit matrix and in chunks.
+
+    The launched script also checks that the case without masks has exactly the losses of the original trainer.
+    """
+    inputs = batch()
+    torch.save({name: value for name, value in inputs.items() if name != "graph"}, tmp_path / "given.pt")
     script = str(Path(__file__).parent / "false_negative_shares.py")
     done = run_warm([script, str(tmp_path / "found.pt"), str(tmp_path / "given.pt")], config)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(tmp_path / "found.pt")
-    seen = set()
-    for case, at_once in product(CASES, (1 << 24, 30)):
-        expected, gradients = brute_force(given, *case)
-        shares, whole = results[(at_once, *case)]
-        assert shares.tolist() == pytest.approx(expected, rel=1e-5)
-        assert (whole.double() - gradients).norm() < 1e-5 * gradients.norm()
-        seen.add(round(expected[0], 4))
-    assert len(seen) == len(CASES)  # each case is another loss
+    totals = set()
+    for case, chunk in product(CASES, (1 << 24, 30)):
+        expected, gradients = brute_force(inputs, *case)
+        values, actual = results[(chunk, *case)]
+        assert values.tolist() == pytest.approx(expected, rel=1e-5)
+        assert (actual.double() - gradients).norm() < 1e-5 * gradients.norm()
+        totals.add(round(expected[0], 4))
+    assert len(totals) == len(CASES)  # each case has a different loss
 
 
-def test_pictures_are_told_by_their_bytes() -> None:
-    """Files of the same bytes are one picture; nodes without a file are no two of the same."""
+def test_images_are_identified_by_their_bytes() -> None:
+    """Files with the same bytes have the same image number. Each node without a file has a unique number."""
     hashes = [image_hash(b"a", 0), image_hash(b"b", 0), image_hash(b"a", 0)]
-    hashes += [image_hash(None, cause) for cause in (1, 1, IMAGE_STATUS.index("file not found"))]
+    hashes += [image_hash(None, status) for status in (1, 1, IMAGE_STATUS.index("file not found"))]
     numbers = image_numbers(ContentHashes(np.zeros(6, HASH), np.array(hashes, HASH))).tolist()
     assert numbers[0] == numbers[2] and len(set(numbers)) == 5
 
 
 @pytest.fixture(scope="module")
 def gaps(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graph with pictures that are shared, and missing."""
+    """A folder with a node table in which some nodes share an image and some have no image."""
     folder = tmp_path_factory.mktemp("gaps")
     nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
@@ -121,8 +129,11 @@ def gaps(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_counts_what_it_leaves_out(graph: Path, one_process: Path, gaps: Path, tmp_path: Path) -> None:
-    """Two processes as one, live towers as stored ones; more with neighbours; none by default."""
+def test_a_run_counts_masked_false_negatives(graph: Path, one_process: Path, gaps: Path, tmp_path: Path) -> None:
+    """The counts are the same for one and two processes, and for live towers and stored tokens.
+
+    ``mask_neighbors`` masks more than ``mask_same``. By default, nothing is masked or counted.
+    """
     assert "false_negatives_mm" not in read_metrics(one_process)[0]
     flags = ["--max_steps=6", "--missing_image=mask", f"--nodes={gaps / 'nodes.csv'}"]
     counts = {}
@@ -135,7 +146,7 @@ def test_a_run_counts_what_it_leaves_out(graph: Path, one_process: Path, gaps: P
     ):
         launch(config, *settings(graph, tmp_path / name, *flags, *more))
         counts[name] = [
-            tuple(row.get(f"false_negatives_{kind}") for kind in ("mm", "graph"))
+            tuple(row.get(f"false_negatives_{loss}") for loss in ("mm", "graph"))
             for row in read_metrics(tmp_path / name)
         ]
     for name in ("two", "live"):
@@ -144,11 +155,11 @@ def test_a_run_counts_what_it_leaves_out(graph: Path, one_process: Path, gaps: P
     assert all(a[0] == b[0] > 0 and a[1] > b[1] > 0 for a, b in zip(counts["neighbors"], counts["same"], strict=True))
     assert counts["plain"] == [(None, None)] * 6
     first = [read_metrics(tmp_path / name)[0] for name in ("neighbors", "same", "plain")]
-    assert first[0]["loss_graph"] < first[1]["loss_graph"] < first[2]["loss_graph"]  # fewer negatives, less to lose
+    assert first[0]["loss_graph"] < first[1]["loss_graph"] < first[2]["loss_graph"]  # fewer negatives, smaller loss
 
 
 def test_a_batch_without_any_image(graph: Path, tmp_path: Path) -> None:
-    """The text-image loss of nothing is 0, not NaN, and the graph loss goes on."""
+    """The text-image loss is 0, not NaN. The graph loss is computed as usual."""
     nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
     nodes["image_path"] = ""
     nodes.to_csv(tmp_path / "nodes.csv", index=False)

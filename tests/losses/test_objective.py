@@ -1,4 +1,4 @@
-"""The objective of a run: losses by name and their weighted sum, against float64 and plain loops."""
+"""The objective of a run: its losses by name and their weighted sum, against plain loops in float64."""
 
 import math
 
@@ -27,7 +27,7 @@ def embeddings_of(seed: int) -> Embeddings:
 
 
 def brute_force(left: torch.Tensor, right: torch.Tensor, temperature: float, kept: list[int] | None = None) -> float:
-    """Symmetric InfoNCE of the rows that are kept, one entry at a time."""
+    """Return the symmetric InfoNCE loss of the kept rows, one entry at a time. None keeps all rows."""
     a, b = left.double().tolist(), right.double().tolist()
     kept = list(range(len(a))) if kept is None else kept
 
@@ -54,13 +54,13 @@ def test_losses_by_name_and_their_weighted_sum(weight: float) -> None:
     assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
 
 
-def test_nodes_without_an_image_leave_the_text_image_loss() -> None:
-    """A truncated picture counts as one where it is used in part, and as none where it is black."""
+def test_nodes_without_an_image_are_masked_in_the_text_image_loss() -> None:
+    """With ``partial``, a truncated image counts as an image. With ``black``, it counts as missing."""
     z, status = embeddings_of(1), [0] * 10
     status[2], status[7] = IMAGE_STATUS.index("file not found"), IMAGE_STATUS.index("truncated")
     masks = FalseNegatives(torch.zeros(10, dtype=torch.int64), same=False, neighbors=None, missing_images=True)
-    for truncated, left_out in (("partial", {2}), ("black", {2, 7})):
+    for truncated, masked in (("partial", {2}), ("black", {2, 7})):
         config = Config(temperature=0.5, missing_image="mask", truncated_images=truncated)  # type: ignore[arg-type]
         losses, _ = Objective(config, masks)(z, batch_of(status))
-        kept = [i for i in range(10) if i not in left_out]
+        kept = [i for i in range(10) if i not in masked]
         assert float(losses["loss_mm"]) == pytest.approx(brute_force(z.text, z.image, 0.5, kept), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Fusion, heads, losses and towers against references written here in plain float64 tensor operations."""
+"""Fusion, heads, losses and towers, against references in plain float64 tensor operations."""
 
 import math
 
@@ -24,7 +24,10 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(state: State, name: str, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """One node: query (Q, d), keys (K, d), valid (K,). Without a valid key only the output's bias is left."""
+    """Return the attention of one node: query (Q, d), keys (K, d), valid (K,) -> (Q, d).
+
+    Without a valid key, the result is the bias of the output projection.
+    """
     d = query.shape[1]
     weight, bias = state[f"{name}.in_proj_weight"], state[f"{name}.in_proj_bias"]
     q, k, v = (x @ weight[i * d : (i + 1) * d].T + bias[i * d : (i + 1) * d] for i, x in enumerate((query, keys, keys)))
@@ -37,11 +40,11 @@ def attention(state: State, name: str, query: torch.Tensor, keys: torch.Tensor, 
 
 
 def reference(state: State, text: torch.Tensor, mask: torch.Tensor, patches: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The forward pass of one node in float64: text (L, d_text), mask (L,), patches (P, d_vis)."""
+    """Run the forward pass of one node in float64: text (L, d_text), mask (L,), patches (P, d_vis)."""
     valid = mask.bool()
     t, v = linear(state, "fusion.text_proj", text), linear(state, "fusion.vis_proj", patches)
-    everything = torch.ones(len(patches), dtype=torch.bool)
-    t2v = attention(state, "fusion.text2vis_attn", t, v, everything) + t
+    all_patches = torch.ones(len(patches), dtype=torch.bool)
+    t2v = attention(state, "fusion.text2vis_attn", t, v, all_patches) + t
     v2t = attention(state, "fusion.vis2text_attn", v, t, valid) + v
     t2v = linear(state, "fusion.text_ffn.2", gelu(linear(state, "fusion.text_ffn.0", t2v)))
     v2t = linear(state, "fusion.vis_ffn.2", gelu(linear(state, "fusion.vis_ffn.0", v2t)))
@@ -60,7 +63,7 @@ def reference(state: State, text: torch.Tensor, mask: torch.Tensor, patches: tor
 
 
 def reference_losses(z: State, temperature: float) -> dict[str, float]:
-    """Symmetric InfoNCE by explicit log-sum-exp, over the whole batch: z_* are (2B, d), anchors first."""
+    """Return the symmetric InfoNCE losses by explicit log-sum-exp; z_* are (2B, d), B anchors, then B positives."""
 
     def info_nce(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         s = left @ right.T / temperature
@@ -80,7 +83,7 @@ SIZES = [(512, 768, 512, 256, 49), (40, 24, 64, 16, 5)]  # d_text, d_vis, fused_
 @pytest.mark.parametrize(("d_text", "d_vis", "fused_dim", "proj_dim", "patches"), SIZES)
 def test_forward_and_losses(d_text: int, d_vis: int, fused_dim: int, proj_dim: int, patches: int) -> None:
     torch.manual_seed(0)
-    lengths = list(range(78))  # every length of text, none at all included
+    lengths = list(range(78))  # all text lengths, including 0
     mask = (torch.arange(77) < torch.tensor(lengths)[:, None]).long()  # (78, 77)
     tokens = Tokens(torch.randn(78, 77, d_text), mask, torch.randn(78, patches, d_vis))
     module = TrainedModule(d_text, d_vis, fused_dim, proj_dim)
@@ -88,11 +91,11 @@ def test_forward_and_losses(d_text: int, d_vis: int, fused_dim: int, proj_dim: i
     with torch.no_grad():
         fused, text_pool, vis_pool = module.fusion(*tokens[:3])
         z = dict(zip(("z_graph", "z_text", "z_vis"), module(tokens), strict=True))
-    found = {"fused": fused, "text_pool": text_pool, "vis_pool": vis_pool, **z}
+    outputs = {"fused": fused, "text_pool": text_pool, "vis_pool": vis_pool, **z}
     rows = [
         reference(state, t.double(), m, p.double()) for t, m, p in zip(tokens.text, mask, tokens.patches, strict=True)
     ]
-    for name, tensor in found.items():
+    for name, tensor in outputs.items():
         expected = torch.stack([row[name] for row in rows])
         assert tensor.isfinite().all()
         assert (tensor.double() - expected).norm() / expected.norm() < 2e-6, name
@@ -112,8 +115,8 @@ def test_no_valid_text_gives_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
-def test_attention_in_bf16_is_that_in_float32(autocast: bool) -> None:
-    """On a CPU it is computed in float32; the mask, as everything else, counts as before."""
+def test_fusion_in_bf16_is_close_to_float32(autocast: bool) -> None:
+    """On a CPU, attention in bf16 is computed in float32. The mask, also of a node without text, stays in effect."""
     torch.manual_seed(0)
     fusion = CrossAttentionFusion(8, 8, 64)
     inputs = torch.randn(3, 5, 8), torch.randn(3, 7, 8)
@@ -121,22 +124,24 @@ def test_attention_in_bf16_is_that_in_float32(autocast: bool) -> None:
     expected = fusion(inputs[0], mask, inputs[1])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         if autocast:
-            found = fusion(inputs[0], mask, inputs[1])
+            outputs = fusion(inputs[0], mask, inputs[1])
         else:
-            found = fusion.bfloat16()(inputs[0].bfloat16(), mask, inputs[1].bfloat16())
-    sum(output.float().sum() for output in found).backward()
-    for ours, theirs in zip(found, expected, strict=True):
+            outputs = fusion.bfloat16()(inputs[0].bfloat16(), mask, inputs[1].bfloat16())
+    sum(output.float().sum() for output in outputs).backward()
+    for ours, theirs in zip(outputs, expected, strict=True):
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
     assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
 
 
 def test_pooling_clamps_the_mask_sum_at_one() -> None:
-    """A mask of weights below 1 in sum would be scaled up by the 1e-6 of old; the sum counts as at least 1."""
+    """Text without a valid token pools to 0. A clamp at 1e-6 would scale up the half token."""
     fusion = CrossAttentionFusion(8, 8, 16)
     with torch.no_grad():
-        one = fusion(torch.ones(1, 1, 8), torch.ones(1, 1), torch.ones(1, 3, 8))[1]
-        none = fusion(torch.ones(1, 1, 8), torch.zeros(1, 1), torch.ones(1, 3, 8))[1]
-    assert one.abs().max() > 0.01 and none.abs().max() == 0
+        valid = fusion(torch.ones(1, 1, 8), torch.ones(1, 1), torch.ones(1, 3, 8))[1]
+        half = fusion(torch.ones(1, 1, 8), torch.full((1, 1), 0.5), torch.ones(1, 3, 8))[1]
+        empty = fusion(torch.ones(1, 1, 8), torch.zeros(1, 1), torch.ones(1, 3, 8))[1]
+    assert valid.abs().max() > 0.01 and empty.abs().max() == 0
+    assert torch.allclose(half, valid / 2)
 
 
 def test_info_nce_of_known_logits() -> None:
@@ -147,7 +152,7 @@ def test_info_nce_of_known_logits() -> None:
     assert float(info_nce_loss(s)) == pytest.approx((rows + columns) / 2)
 
 
-def test_towers_are_those_of_transformers() -> None:
+def test_towers_match_transformers() -> None:
     text, vision = (tower.model for tower in random_towers(*tiny_configs()))
     encoder = MultimodalGraphEncoder.from_towers(random_towers(*tiny_configs()), 16, 8)
     encoder.text_model.load_state_dict(text.state_dict())

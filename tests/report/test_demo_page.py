@@ -18,11 +18,24 @@ from mmgraph.cli import main
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first steps of the README's demo: a folder with data/demo and runs/demo."""
+def demo_and_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The first steps of the README's demo: a folder with data/demo and runs/demo, and what the run printed."""
     folder = tmp_path_factory.mktemp("demo")
-    launch("cpu.yaml", "--demo", "--eval_every=20", "--max_steps=60", cwd=folder)
-    return folder
+    return folder, launch("cpu.yaml", "--demo", "--eval_every=20", "--max_steps=60", cwd=folder).stdout
+
+
+@pytest.fixture(scope="module")
+def demo(demo_and_output: tuple[Path, str]) -> Path:
+    return demo_and_output[0]
+
+
+def test_printed_lines(demo_and_output: tuple[Path, str]) -> None:
+    demo, output = demo_and_output
+    lines = output.splitlines()
+    assert sum("--model_name openai/clip-vit-base-patch32" in line for line in lines) == 1  # the weights are random
+    assert "data/demo" in lines[0] and (demo / "data/demo/nodes.csv").is_file()
+    for line, path in ((lines[-3], "checkpoints/multimodal_encoder_final.pt"), (lines[-1], "report.html")):
+        assert f"runs/demo/{path}" in line and (demo / "runs/demo" / path).is_file()
 
 
 def test_the_demo_in_a_browser(demo: Path, browser: Browser) -> None:

@@ -4,14 +4,12 @@ import errno
 import itertools
 import os
 import pkgutil
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pytest
 import targets
 import torch
 from conftest import graph_files, loss_difference, settings
-from launches import launch, run_warm
+from launches import Ended, Fault, accelerate_launch, launch, run_warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPVisionModel
@@ -206,18 +204,10 @@ def test_what_tokens_depend_on_makes_another_store(own_graph: Path, what: str) -
     assert len(list((own_graph / "mmgraph_cache").glob("towers-*"))) == 2
 
 
-SMALL_SHARDS = """
-import sys
-from mmgraph.cli import main
-from pytest import MonkeyPatch
-MonkeyPatch().setattr(sys.argv[1], 3)
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def start_build(graph: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SMALL_SHARDS, targets.SHARD_ENTRIES, "cache", *flags(graph)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def build(graph: Path, *faults: Fault) -> Ended:
+    """Build the store, in shards of 3 entries, in a process of its own."""
+    small_shards = ("put", {"target": targets.SHARD_ENTRIES, "value": 3})
+    return run_warm(["-m", "mmgraph", "cache", *flags(graph, "--num_workers=0")], faults=[small_shards, *faults])
 
 
 def shards_made(folder: Path) -> dict[str, tuple[int, int]]:
@@ -227,38 +217,27 @@ def shards_made(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_killed_and_resumed_builds_leave_the_same_bytes(graph: Path, tmp_path: Path) -> None:
-    folders = []
-    for name in ("whole", "killed"):
-        folders.append(graph_files(tmp_path / name))
-        shutil.copytree(graph / "towers", folders[-1] / "towers")
-    whole, killed = folders
-    assert start_build(whole).wait() == 0
-    random.seed(1)
-    for kills in range(3):
-        build = start_build(killed)
-        target = random.randint(1, 8) + sum(1 for _ in (killed / "mmgraph_cache").glob("towers-*/*.safetensors"))
-        while sum(1 for _ in (killed / "mmgraph_cache").glob("towers-*/*.safetensors")) < target:
-            assert build.poll() is None, build.stdout and build.stdout.read()
-            time.sleep(0.001)
-        time.sleep(random.random() * 0.02)
-        build.send_signal(signal.SIGKILL)
-        build.wait()
-        there = len(files_of(store_of(killed)))
-        print(f"kill {kills + 1}: after {there} files")
-    before = shards_made(store_of(killed))
-    build = start_build(killed)
-    said, _ = build.communicate()
+    complete, killed = (graph_files(tmp_path / name) for name in ("complete", "killed"))
+    for folder in (complete, killed):
+        shutil.copytree(graph / "towers", folder / "towers")
+    assert build(complete).code == 0
+    for kills in range(1, 4):
+        ended = build(killed, ("at_call", {"target": targets.MAKE_SHARD, "number": 4, "action": "SIGKILL"}))
+        assert ended.code == -signal.SIGKILL, ended
+        before = shards_made(store_of(killed))
+        assert len(before) == 3 * kills
+    assert build(killed).code == 0
     after = shards_made(store_of(killed))
-    assert build.returncode == 0, said
-    assert before and before == {name: after[name] for name in before}  # it went on
-    assert files_of(store_of(killed)) == files_of(store_of(whole))
+    assert before == {name: after[name] for name in before}  # no shard was built again
+    assert files_of(store_of(killed)) == files_of(store_of(complete))
 
 
 def test_two_runs_build_one_store(graph: Path, own_graph: Path, tmp_path: Path) -> None:
     alone = graph_files(tmp_path / "alone")
     shutil.copytree(graph / "towers", alone / "towers")
-    builds = [start_build(own_graph), start_build(own_graph), start_build(alone)]
-    assert [build.wait() for build in builds] == [0, 0, 0]
+    with ThreadPoolExecutor() as threads:
+        assert [ended.code for ended in threads.map(build, [own_graph, own_graph])] == [0, 0]
+    assert build(alone).code == 0
     assert files_of(store_of(own_graph)) == files_of(store_of(alone))
 
 
@@ -555,13 +534,14 @@ def test_a_store_is_not_held_in_memory(tmp_path: Path) -> None:
     assert resident_mb() - before < 40
 
 
+@pytest.mark.slow
 def test_the_first_step_comes_soon(own_graph: Path, tmp_path: Path) -> None:
     """Within 15 s of the launch, where the store is there; the better of two launches, for machines are shared."""
     assert main(["cache", *flags(own_graph)]) == 0
     seconds = []
     for name in ("one", "two"):
         begun = time.time()
-        launch("cpu.yaml", *settings(own_graph, tmp_path / name, "--max_steps=1"))
+        accelerate_launch("cpu.yaml", *settings(own_graph, tmp_path / name, "--max_steps=1"))
         seconds.append((tmp_path / name / "metrics.jsonl").stat().st_mtime - begun)
     print(f"first step after {min(seconds):.1f} s")
     assert min(seconds) < 15

@@ -1,4 +1,4 @@
-"""Launched by test_micro_batches.py: a step's gradients with each number of micro batches, written by rank 0."""
+"""Launched by test_topologies.py. Rank 0 writes the gradients of a step for each number of micro batches."""
 
 import sys
 
@@ -17,12 +17,12 @@ accelerator = build_accelerator()
 step = (run := build_run(config, accelerator, load_graph(config))).train_step
 batch = next(iter(run.stream))
 for group in step.optimizer.param_groups:
-    group["lr"] = 0.0  # a step changes nothing
+    group["lr"] = 0.0  # steps then do not change the weights
 gradients = []
 for parts in (1, 2, 4, 8):
     z = step.module(step.source.tokens(batch, parts), parts)
-    own = (part.index_select(0, batch.inverse) for part in z)
-    loss = contrastive_losses(*own, config.temperature, config.graph_loss_weight).total
+    embeddings = (part.index_select(0, batch.inverse) for part in z)
+    loss = contrastive_losses(*embeddings, config.temperature, config.graph_loss_weight).total
     if hasattr(step.module, "zero_optimization_stage"):
         from deepspeed.utils import safe_get_full_grad
 

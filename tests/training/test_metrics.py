@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and the tracker."""
+"""``metrics.jsonl`` and the trackers."""
 
 import json
 import struct
@@ -14,15 +14,15 @@ from mmgraph.cli import train_main
 from mmgraph.training.metrics_file import MetricsFile
 
 
-def test_rows_behind_the_kept_bytes_are_cut_off(tmp_path: Path) -> None:
+def test_rows_after_the_given_size_are_truncated(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path)
     for step in range(1, 6):
         first.write({"step": step})
-    kept = first.sync()
+    size = first.sync()
     first.write({"step": 6})
     first.close()
-    second = MetricsFile(path, kept)
+    second = MetricsFile(path, size)
     second.write({"step": 6, "again": True})
     second.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -30,25 +30,25 @@ def test_rows_behind_the_kept_bytes_are_cut_off(tmp_path: Path) -> None:
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of a ``.wandb`` file: LevelDB's log format after a header of 7 bytes."""
+    """Yield the records of a ``.wandb`` file: LevelDB's log format after a header of 7 bytes."""
     data, parts = path.read_bytes(), b""
     position = 7
     while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # a block's end too small for a record's header
+        if 32768 - position % 32768 < 7:  # the rest of the block is too small for a record header
             position += 32768 - position % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
+        _, length, record_type = struct.unpack("<IHB", data[position : position + 7])
+        if record_type == 0:
             break
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # full, last
+        if record_type in (1, 4):  # a full record, or the last part of a record
             yield parts
             parts = b""
 
 
 def wandb_run(path: Path) -> tuple[str, dict[str, object], list[dict[str, object]]]:
-    """The id, the config and the rows of a run, from its own file."""
+    """Return the id, the config and the rows of a run, read from its ``.wandb`` file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     run_id, config, rows = "", {}, []
@@ -64,8 +64,10 @@ def wandb_run(path: Path) -> tuple[str, dict[str, object], list[dict[str, object
     return run_id, config, rows
 
 
-def test_wandb_offline_holds_what_metrics_hold(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks make one run; without a key it is offline; resumed on one process, it goes on as the same run."""
+def test_offline_wandb_run_has_the_rows_of_metrics(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks write one run, which is offline without an API key. A resume on one process continues this run."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -76,13 +78,13 @@ def test_wandb_offline_holds_what_metrics_hold(graph: Path, tmp_path: Path, monk
     assert done.stdout.count(f"wandb sync {first.parent}") == 1
     assert train_main(settings(graph, output, "--max_steps=12", *flags)) == 0
     (second,) = set(output.glob("wandb/offline-run-*/*.wandb")) - {first}
-    metrics, found = read_metrics(output), []
+    metrics, wandb_rows = read_metrics(output), []
     for path in (first, second):
         run_id, config, rows = wandb_run(path)
         assert run_id == first.stem.removeprefix("run-") and config["fused_dim"] == 32
-        found += rows
-    assert [row["_step"] for row in found] == list(range(1, 13))
-    for row, expected in zip(found, metrics, strict=True):
+        wandb_rows += rows
+    assert [row["_step"] for row in wandb_rows] == list(range(1, 13))
+    for row, expected in zip(wandb_rows, metrics, strict=True):
         assert {name: row[name] for name in expected if name != "step"} == {
             name: value for name, value in expected.items() if name != "step"
         }
@@ -90,10 +92,13 @@ def test_wandb_offline_holds_what_metrics_hold(graph: Path, tmp_path: Path, monk
     assert state["components"]["wandb"] == run_id
 
 
-def test_auto_follows_the_run_where_there_is_a_login(
+def test_wandb_starts_by_default_if_there_is_a_login(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without one a line says how; with one and no network, wandb goes offline and the run goes on."""
+    """Without a login, a log line explains how to log in. With a login but no network, wandb is offline.
+
+    The run completes in both cases.
+    """
     import wandb
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -105,17 +110,17 @@ def test_auto_follows_the_run_where_there_is_a_login(
         assert "wandb login" in line and "WANDB_API_KEY" in line and not (tmp_path / name / "wandb").exists()
         (tmp_path / "netrc").write_bytes(b"\xff\xfe")
     (tmp_path / "netrc").write_text("machine localhost login user password " + "k" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # where nothing listens
-    wandb.teardown()  # it keeps a process's first settings
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # no server listens on this port
+    wandb.teardown()  # wandb stores the first settings of a process
     start = time.monotonic()
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=2")) == 0
     assert time.monotonic() - start < 40
     [line] = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
     [file] = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
-    assert str(file.parent) in line and "localhost" in line  # which could not be reached
+    assert str(file.parent) in line and "localhost" in line  # the host that wandb could not reach
 
 
-def test_tensorboard_holds_what_metrics_hold(graph: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_the_values_of_metrics(graph: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = tmp_path / "run"
@@ -124,11 +129,11 @@ def test_tensorboard_holds_what_metrics_hold(graph: Path, tmp_path: Path) -> Non
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
     for name in ("loss", "lr", "grad_norm", "peak_memory_gb"):
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in read_metrics(output)]
+        scalars = [(event.step, event.value) for event in events.Scalars(name)]
+        assert scalars == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in read_metrics(output)]
 
 
-def test_wandb_cannot_stop_a_run(
+def test_an_error_of_wandb_does_not_end_the_run(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import wandb
@@ -158,4 +163,5 @@ def test_wandb_cannot_stop_a_run(
     assert train_main(settings(graph, tmp_path / "init", *flags)) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "RuntimeError: no key" in line]
     assert line.startswith("wandb ") and len(read_metrics(tmp_path / "init")) == 3
-    assert 0 < sum(limits) < 15  # online, then offline: while other ranks wait, half of their limit at most
+    # The online and the offline attempt together get less than half of --collective_timeout, because other ranks wait.
+    assert 0 < sum(limits) < 15

@@ -1,4 +1,4 @@
-"""Start-up checks: what ranks must agree on, batch, output folder, devices; estimates against what was measured."""
+"""Start-up checks: differences between ranks, batch, output folder, devices, trackers, memory estimate."""
 
 import re
 import shutil
@@ -33,20 +33,20 @@ from mmgraph.training.preflight import SAME_EVERYWHERE, Rank
 check_agreement = resolve_name(CHECK_AGREEMENT)
 
 
-def test_check_says_all_and_leaves_nothing(graph: Path, tmp_path: Path) -> None:
-    """Two processes; one line for each finding, on the main rank alone."""
+def test_check_logs_all_findings_and_writes_no_files(graph: Path, tmp_path: Path) -> None:
+    """With two processes, only the main rank logs: one line per finding."""
     done = launch("cpu_2proc.yaml", *settings(graph, tmp_path / "run", "--check", "--micro_batch_size=2"))
     expected = [
-        r"2\b.*\bMULTI_CPU\b.*\bcpu\b.*\b\d+ .*\bno\b.*\b12\b.*\b6\b.*",  # processes, precision, edges of a step
+        r"2\b.*\bMULTI_CPU\b.*\bcpu\b.*\b\d+ .*\bno\b.*\b12\b.*\b6\b.*",  # processes, precision, edges
         r"2\b.*\b1\b.*(127.0.0.1|localhost):\d+",  # processes, hosts
         r"rank 0: \S+, cpu\b.*\b\d+ .*[\d.]+ .*[\d.]+ GB\b.*",
         r"rank 1: \S+, cpu\b.*\b\d+ .*[\d.]+ .*[\d.]+ GB\b.*",
         f".*{', '.join(SAME_EVERYWHERE)}",
-        r"12\b.*\b6\b.*\b2\b.*\b16\b.*\b8\b.*\b200\b.*",  # edges of a step, and at once; steps; edges left out
+        r"12\b.*\b6\b.*\b2\b.*\b16\b.*\b8\b.*\b200\b.*",  # edges per step, rank and micro batch; steps; skipped edges
         rf"{re.escape(str(tmp_path / 'run'))}: .*[\d.]+ GB\b.*[\d.]+ GB",
-        r"\D*[\d.]+ GB\D*",  # of memory
-        r"\D*[\d.]+ MB",  # of tokens
-        r"\D*[\d.e-]+ s\b\D*60%\D*[\d,]+ GFLOP/s\D*",  # of a step
+        r"\D*[\d.]+ GB\D*",  # memory per process
+        r"\D*[\d.]+ MB",  # stored tokens
+        r"\D*[\d.e-]+ s\b\D*60%\D*[\d,]+ GFLOP/s\D*",  # time of a step
         r"\D*\b40\b\D*\b200\b\D*",  # nodes, edges
     ]
     lines = done.stdout.strip().split("\n")
@@ -65,7 +65,7 @@ def test_check_says_all_and_leaves_nothing(graph: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_ranks_that_differ_are_named(graph: Path, tmp_path: Path, differ: str, message: str) -> None:
+def test_the_error_names_the_rank_that_differs(graph: Path, tmp_path: Path, differ: str, message: str) -> None:
     script = tmp_path / "launch.py"
     other = f"OTHER = {str(graph / 'nodes.csv')!r}"
     script.write_text(
@@ -78,19 +78,19 @@ def test_ranks_that_differ_are_named(graph: Path, tmp_path: Path, differ: str, m
     assert not (tmp_path / "run").exists()
 
 
-def a_rank(**agreed: object) -> Rank:
-    same = dict.fromkeys(SAME_EVERYWHERE, "x") | agreed
-    return Rank("host", "cuda:0", 10.0, 80.0, 4, 8, 1e12, same)
+def make_rank(**agreed: object) -> Rank:
+    values = dict.fromkeys(SAME_EVERYWHERE, "x") | agreed
+    return Rank("host", "cuda:0", 10.0, 80.0, 4, 8, 1e12, values)
 
 
 @pytest.mark.parametrize("what", SAME_EVERYWHERE)
-def test_agreement(what: str) -> None:
-    check_agreement([a_rank(), a_rank()])
+def test_a_difference_between_ranks_is_an_error(what: str) -> None:
+    check_agreement([make_rank(), make_rank()])
     with pytest.raises(UserError, match=rf"rank 2\b.*\b{what}\b.*\brank 0\b.*\by\b.*\bx\b.*{SAME_EVERYWHERE[what]}"):
-        check_agreement([a_rank(), a_rank(), a_rank(**{what: "y"})])
+        check_agreement([make_rank(), make_rank(), make_rank(**{what: "y"})])
 
 
-def test_towers_are_told_apart_by_their_files(graph: Path, tmp_path: Path) -> None:
+def test_towers_are_compared_by_their_files(graph: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(graph / "towers", tmp_path / "towers")
     first = file_fingerprints(str(graph / "towers"))
     assert "config.json" in first and file_fingerprints(str(copy)) == first and file_fingerprints("no/model") == {}
@@ -99,23 +99,23 @@ def test_towers_are_told_apart_by_their_files(graph: Path, tmp_path: Path) -> No
     (copy / "model.safetensors").write_bytes(content)
     second = file_fingerprints(str(copy))
     with pytest.raises(UserError, match=r"rank 1\b.*\btowers\b.*\brank 0\b.*\bmodel.safetensors [0-9a-f]+\b"):
-        check_agreement([a_rank(towers=first), a_rank(towers=second)])
-    # Not downloaded yet, or with files beside those that are loaded: no other towers.
-    check_agreement([a_rank(towers=first), a_rank(towers={}), a_rank(towers=first | {"vocab.json": "x"})])
+        check_agreement([make_rank(towers=first), make_rank(towers=second)])
+    # These are not errors: a rank has not downloaded the model yet, or it has an additional file.
+    check_agreement([make_rank(towers=first), make_rank(towers={}), make_rank(towers=first | {"vocab.json": "x"})])
 
 
-def test_towers_that_a_rank_alone_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_loaded_towers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GATHER_OF_TOWERS, lambda _: [("one", "a"), ("one", "a"), ("two", "b")])
     with pytest.raises(UserError, match=rf"rank 2 \(two\) .*\btowers\b.*\brank 0 \(one\).*{SAME_EVERYWHERE['towers']}"):
         check_same_towers("a")
 
 
-def test_gpus_of_a_host() -> None:
+def test_too_few_or_too_many_visible_gpus() -> None:
     check_gpus(4, 4)
     with pytest.raises(UserError, match=r"\b8\b.*\b4\b.*--num_processes\b"):
         check_gpus(8, 4)
     accelerator = namedtuple("Accelerator", "device")(torch.device("cuda"))
-    lines = resolve_name(DESCRIBE_WORLD)(accelerator, [a_rank(), a_rank()])
+    lines = resolve_name(DESCRIBE_WORLD)(accelerator, [make_rank(), make_rank()])
     assert lines[1].startswith("warning: host ") and re.findall(r"\d+", lines[1]) == ["8", "4"]
     assert "--num_processes" in lines[1]
 
@@ -171,7 +171,7 @@ def test_a_tracker_that_is_not_installed(
         ),
     ],
 )
-def test_deepspeed_configs_that_would_train_otherwise_are_refused(
+def test_conflicting_deepspeed_configs_are_refused(
     content: str | None, facts: list[str], graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -198,11 +198,11 @@ def test_deepspeed_that_is_not_installed(
     assert error.startswith("mmgraph: error: ") and "pip install deepspeed" in error
 
 
-def test_shapes_and_sizes_are_those_of_the_real_model() -> None:
+def test_sizes_of_vit_b_32() -> None:
     sizes = shape(empty_towers(Config.model_name), Config())
     assert (sizes.frozen + sizes.trained, sizes.trained) == (156_662_272, 6_040_320)
     assert sizes.text_length == 77 and sizes.patches == 49 and sizes.image_size == 224
-    # ViT-B/32 is said to take 4.4 G multiply-adds an image; its text tower 2.9 G for 77 tokens.
+    # Expected multiply-adds of ViT-B/32: 4.4 G per image, and 2.9 G in the text tower for 77 tokens.
     assert sizes.tower_flops == pytest.approx(2 * (4.4e9 + 2.9e9), rel=0.02)
 
 
@@ -231,8 +231,8 @@ print(peak_memory_gb(torch.device("cpu")))
 
 
 @pytest.mark.slow
-def test_the_memory_estimate_is_near_what_a_step_takes() -> None:
-    """ViT-B/32, 32 edges, float32, one process on a CPU: within a third."""
+def test_the_memory_estimate_is_near_the_measured_memory() -> None:
+    """The estimate is within a third of the peak memory of one step: ViT-B/32, 32 edges, float32, one CPU process."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     sizes = shape(empty_towers(Config.model_name), Config())
     estimated = memory_gb(sizes, 32, None, "cpu", False)

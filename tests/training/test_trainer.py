@@ -1,4 +1,4 @@
-"""Runs in this process: files, resume, refusals, stops."""
+"""Training runs in the test process: output files, resume, refused settings, stop signals."""
 
 import errno
 import json
@@ -53,10 +53,10 @@ def losses(output: Path) -> list[list[float]]:
 
 
 class FirstStep(NamedTuple):
-    """Of a run."""
+    """The first step of a run."""
 
-    before: dict[str, torch.Tensor]  # weights
-    trained: torch.nn.Module  # after it, with its gradients
+    before: dict[str, torch.Tensor]  # the weights before the step
+    trained: torch.nn.Module  # the module after the step, with the gradients
     batch: EdgeBatch
     result: StepResult
 
@@ -72,13 +72,13 @@ def first_step(flags: list[str]) -> FirstStep:
 
 @pytest.fixture(scope="module")
 def run40(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 steps: two epochs of 16, and half of a third."""
+    """A run of 40 steps: two epochs of 16 steps, and half of a third epoch."""
     output = tmp_path_factory.mktemp("runs") / "run40"
     assert train_main(settings(graph, output, "--max_steps=40", "--save_every=6", "--log_every=10")) == 0
     return output
 
 
-def test_what_a_run_leaves(run40: Path) -> None:
+def test_files_of_a_run(run40: Path) -> None:
     rows = read_metrics(run40)
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert [row["epoch"] for row in rows] == [1] * 16 + [2] * 16 + [3] * 8
@@ -100,14 +100,14 @@ def test_what_a_run_leaves(run40: Path) -> None:
         assert file["optimizer_state_dict"]["state"][0]["step"] == 16 * n
     steps = [line for line in text.splitlines() if line.startswith("step ")]
     assert [line.split("/")[0] for line in steps] == ["step 10", "step 20", "step 30", "step 40"]
-    assert line_with(text, 1, "NO", "cpu", 12)  # processes, how they work together, device, edges
+    assert line_with(text, 1, "NO", "cpu", 12)  # processes, distributed type, device, edges
     assert lines_with(text.splitlines()[-1], run40 / "checkpoints/multimodal_encoder_final.pt")
     state = json.loads((run40 / "state/step-00000040/state.json").read_text())
     assert (state["format"], state["step"], state["epoch"], state["samples_in_epoch"]) == (1, 40, 3, 96)
     assert state["adam_step"] == 40 and state["metrics_bytes"] == (run40 / "metrics.jsonl").stat().st_size
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
+def test_starting_a_finished_run_again_changes_nothing(
     graph: Path, run40: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tree(run40)
@@ -115,9 +115,9 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert line_with(capsys.readouterr().out, run40, "step 40", "--max_steps") and tree(run40) == before
 
 
-def test_limits_raised_go_on(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_resume_with_a_higher_max_steps(graph: Path, run40: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    for steps in (3, 16, 21, 40):  # inside an epoch, at its end, inside the next
+    for steps in (3, 16, 21, 40):  # inside epoch 1, at its end, inside epoch 2, inside epoch 3
         assert train_main(settings(graph, output, f"--max_steps={steps}", "--keep_last=1")) == 0
         assert len(read_metrics(output)) == steps and len(list((output / "state").iterdir())) == 1
     assert losses(output) == losses(run40)
@@ -126,8 +126,8 @@ def test_limits_raised_go_on(graph: Path, run40: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in second)
 
 
-def test_workers_change_nothing(graph: Path, tmp_path: Path) -> None:
-    """Live towers: a store needs no workers."""
+def test_losses_do_not_depend_on_workers(graph: Path, tmp_path: Path) -> None:
+    """The towers run live, because a run that reads stored tokens needs no workers."""
     for workers in (0, 2):
         flags = settings(graph, tmp_path / f"{workers}", "--max_steps=20", "--tower_cache=off")
         assert train_main([*flags, f"--num_workers={workers}"]) == 0
@@ -144,13 +144,16 @@ def test_another_run_in_the_same_folder_is_refused(
     shutil.copytree(graph, other)
     edges = (other / "edges.csv").read_text().splitlines()
     (other / "edges.csv").write_text("\n".join(edges[:-1]) + "\n")
-    changed = ("temperature", 0.07, 0.1, "seed", 42, 1)  # in the order of the settings
-    named = run40 / "state/step-00000036"
+    changed = ("temperature", 0.07, 0.1, "seed", 42, 1)  # in the order of the error message
+    named_state = run40 / "state/step-00000036"
     for flags, facts in (
         (settings(graph, output, "--seed=1", "--temperature=0.1"), (output, *changed, "--run_name")),
         (settings(other, output), (output, "edges table", "--run_name")),
         (settings(graph, output, "--resume=never"), ("--resume", output, "--run_name")),
-        (settings(graph, output, f"--resume={named}"), ("--resume", named, output, "step-00000040", "--run_name")),
+        (
+            settings(graph, output, f"--resume={named_state}"),
+            ("--resume", named_state, output, "step-00000040", "--run_name"),
+        ),
         (settings(graph, output, "--resume=nowhere"), ("nowhere", "state.json")),
     ):
         assert train_main(flags) == 2
@@ -159,7 +162,7 @@ def test_another_run_in_the_same_folder_is_refused(
     assert tree(output) == before
 
 
-def test_a_named_state_begins_a_branch(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_resume_from_a_named_state_of_another_run(graph: Path, run40: Path, tmp_path: Path) -> None:
     flags = settings(graph, tmp_path / "branch", f"--resume={run40 / 'state/step-00000036'}", "--max_steps=40")
     assert train_main(flags) == 0
     assert losses(tmp_path / "branch") == losses(run40)[36:]
@@ -183,18 +186,18 @@ def test_a_damaged_state_is_never_used(
     assert train_main(settings(graph, output, "--max_steps=40")) == 0
     out = capsys.readouterr().out
     assert line_with(out, damaged) and line_with(out, "step 36", output / "state/step-00000036")
-    assert losses(output) == losses(run40)  # rows behind step 36 were cut off and written anew
+    assert losses(output) == losses(run40)  # the rows after step 36 were truncated and written again
     (state / "state.json").write_text('{"format": 2}')
     assert train_main(settings(graph, output, f"--resume={state}")) == 2
 
 
-def test_init_from_an_epoch_file_goes_on_as_the_run_did(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_init_from_an_epoch_file_continues_the_run(graph: Path, run40: Path, tmp_path: Path) -> None:
     epoch_file = run40 / "checkpoints/multimodal_encoder_epoch_1.pt"
     output = tmp_path / "run"
     assert train_main(settings(graph, output, f"--init_from={epoch_file}", "--max_steps=24")) == 0
     rows = read_metrics(output)
     assert [(row["step"], row["epoch"]) for row in rows[:17]] == [(s, 2) for s in range(1, 17)] + [(17, 3)]
-    assert losses(output) == losses(run40)[16:]  # weights, Adam's moments and step, and the order of epoch 2
+    assert losses(output) == losses(run40)[16:]  # same weights, Adam moments, Adam step, and order of epoch 2
     assert (output / "checkpoints/multimodal_encoder_epoch_2.pt").is_file()
     final = tmp_path / "final"
     start = run40 / "checkpoints/multimodal_encoder_final.pt"
@@ -230,7 +233,7 @@ def test_towers_are_unchanged_after_training(graph: Path, run40: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_does_and_goes_on(
+def test_a_stop_signal_ends_the_run_and_it_resumes(
     number: signal.Signals, graph: Path, run40: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -241,7 +244,7 @@ def test_a_run_that_is_asked_to_stop_does_and_goes_on(
         record(log, result)
         if targets.steps_done(log) == 20:
             os.kill(os.getpid(), number)
-            while not targets.stop_requested(log):  # a thread hears of it; a step here takes less time than that may
+            while not targets.stop_requested(log):  # a thread receives the signal, maybe after the next step
                 time.sleep(0.001)
 
     with monkeypatch.context() as patch:
@@ -265,14 +268,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     monkeypatch.setattr(targets.TAKE_STEP, stepped)
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--save_every=5")) == 1
     assert error_of(capsys.readouterr().err, "step 9", "loss", "not_finite.jsonl")
-    told = json.loads((tmp_path / "run/not_finite.jsonl").read_text())
-    assert (told["step"], told["ranks"]) == (9, [0])
+    record = json.loads((tmp_path / "run/not_finite.jsonl").read_text())
+    assert (record["step"], record["ranks"]) == (9, [0])
     assert [path.name for path in (tmp_path / "run/state").iterdir()] == ["step-00000005"]
 
 
-def test_an_error_in_a_run_loses_no_line_of_the_log(
-    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_flushes_the_log(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(run: object, batch: object) -> torch.Tensor:
         log("the last line")
         raise RuntimeError("broken")
@@ -293,17 +294,17 @@ def test_the_loop_is_non_blocking_and_sets_gradients_to_none(
     )
 
     def prepared(self: Accelerator, *args: object) -> Any:
-        found = prepare(self, *args)
-        seen.extend(part._non_blocking for part in found if isinstance(part, torch.utils.data.DataLoader))
-        return found
+        objects = prepare(self, *args)
+        seen.extend(loader._non_blocking for loader in objects if isinstance(loader, torch.utils.data.DataLoader))
+        return objects
 
     monkeypatch.setattr(Accelerator, "prepare", prepared)
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=3")) == 0
     assert seen == [True] * 4
 
 
-def test_working_once_per_distinct_node_is_the_plain_way(graph: Path, tmp_path: Path) -> None:
-    """Gradients of a step against an encoder that is given all 2B rows by the public collator."""
+def test_a_step_on_unique_nodes_has_the_gradients_of_all_rows(graph: Path, tmp_path: Path) -> None:
+    """The reference is an encoder that embeds all 2B rows of the public collator, repeated nodes included."""
     from mmgraph import GraphEdgeDataset, MultimodalCollator, MultimodalGraphEncoder, info_nce_loss
     from mmgraph.data.sampler import permuted
     from mmgraph.data.tables import read_edges, read_nodes
@@ -342,18 +343,18 @@ def test_bad_images_are_black_and_counted(tmp_path: Path, capsys: pytest.Capture
     nodes.loc[3, "image_path"] = ""
     nodes.to_csv(folder / "nodes.csv", index=False)
     assert train_main(settings(folder, tmp_path / "run", "--max_steps=16")) == 0
-    counts = [f"1 {cause}" for cause in IMAGE_STATUS[1:4]]
+    counts = [f"1 {status}" for status in IMAGE_STATUS[1:4]]
     for text in (capsys.readouterr().out, (tmp_path / "run/training_log.txt").read_text()):
         assert line_with(text, *counts)
 
 
-def test_encode_writes_the_originals_feature_files(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_encode_writes_the_features_of_the_public_api(graph: Path, run40: Path, tmp_path: Path) -> None:
     from mmgraph import InferenceCollator, NodesDataset, load_pretrained_encoder
     from mmgraph.data.tables import read_nodes
     from mmgraph.towers.clip import load_tokenizer_and_processor
 
     assert main(["encode", str(run40), "--output_dir", str(tmp_path / "features")]) == 0
-    encoder = load_pretrained_encoder(run40 / "checkpoints/multimodal_encoder_final.pt")  # config.yaml says which model
+    encoder = load_pretrained_encoder(run40 / "checkpoints/multimodal_encoder_final.pt")  # config.yaml has the model
     nodes = read_nodes(graph / "nodes.csv")
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
     dataset = NodesDataset(nodes)
@@ -368,7 +369,7 @@ def test_encode_writes_the_originals_feature_files(graph: Path, run40: Path, tmp
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps the precision of a process's first Accelerator."""
+    """Reset Accelerate's state, which stores the precision of the first Accelerator of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -390,7 +391,8 @@ def test_reduced_precision_trains_and_resumes(
     assert {tensor.dtype for tensor in final.values()} == {torch.float32}
 
 
-def test_a_stop_of_the_whole_process_group_leaves_the_workers_alive(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_sigterm_to_the_process_group(graph: Path, run40: Path, tmp_path: Path) -> None:
+    """The data workers stay alive, and the run writes a state before it exits."""
     output = tmp_path / "run"
     flags = settings(graph, output, "--max_steps=40", "--num_workers=2", "--save_every=4", "--tower_cache=off")
     command = [sys.executable, str(REPOSITORY / "launch.py"), *flags]
@@ -402,10 +404,10 @@ def test_a_stop_of_the_whole_process_group_leaves_the_workers_alive(graph: Path,
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and len(stop_lines(out, int(newest(output).name[5:]))) == 1
     assert train_main(flags) == 0
-    assert loss_difference(output, run40, 40) < 2e-6  # of stored tokens
+    assert loss_difference(output, run40, 40) < 2e-6  # run40 reads stored tokens
 
 
-def test_states_are_pruned_but_never_the_last_valid_one(graph: Path, tmp_path: Path) -> None:
+def test_pruning_keeps_the_last_valid_state(graph: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert train_main(settings(graph, output, "--max_steps=10", "--save_every=5")) == 0
     (output / "state/step-00000010/trainable.safetensors").write_bytes(b"damaged")
@@ -415,21 +417,21 @@ def test_states_are_pruned_but_never_the_last_valid_one(graph: Path, tmp_path: P
     assert sorted(path.name for path in (output / "state").iterdir()) == ["step-00000009", "step-00000010"]
 
 
-def test_a_newer_format_is_refused_and_kept(
+def test_a_newer_state_format_is_refused(
     graph: Path, run40: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(run40, output)
     path = output / "state/step-00000040/state.json"
     record = json.loads(path.read_text())
-    del record["sha256"]["state.json"]  # else it would be told as damaged
+    del record["sha256"]["state.json"]  # else the state is reported as damaged
     path.write_text(json.dumps({**record, "format": 2}))
     before = tree(output)
     assert train_main(settings(graph, output, "--max_steps=50")) == 2
     assert error_of(capsys.readouterr().err, path.parent, 2, 1) and tree(output) == before
 
 
-def test_lost_metrics_are_not_filled_up(graph: Path, run40: Path, tmp_path: Path) -> None:
+def test_resume_after_the_metrics_file_was_deleted(graph: Path, run40: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(run40, output)
     (output / "metrics.jsonl").unlink()
@@ -450,7 +452,7 @@ def test_one_run_at_a_time_in_a_folder(graph: Path, tmp_path: Path, capsys: pyte
     assert train_main(settings(graph, output, "--max_steps=2")) == 0
 
 
-def test_a_full_disk_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_a_one_line_error(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     output.mkdir()
     (output / "training_log.txt").symlink_to("/dev/full")
@@ -458,10 +460,10 @@ def test_a_full_disk_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.Cap
     err = capsys.readouterr().err
     assert error_of(err, output, os.strerror(errno.ENOSPC))
     [lost] = [line for line in lines_with(err, output / "training_log.txt") if "error" not in line]
-    assert re.search(r"\d", lost.split("training_log.txt")[1]), lost  # how many of its lines are lost
+    assert re.search(r"\d", lost.split("training_log.txt")[1]), lost  # the number of lost lines
 
 
-def test_towers_that_are_broken_are_one_line(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_towers_are_a_one_line_error(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model.safetensors", "tokenizer.json"):
         towers = tmp_path / name / "towers"
         shutil.copytree(graph / "towers", towers)
@@ -479,29 +481,29 @@ def test_encode_checks_and_counts_images(
     assert error_of(capsys.readouterr().err, 40)
     nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
     nodes["image_path"] = [str(graph / path.replace("\\", "/")) for path in nodes["image_path"]]
-    nodes.loc[7, "image_path"] = "a" * 300 + ".png"  # too long a name for any file system
+    nodes.loc[7, "image_path"] = "a" * 300 + ".png"  # longer than any file system allows
     nodes.to_csv(tmp_path / "nodes.csv", index=False)
     assert main([*arguments, f"--nodes={tmp_path / 'nodes.csv'}"]) == 0
     line = line_with(capsys.readouterr().out, f"1 {IMAGE_STATUS[3]}")
-    assert not any(cause in line for cause in IMAGE_STATUS[1:] if cause != IMAGE_STATUS[3])
+    assert not any(status in line for status in IMAGE_STATUS[1:] if status != IMAGE_STATUS[3])
 
 
-def test_gradients_are_clipped_when_asked(graph: Path, tmp_path: Path) -> None:
+def test_max_grad_norm_clips_the_gradients(graph: Path, tmp_path: Path) -> None:
     trained = first_step(settings(graph, tmp_path / "run", "--max_grad_norm=0.001")).trained
     norm = torch.cat([parameter.grad.flatten() for parameter in trained.parameters()]).norm()
     assert float(norm) == pytest.approx(0.001, rel=1e-3)
 
 
-def test_a_warmup_and_a_cosine_reach_the_optimizer(graph: Path, tmp_path: Path) -> None:
+def test_warmup_and_cosine_schedule(graph: Path, tmp_path: Path) -> None:
     flags = settings(graph, tmp_path / "run", "--max_steps=10", "--lr_schedule=cosine", "--warmup_steps=4")
     assert train_main(flags) == 0
     rates = [row["lr"] for row in read_metrics(tmp_path / "run")]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3]) and rates[6] == pytest.approx(5e-4)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert train_main([*flags, "--max_steps=12"]) == 2  # the schedule depends on the total
+    assert train_main([*flags, "--max_steps=12"]) == 2  # refused: a cosine schedule depends on max_steps
 
 
-def test_a_world_that_is_not_the_launchers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_world_size_and_fsdp_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     build_accelerator()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"\b4\b.*\b1\b"):

@@ -1,4 +1,4 @@
-"""The end of a process where a tracker hangs."""
+"""The exit of a process in which a tracker or an exit hook may hang."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from conftest import settings
 from launches import run
 
-# wandb registers a hook for the exit, then hangs. Hooks of a process that ends as usual are called.
+# wandb.init registers an exit hook that sleeps for an hour, then hangs. A normal exit would wait for the hook.
 HANGING = """
 import atexit, sys, time
 import wandb
@@ -30,19 +30,19 @@ leave(run(action))
 
 
 @pytest.mark.parametrize(("environment", "fails"), [({}, False), ({"RANK": "0", "ACCELERATE_USE_CPU": "true"}, True)])
-def test_a_tracker_that_hangs_does_not_keep_the_process(
+def test_the_process_exits_if_a_tracker_hangs(
     environment: dict[str, str], fails: bool, graph: Path, tmp_path: Path
 ) -> None:
-    """Neither after a run that is done, nor after a bug; :func:`conftest.run` waits for less than an hour."""
+    """The process exits after a finished run and after a bug. :func:`launches.run` fails after 300 s otherwise."""
     flags = settings(graph, tmp_path / "run", "--max_steps=2", "--report_to=wandb", "--tower_cache=off")
-    cache = {"MMGRAPH_CACHE": "/proc/none", "TMPDIR": str(tmp_path)}  # converted tables are in a temporary folder
+    cache = {"MMGRAPH_CACHE": "/proc/none", "TMPDIR": str(tmp_path)}  # tables are converted in a temporary folder
     done = run([sys.executable, "-c", HANGING.format(fails=fails), *flags], **environment, **cache)
     assert done.returncode == fails, done.stdout + done.stderr
-    assert done.stdout.count("wandb is off from here: it has not started") == 1
+    assert done.stdout.count("wandb is disabled for the rest of the run: it did not start") == 1
     assert ("Traceback" in done.stderr and "ValueError: a bug" in done.stderr) == fails
     assert "converted tables are kept for this run only" in done.stdout
     assert not list(tmp_path.glob("mmgraph_tables_*"))
-    assert "wandb is off from here" in (tmp_path / "run/training_log.txt").read_text()
+    assert "wandb is disabled for the rest of the run" in (tmp_path / "run/training_log.txt").read_text()
 
 
 ENDING = """
@@ -58,7 +58,7 @@ end_process(5, broken, lambda: print("a clean-up", end=""))
 """
 
 
-def test_a_process_ends_with_its_clean_ups_alone() -> None:
+def test_end_process_runs_only_its_clean_ups() -> None:
     done = run([sys.executable, "-c", ENDING])
     assert (done.returncode, done.stdout) == (5, "a clean-up")
     assert "ValueError: a clean-up that fails" in done.stderr

@@ -1,4 +1,4 @@
-"""Files that several processes make: once, whole, with and without locks."""
+"""Files that several processes create: once and complete, with and without locks."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.ENOSYS, "no locks")
 
-        fcntl.lockf = refuse  # in a process of its own
+        fcntl.lockf = refuse  # this function runs in a separate process
 
     def make(file: object) -> None:
         for _ in range(50):
@@ -31,30 +31,30 @@ def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
-def test_several_makers_leave_one_whole_file(tmp_path: Path, locks: bool) -> None:
+def test_several_processes_create_one_complete_file(tmp_path: Path, locks: bool) -> None:
     path = tmp_path / "made"
-    makers = [multiprocessing.Process(target=make_slowly, args=(path, bytes([i]), locks)) for i in range(3)]
-    for maker in makers:
-        maker.start()
+    processes = [multiprocessing.Process(target=make_slowly, args=(path, bytes([i]), locks)) for i in range(3)]
+    for process in processes:
+        process.start()
         time.sleep(0.05)
-    for maker in makers:
-        maker.join()
-        assert maker.exitcode == 0
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     assert [file.name for file in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize("why", ["no locks", "another user's"])
-def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    """What is there may be mapped by then: it must stay the same file."""
-    path, makers_own = tmp_path / "made", tmp_path / ".made.tmp"
+def test_the_first_to_finish_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """Without a common lock, the process that finishes second does not replace the file: it may already be mapped."""
+    path, lock_file = tmp_path / "made", tmp_path / ".made.tmp"
     if why == "no locks":
         monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
     else:
-        makers_own.touch()
+        lock_file.touch()
         opened = os.open
         refused = PermissionError(errno.EACCES, "")
         monkeypatch.setattr(
-            "os.open", lambda p, *more: (_ for _ in ()).throw(refused) if p == makers_own else opened(p, *more)
+            "os.open", lambda p, *more: (_ for _ in ()).throw(refused) if p == lock_file else opened(p, *more)
         )
     with claim_file(path) as first:
         assert first is not None
@@ -63,11 +63,11 @@ def test_the_first_to_be_done_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             second.write(b"done first")
         inode = path.stat().st_ino
     assert path.read_bytes() == b"done first" and path.stat().st_ino == inode
-    assert makers_own.exists() == (why != "no locks") and len(list(tmp_path.iterdir())) == 1 + makers_own.exists()
+    assert lock_file.exists() == (why != "no locks") and len(list(tmp_path.iterdir())) == 1 + lock_file.exists()
 
 
-def test_a_lock_that_fails_removes_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that got one: such as where a table of locks is full."""
+def test_a_failed_lock_keeps_the_claim_of_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process cannot lock the file, for example because the lock table is full."""
     path = tmp_path / "made"
     with claim_file(path) as first:
         assert first is not None
@@ -79,7 +79,7 @@ def test_a_lock_that_fails_removes_no_claim(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"whole" and [file.name for file in tmp_path.iterdir()] == ["made"]
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")
         raise RuntimeError
@@ -94,7 +94,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_created_again(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("there")
     with claim_file(tmp_path / "a") as file:
         assert file is None

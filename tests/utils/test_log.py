@@ -1,4 +1,4 @@
-"""The buffered log: few writes, and no line lost."""
+"""The buffered log: the number of writes, and no lost lines."""
 
 import os
 import subprocess
@@ -15,14 +15,14 @@ from mmgraph.utils.log import log_file
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Lines of other tests, logged outside of a run, would be written by the next run: here they are."""
+def empty_buffer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Write the buffered lines of other tests to a separate file, so that no test here writes them to its log."""
     with log_file(tmp_path_factory.mktemp("before") / "log.txt"):
         pass
 
 
 def count_writes(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often the file is opened to append, for 1,000 messages."""
+    """Log 1,000 messages. Returns how often the log file is opened."""
     opened = 0
     open_path = Path.open
 
@@ -60,7 +60,9 @@ def test_a_tenth_of_the_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert unbuffered == 1000 and buffered <= unbuffered / 10
 
 
-def test_printed_at_once_and_written_when_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_printed_immediately_and_written_in_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "log.txt"
     with log_file(path, 3):
         log("a", 1, sep="-")
@@ -75,7 +77,7 @@ def test_printed_at_once_and_written_when_full(tmp_path: Path, capsys: pytest.Ca
     assert path.read_text() == "a-1\nb\nc!\nd\ne\n"
 
 
-def test_outside_a_run_and_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_logged_before_a_run_are_written_by_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log("before the file is open")
     flush_log()
     assert "before" in capsys.readouterr().out
@@ -96,7 +98,7 @@ def test_an_exception_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "raise ValueError", "pass"])
 def test_exit_loses_nothing(tmp_path: Path, end: str) -> None:
-    """Also without the block being left, as when the interpreter ends under it."""
+    """The log is also written if the interpreter exits inside the ``log_file`` block."""
     code = f"""
 import sys
 from pkgutil import resolve_name
@@ -119,7 +121,7 @@ def test_other_ranks_are_silent(
     assert capsys.readouterr().out == "" and not (tmp_path / "log.txt").exists()
 
 
-class Talking(Dataset[int]):
+class LoggingDataset(Dataset[int]):
     def __len__(self) -> int:
         return 2
 
@@ -131,7 +133,7 @@ class Talking(Dataset[int]):
 def test_workers_and_forks_do_not_write(tmp_path: Path) -> None:
     with log_file(tmp_path / "log.txt"):
         log("once")
-        assert len(list(DataLoader(Talking(), num_workers=1, multiprocessing_context="fork"))) == 2
+        assert len(list(DataLoader(LoggingDataset(), num_workers=1, multiprocessing_context="fork"))) == 2
         child = os.fork()
         if child == 0:
             flush_log()
