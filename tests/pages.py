@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import settings
 from launches import launch
@@ -141,10 +142,14 @@ def check_page(browser: Browser, path: Path) -> None:
 def runs(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of many kinds on the tiny graph: evaluated, not evaluated, of one epoch, and on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
+    edges = pd.read_csv(graph / "edges.csv", dtype=str)
+    edges[:180].to_csv(folder / "edges.csv", index=False)
+    edges[180:].to_csv(folder / "eval_edges.csv", index=False)
+    tables = [f"--edges={folder / 'edges.csv'}", f"--eval_edges={folder / 'eval_edges.csv'}"]
     for name, config, flags in (
-        ("evaluated", "cpu.yaml", ["--max_steps=30", "--eval_fraction=0.1", "--eval_every=10"]),
+        ("evaluated", "cpu.yaml", ["--max_steps=30", "--eval_every=10", *tables]),
         ("plain", "cpu.yaml", ["--epochs=1", "--learning_rate=3e-3"]),
-        ("ranks", "cpu_2proc.yaml", ["--max_steps=30", "--eval_fraction=0.1"]),
+        ("ranks", "cpu_2proc.yaml", ["--max_steps=30", *tables]),
     ):
         launch(config, *settings(graph, folder / name, "--report", "--report_to=none", *flags))
     return folder

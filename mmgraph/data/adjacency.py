@@ -1,4 +1,4 @@
-"""Which nodes are linked: the distinct pairs of an edge table, looked up by node and by pair."""
+"""Look-up of linked nodes: the unique pairs of an edge table, by node and by pair."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,16 @@ import torch
 
 from mmgraph.data.edge_table import EdgeTable
 
-EDGE_CHUNK = 1 << 20
-PAIR_CHUNK = 1 << 21  # looked up together, 16 MB
+EDGE_CHUNK = 1 << 20  # edges read at a time
+PAIR_CHUNK = 1 << 21  # pairs per look-up, 16 MB
 
 
 class Adjacency:
-    """The pairs of nodes with an edge, whatever its direction; 16 bytes of memory a distinct pair.
+    """The pairs of nodes with an edge in either direction. Takes 16 bytes of memory per unique pair.
 
     Args:
         keys: (K,) int64, ascending, from :func:`pair_keys`.
-        num_nodes: N.
+        num_nodes: number of nodes, N.
     """
 
     def __init__(self, keys: torch.Tensor, num_nodes: int):
@@ -26,37 +26,53 @@ class Adjacency:
         return Adjacency(self.keys.to(device), self.num_nodes)
 
     def of(self, nodes: torch.Tensor, first: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The neighbours of (Q,) nodes in rows ``first`` to ``stop``: whose each is, and its row; (T,) int64 both."""
+        """Return the neighbors of some nodes.
+
+        Args:
+            nodes: (Q,) int64 node rows.
+            first, stop: return only neighbors in the rows ``first`` to ``stop`` (exclusive); None: to the last row.
+
+        Returns:
+            For each neighbor, the index into ``nodes`` of the node that it belongs to, and its row: (T,) int64 each.
+        """
         base = nodes * self.num_nodes  # (Q,)
         begin = torch.searchsorted(self.keys, base + first)
         count = torch.searchsorted(self.keys, base + (self.num_nodes if stop is None else stop)) - begin
         owners = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), count)  # (T,)
-        places = torch.arange(len(owners), device=nodes.device) + (begin - (count.cumsum(0) - count))[owners]
-        return owners, self.keys[places] - base[owners]
+        indices = torch.arange(len(owners), device=nodes.device) + (begin - (count.cumsum(0) - count))[owners]
+        return owners, self.keys[indices] - base[owners]
 
     def count(self, pairs: torch.Tensor) -> int:
-        """How many of (M, 2) pairs are linked."""
+        """Return how many of (M, 2) int64 pairs of node rows are linked."""
         return int(torch.isin(pairs[:, 0] * self.num_nodes + pairs[:, 1], self.keys).sum())
 
     def linked(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Whether there is an edge between each of (A,) and each of (B,) nodes: (A, B) bool."""
-        found = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
+        """Return which nodes of ``left`` (A,) and ``right`` (B,), int64 node rows, are linked: (A, B) bool."""
+        result = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
         if not len(self.keys):
-            return found
+            return result
         for start in range(0, len(left), size := max(1, PAIR_CHUNK // max(1, len(right)))):
             pairs = left[start : start + size, None] * self.num_nodes + right  # (a, B)
-            places = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
-            torch.eq(self.keys[places], pairs, out=found[start : start + size])
-        return found
+            indices = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
+            torch.eq(self.keys[indices], pairs, out=result[start : start + size])
+        return result
 
 
 def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
-    """The distinct (node, neighbour) pairs of (E, 2) edges in both directions, as ascending node * N + neighbour."""
-    found = [np.empty(0, np.int64)]
+    """Return the unique (node, neighbor) pairs of edges, in both directions.
+
+    Args:
+        rows: (E, 2) node rows of source and destination.
+        num_nodes: number of nodes, N.
+
+    Returns:
+        (K,) int64, ascending: node * N + neighbor.
+    """
+    keys = [np.empty(0, np.int64)]
     for part in _parts(rows):
         source, destination = part.astype(np.int64).T
-        found.append(np.unique(np.concatenate([source * num_nodes + destination, destination * num_nodes + source])))
-    return np.unique(np.concatenate(found))
+        keys.append(np.unique(np.concatenate([source * num_nodes + destination, destination * num_nodes + source])))
+    return np.unique(np.concatenate(keys))
 
 
 def _parts(rows: np.ndarray | EdgeTable) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The trainer's own batches: tower inputs of a batch's distinct nodes, and which edge each belongs to."""
+"""Batches of edges for the trainer, with tower inputs of their unique nodes, and the loader that builds them."""
 
 import gc
 import os
@@ -25,10 +25,10 @@ from mmgraph.utils.log import log
 
 
 class EdgeRows(Dataset[tuple[int, int, int]]):
-    """Edges by number: ``ds[i]`` is (i, row of the source, row of the destination).
+    """Dataset of edges: ``dataset[i]`` is (i, node row of the source, node row of the destination).
 
     Args:
-        rows: the E edges' rows.
+        rows: (E, 2) node rows of source and destination.
     """
 
     def __init__(self, rows: EdgeTable):
@@ -41,7 +41,7 @@ class EdgeRows(Dataset[tuple[int, int, int]]):
         return self.__getitems__([edge])[0]
 
     def __getitems__(self, edges: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Those of a batch at once, as DataLoaders ask for them."""
+        """Return the edges of a batch. DataLoaders call this once for each batch."""
         ends = self.rows[np.array(edges, dtype=np.int64)]
         return list(zip(edges, ends[:, 0].tolist(), ends[:, 1].tolist(), strict=True))
 
@@ -50,24 +50,24 @@ class EdgeBatch(NamedTuple):
     """A rank's part of a global batch: b edges, and the U unique nodes at their ends."""
 
     edges: torch.Tensor  # (b,) int64, numbers of the edges
-    rows: torch.Tensor  # (2b,) int64, rows of the node table: the b sources, then the b destinations
-    inverse: torch.Tensor  # (2b,) int64, the place of each row among the unique ones
-    unique: np.ndarray  # (U,) int64, the unique rows; stays on the host
-    relations: torch.Tensor | None = None  # (b,) int64, places in Graph.relation_names, where the edges have relations
-    # For live towers, of the unique nodes: input_ids and attention_mask (U, L) int64, L of the longest text; pictures
-    # (U, 3, S, S) uint8, a quarter of what float32 would be to send.
+    rows: torch.Tensor  # (2b,) int64, node rows: the b sources, then the b destinations
+    inverse: torch.Tensor  # (2b,) int64, index into unique for each row
+    unique: np.ndarray  # (U,) int64, unique node rows; stays on the host
+    relations: torch.Tensor | None = None  # (b,) int64, indices into Graph.relation_names; None: no relations
+    # Inputs of live towers for the unique nodes, else None: input_ids and attention_mask (U, L) int64, where L is the
+    # number of tokens of the longest text, and pictures (U, 3, S, S) uint8, a quarter of the transfer size of float32.
     inputs: dict[str, torch.Tensor] | None = None
     image_status: np.ndarray | None = None  # (U,) indices into IMAGE_STATUS; stays on the host
-    decoded: int = 0  # pictures that were decoded, not found in a cache
-    cache_failure: str = ""  # why the shared image cache keeps no more pictures
-    prefetched: Any = None  # what a token source has read ahead
+    decoded: int = 0  # number of images that were decoded because they were in no cache
+    cache_failure: str = ""  # why the shared image cache stores no more images; empty if it did not fail
+    prefetched: Any = None  # data that the token source has read in advance
 
 
 class EdgeCollator:
     """Collates b edges into an :class:`EdgeBatch` without tower inputs.
 
     Args:
-        relations: (E,) of all edges, where they have some.
+        relations: (E,) relations of all edges; None: the edges have no relations.
     """
 
     def __init__(self, relations: EdgeTable | RemainingEdges | None = None):
@@ -82,7 +82,14 @@ class EdgeCollator:
 
 
 class BatchCollator(EdgeCollator):
-    """An :class:`EdgeCollator` whose batches also have what live towers take."""
+    """An :class:`EdgeCollator` whose batches also contain the inputs of live towers.
+
+    Args:
+        nodes: the node table.
+        images: source of the images.
+        inputs: converts the nodes to tower inputs.
+        relations: as in :class:`EdgeCollator`.
+    """
 
     def __init__(
         self,
@@ -109,14 +116,21 @@ class BatchCollator(EdgeCollator):
 
 
 def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> PictureFile | None:
-    """The image cache of all processes on this host, in ``folder``, with room for ``config.image_cache_gb``.
+    """Open the image cache that all processes of this host share, with space for ``config.image_cache_gb`` GB.
 
-    None, with a line in the log, where it cannot be: the folder takes no files, or the disk has no room for it.
+    Args:
+        config: the run's config.
+        graph: the run's graph. If there is no space for all images, the most frequent nodes get a slot.
+        preprocessing: determines the size of the images.
+        folder: folder of the cache file.
+
+    Returns:
+        The cache. None if the folder cannot be written or the disk is too full; the reason is logged.
     """
     shape = (3, preprocessing.crop, preprocessing.crop)
     nodes, pictures = len(graph.nodes), int(config.image_cache_gb * 1e9 / slot_bytes(shape))
     if pictures >= nodes:
-        slots_by: list[Any] = ["rows"]  # of any edge table
+        slots_by: list[Any] = ["rows"]  # each node has a slot, so the edge table does not matter
     else:
         slots_by = ["frequency", graph.edges_fingerprint, pictures]
     name = file_name(
@@ -132,28 +146,31 @@ def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, 
         lacking = missing_room(path, size)
         if lacking:
             log(
-                f"no image cache: {path.parent} lacks {lacking / 1e9:.2f} GB for one of {size / 1e9:.2f} GB; give a "
-                "smaller --image_cache_gb, or set MMGRAPH_CACHE to another folder"
+                f"no image cache: {path.parent} lacks {lacking / 1e9:.2f} GB of disk space for a cache of "
+                f"{size / 1e9:.2f} GB; set a smaller --image_cache_gb, or set MMGRAPH_CACHE to another folder"
             )
             return None
         file = PictureFile(path, slots_by_frequency(graph.rows, nodes, pictures), shape)
     except OSError as error:
-        log(f"no image cache: {path}: {error.strerror}; set MMGRAPH_CACHE to a folder that takes files")
+        log(f"no image cache: {path}: {error.strerror}; set MMGRAPH_CACHE to a writable folder")
         return None
-    log(f"image cache: {path} has room for {pictures:,} of {nodes:,} nodes' pictures, {size / 1e9:.2f} GB")
+    log(f"image cache: {path} has space for the images of {pictures:,} of {nodes:,} nodes, {size / 1e9:.2f} GB")
     return file
 
 
 def build_loader(
     graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int, timeout: float = 0
 ) -> DataLoader[Any]:
-    """The loader that Accelerate shards: global batches in the sampler's order.
+    """Build the loader of global batches in the sampler's order. Accelerate shards it over the ranks.
 
     Args:
-        inputs: with these, ``workers`` processes make what live towers take; without, batches are edges alone.
-        timeout: seconds that a worker may take for a batch; 0 is without limit.
+        graph: the run's graph.
+        inputs: converts nodes to inputs of live towers, in the workers. None: batches contain no tower inputs.
+        sampler: sampler of the global batches.
+        workers: number of worker processes. Without ``inputs``, no workers are used.
+        timeout: maximum seconds that a worker may take for a batch; 0: no limit.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns after every fork otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns after every fork
     workers = workers if inputs is not None else 0
     collator = EdgeCollator(graph.relations)
     if inputs is not None:
@@ -171,8 +188,10 @@ def build_loader(
 
 
 def start_worker(_: int) -> None:
-    """What a DataLoader's worker begins with."""
-    gc.freeze()  # else its garbage collector writes to what the fork shares: a copy of all of Python's objects, 0.1 GB
-    # A stop reaches the whole process group: the rank finishes its step, and needs its workers for that.
+    """Initialize a DataLoader worker."""
+    # Without this, the garbage collector writes to the memory that the fork shares with its parent. The worker then
+    # gets a copy of all Python objects, 0.1 GB.
+    gc.freeze()
+    # A stop signal reaches the complete process group, but the rank needs its workers to finish its step.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What nodes' texts and image files hold, as hashes: how a stored token is known to be of this very text or image."""
+"""Hashes of nodes' texts and image files. They identify the text or image that a stored token was computed from."""
 
 import hashlib
 from collections.abc import Hashable
@@ -20,16 +20,19 @@ from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
-SEEN = np.dtype([("signature", HASH), ("hash", HASH)])  # of an image file: where it lies and when it changed; its bytes
-AT_ONCE = 4096  # image files that are looked at together
-MIN_AGE_NS = 2_000_000_000  # a file that changed less than this before it was read may change again at the same time
+# Of an image file: its signature (a digest of path, size and times), and the hash of its bytes.
+IMAGE_RECORD = np.dtype([("signature", HASH), ("hash", HASH)])
+IMAGE_CHUNK = 4096  # image files per chunk
+# A file that changed more recently than this before it was read is read again at the next start: it may change again
+# while its times stay the same.
+MIN_AGE_NS = 2_000_000_000
 
 
 class ContentHashes(NamedTuple):
-    """Two equal hashes are of equal texts, or images."""
+    """Hashes of the texts and images of all nodes. Equal hashes mean equal texts, or equal images."""
 
     texts: np.ndarray  # (N,) HASH of each node's text
-    images: np.ndarray  # (N,) HASH of each node's image file, or of why there is none
+    images: np.ndarray  # (N,) HASH of each node's image file, or of the reason why it has none
 
 
 def text_hash(text: str) -> bytes:
@@ -37,50 +40,59 @@ def text_hash(text: str) -> bytes:
 
 
 def image_hash(data: bytes | None, status: int) -> bytes:
-    """Of what :meth:`mmgraph.data.image_source.ImageSource.read` gave."""
+    """Return the hash of an image file, or of its image status if it could not be read.
+
+    Args:
+        data, status: results of :meth:`mmgraph.data.image_source.ImageSource.read`.
+    """
     if data is None:
         return hashlib.blake2b(IMAGE_STATUS[status].encode(), digest_size=HASH.itemsize, person=b"no image").digest()
     return hashlib.blake2b(data, digest_size=HASH.itemsize).digest()
 
 
 def without_file(images: np.ndarray) -> np.ndarray:
-    """Which of :class:`ContentHashes`' image hashes are of no file's bytes: (N,) bool."""
+    """Return (N,) bool: true for image hashes (of :class:`ContentHashes`) that are not hashes of a file's bytes."""
     return np.isin(images, np.array([image_hash(None, status) for status in range(len(IMAGE_STATUS))], HASH))
 
 
 def read_content_hashes(
     nodes: NodeTable, images: ImageSource, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
 ) -> ContentHashes:
-    """Hash all nodes, each rank its share. Called by all ranks; every rank gets all hashes.
+    """Hash the texts and images of all nodes. Called by all ranks.
 
-    Texts are those of the table's bytes, and hashed once for each ``fingerprint``. An image file is looked at each
-    time, and read where its path, size or times are not those that it was last hashed with.
+    Each rank hashes its shard of the nodes, and every rank returns all hashes. Texts are hashed once for each
+    ``fingerprint``. Image files are checked at every call, and a file is read only if its path, size or times differ
+    from those at the last hashing.
 
     Args:
-        table: the node table's path.
-        folder: where hashes are kept from start to start, if it can be written.
+        nodes: the node table.
+        images: source of the images.
+        table: path of the node table.
+        fingerprint: fingerprint of the node table.
+        folder: cache folder in which the hashes are stored for later starts, if it can be written.
+        accelerator: the accelerator of the run.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    kept = folder / f"texts-{fingerprint[:16]}.npy"
+    texts_path = folder / f"texts-{fingerprint[:16]}.npy"
     location = f"{Path(table).resolve()}\n{images.location}"
-    seen = folder / f"images-{text_hash(location).hex()[:16]}.npy"
-    texts = _read(kept, HASH)
-    known = all(gather_object([len(texts) == len(nodes)]))  # on every host
-    own = raise_on_all_ranks(
-        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, seen))
+    images_path = folder / f"images-{text_hash(location).hex()[:16]}.npy"
+    texts = _read(texts_path, HASH)
+    known = all(gather_object([len(texts) == len(nodes)]))  # every host has the hashes of the texts
+    shard = raise_on_all_ranks(
+        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, images_path))
     )
-    parts: list[tuple[np.ndarray, np.ndarray]] = gather_object([own])
-    found = np.concatenate([part[1] for part in parts])
+    shards: list[tuple[np.ndarray, np.ndarray]] = gather_object([shard])
+    records = np.concatenate([part[1] for part in shards])
     if not known:
-        texts = np.concatenate([part[0] for part in parts])
+        texts = np.concatenate([part[0] for part in shards])
     if accelerator.is_local_main_process:
-        with suppress(OSError):  # a folder that can only be read
+        with suppress(OSError):  # the folder is read-only
             folder.mkdir(parents=True, exist_ok=True)
             if not known:
-                save_array(kept, texts)
-            save_array(seen, found)
-    return ContentHashes(texts, found["hash"])
+                save_array(texts_path, texts)
+            save_array(images_path, records)
+    return ContentHashes(texts, records["hash"])
 
 
 def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
@@ -88,51 +100,56 @@ def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
     return np.fromiter(map(text_hash, texts), HASH, len(rows))
 
 
-def _images(nodes: NodeTable, images: ImageSource, rows: range, seen: Path) -> np.ndarray:
-    """SEEN of the rows' image files; those that are as they were seen before are not read."""
-    before = np.sort(_read(seen, SEEN), order="signature")
-    found = np.zeros(len(rows), SEEN)
+def _images(nodes: NodeTable, images: ImageSource, rows: range, path: Path) -> np.ndarray:
+    """Return an IMAGE_RECORD for each row's image. Images that have not changed since the last start are not read."""
+    stored = np.sort(_read(path, IMAGE_RECORD), order="signature")
+    records = np.zeros(len(rows), IMAGE_RECORD)
     scanned = nodes.scan(rows, images.columns)
     with ThreadPoolExecutor(8) as readers:
-        for start in range(0, len(rows), AT_ONCE):  # the references of all rows would be a list as large as the table
-            references = [images.locate(node) for node in islice(scanned, AT_ONCE)]
-            found[start : start + AT_ONCE] = _look(images, references, before, readers)
-    return found
+        for start in range(0, len(rows), IMAGE_CHUNK):  # a list of all references would be as large as the table
+            references = [images.locate(node) for node in islice(scanned, IMAGE_CHUNK)]
+            records[start : start + IMAGE_CHUNK] = _image_records(images, references, stored, readers)
+    return records
 
 
-def _look(
-    images: ImageSource, references: list[Hashable], before: np.ndarray, readers: ThreadPoolExecutor
+def _image_records(
+    images: ImageSource, references: list[Hashable], stored: np.ndarray, readers: ThreadPoolExecutor
 ) -> np.ndarray:
-    """SEEN of some images; ``before`` is sorted by signature."""
-    found = np.zeros(len(references), SEEN)
-    found["signature"] = [_signature(images, reference) for reference in references]
-    places = np.searchsorted(before["signature"], found["signature"])
-    places[places == len(before)] = 0
-    same = (before["signature"][places] == found["signature"]) if len(before) else np.zeros(len(references), bool)
-    same &= found["signature"] != b""
-    found["hash"][same] = before["hash"][places[same]]
+    """Return an IMAGE_RECORD for each image. ``stored`` are the records of the last start, sorted by signature."""
+    records = np.zeros(len(references), IMAGE_RECORD)
+    records["signature"] = [_signature(images, reference) for reference in references]
+    indices = np.searchsorted(stored["signature"], records["signature"])
+    indices[indices == len(stored)] = 0
+    same = (stored["signature"][indices] == records["signature"]) if len(stored) else np.zeros(len(references), bool)
+    same &= records["signature"] != b""
+    records["hash"][same] = stored["hash"][indices[same]]
 
-    def hash_of(number: int) -> tuple[bytes, int]:  # in a reader, so that the bytes of one image each are in memory
-        data, status = images.read(references[number])
+    def hash_of(index: int) -> tuple[bytes, int]:
+        # Both steps run in the reader thread, so that each thread has at most one image in memory.
+        data, status = images.read(references[index])
         return image_hash(data, status), status
 
-    others = np.flatnonzero(~same).tolist()
-    for i, (found_hash, status) in zip(others, readers.map(hash_of, others), strict=True):
-        found["hash"][i] = found_hash
-        passing = IMAGE_STATUS[status] == "unreadable"  # perhaps not at the next start
-        if passing or _signature(images, references[i]) != found["signature"][i]:
-            found["signature"][i] = b""  # to be read again then
-    return found
+    changed = np.flatnonzero(~same).tolist()
+    for i, (content_hash, status) in zip(changed, readers.map(hash_of, changed), strict=True):
+        records["hash"][i] = content_hash
+        temporary = IMAGE_STATUS[status] == "unreadable"  # the next start may be able to read it
+        if temporary or _signature(images, references[i]) != records["signature"][i]:
+            records["signature"][i] = b""  # read the image again at the next start
+    return records
 
 
 def _signature(images: ImageSource, reference: Hashable) -> bytes:
-    """As SEEN holds it, which strips zeros; empty where the image is to be read at each start."""
+    """Return an image's signature without trailing zero bytes, which HASH arrays strip.
+
+    An empty signature means that the image is read at every start.
+    """
     return (images.signature(reference, MIN_AGE_NS) or b"").rstrip(b"\0")
 
 
-def _read(path: Path, kind: np.dtype[Any]) -> np.ndarray:
+def _read(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return the array in a file, or an empty array if the file cannot be read or has another dtype."""
     try:
-        found = np.load(path)
+        array = np.load(path)
     except (OSError, ValueError, EOFError):
-        return np.empty(0, kind)
-    return found if found.dtype == kind else np.empty(0, kind)
+        return np.empty(0, dtype)
+    return array if array.dtype == dtype else np.empty(0, dtype)

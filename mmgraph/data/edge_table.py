@@ -1,4 +1,4 @@
-"""What is known of each edge (its ends as rows of the node table, its relation), in memory-mapped .npy files."""
+"""Edges in memory-mapped .npy files: the node rows of their ends, and their relations."""
 
 import math
 import mmap
@@ -7,14 +7,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-AT_ONCE = 64
+INDEX_CHUNK = 64  # entries read at a time
 
 
 class EdgeTable:
-    """An integer or a row of them for each of E edges; ``table[numbers]``, with int64 numbers (b,), is (b, ...) int64.
+    """Read-only table with one integer, or one row of integers, for each of E edges.
 
-    Of ends, (E, 2), a row is that of the source and that of the destination; of relations, (E,), it is their places
-    among the names. A pickled table is its path, opened anew; a forked one goes on with the map it has.
+    A table of ends is (E, 2): the node rows of source and destination. A table of relations is (E,): indices into the
+    names of the relations. ``table[numbers]``, with (b,) int64 edge numbers, returns (b, ...) int64.
+
+    A pickled table contains only the path, and unpickling opens the file again. A forked process uses the memory map of
+    its parent.
 
     Args:
         path: a .npy file of (E, ...) integers.
@@ -24,19 +27,20 @@ class EdgeTable:
         self.path = Path(path).absolute()
         with self.path.open("rb") as file:
             np.lib.format.read_magic(file)
-            shape, _, kind = np.lib.format.read_array_header_1_0(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._rows = np.frombuffer(self._map, kind, math.prod(shape), file.tell()).reshape(shape)
+            self._rows = np.frombuffer(self._map, dtype, math.prod(shape), file.tell()).reshape(shape)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
         rows = np.empty((len(numbers), *self._rows.shape[1:]), dtype=np.int64)
-        for start in range(0, len(numbers), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
+        for start in range(0, len(numbers), INDEX_CHUNK):
+            part = slice(start, start + INDEX_CHUNK)
             rows[part] = self._rows[numbers[part]]
-            self._map.madvise(mmap.MADV_DONTNEED)  # as NodeTable._release; each of these may have mapped 64 KiB
+            # See NodeTable._release. Chunks are small because each entry that is read may map 64 KiB.
+            self._map.madvise(mmap.MADV_DONTNEED)
         return rows
 
     def __reduce__(self) -> tuple[type["EdgeTable"], tuple[Path]]:
@@ -44,14 +48,18 @@ class EdgeTable:
 
 
 class RemainingEdges:
-    """The entries of an :class:`EdgeTable` without those of some edges; indexed as one, by their place among the rest.
+    """The entries of an :class:`EdgeTable` without some excluded edges, numbered consecutively.
+
+    It is indexed like an :class:`EdgeTable`, by the numbers of the remaining edges.
 
     Args:
-        left_out: (M,) int64 numbers of edges, ascending; 8 bytes of memory each.
+        table: the entries of all edges.
+        left_out: (M,) int64, ascending numbers of the excluded edges. Takes 8 bytes of memory per edge.
     """
 
     def __init__(self, table: EdgeTable, left_out: np.ndarray):
-        self.table, self._before = table, left_out - np.arange(len(left_out))  # how many of the rest precede each
+        # _before: number of remaining edges before each excluded edge
+        self.table, self._before = table, left_out - np.arange(len(left_out))
 
     def __len__(self) -> int:
         return len(self.table) - len(self._before)
@@ -61,11 +69,11 @@ class RemainingEdges:
 
 
 class EdgeWriter:
-    """Writes (E, 2) rows to a .npy file in parts, when E is not known yet.
+    """Writes (E, 2) rows to a .npy file in parts, without knowing E in advance.
 
     Args:
-        file: empty, and to be read and written.
-        num_nodes: rows are below this; int32 if that can hold them, else int64.
+        file: an empty file, open for reading and writing.
+        num_nodes: number of nodes; all rows are less. The dtype is int32 if it can hold all rows, else int64.
     """
 
     def __init__(self, file: BinaryIO, num_nodes: int):
@@ -77,8 +85,9 @@ class EdgeWriter:
         self.count += len(rows)
 
     def finish(self) -> None:
+        """Write the final number of edges to the header."""
         self.file.seek(0)
-        self._write_header()  # NumPy's has room for a count of any size, so it is as long as the first one
+        self._write_header()  # as long as the first header, because NumPy reserves space for a count of any size
         self.file.seek(0, 2)
 
     def _write_header(self) -> None:

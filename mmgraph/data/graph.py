@@ -18,28 +18,32 @@ from mmgraph.errors import UserError
 
 
 class TrainingEdges(NamedTuple):
-    """The edges that a run trains on, and those that it does not."""
+    """The edges that a run trains on, and its held-out edges."""
 
-    rows: EdgeTable  # (E, 2) rows of nodes: source, destination
-    relations: EdgeTable | RemainingEdges | None  # (E,) places in names
-    names: list[str]  # of relations
-    fingerprint: str  # of the edge table
-    held_out: HeldOut | None
+    rows: EdgeTable  # (E, 2) node rows of source and destination
+    relations: EdgeTable | RemainingEdges | None  # (E,) indices into names; None: the edges have no relations
+    names: list[str]  # names of the relations; empty if the edges have none
+    fingerprint: str  # fingerprint of the edge table
+    held_out: HeldOut | None  # edges to evaluate on; None: no edges are held out
 
 
 class Graph(NamedTuple):
+    """The tables and images of a run."""
+
     nodes: NodeTable  # N rows
-    rows: EdgeTable  # E edges to train on, as rows of nodes: source, destination
+    rows: EdgeTable  # (E, 2) edges to train on: node rows of source and destination
     images: ImageSource
     nodes_fingerprint: str
     edges_fingerprint: str
-    held_out: HeldOut | None  # edges to evaluate on
-    relations: EdgeTable | RemainingEdges | None = None  # (E,) of the edges to train on, places in relation_names
+    held_out: HeldOut | None  # edges to evaluate on; None: no edges are held out
+    relations: EdgeTable | RemainingEdges | None = None  # (E,) indices into relation_names; None: no relations
     relation_names: Sequence[str] = ()
 
 
 def load_graph(config: Config) -> Graph:
-    """Open the tables of a run, which are converted and checked where that was not done yet; look for its images.
+    """Open the tables of a run, and check that a sample of its images exists.
+
+    Tables are converted and checked first, unless this was done before.
 
     Raises:
         UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`mmgraph.data.table_cache.open_edges`,
@@ -47,8 +51,8 @@ def load_graph(config: Config) -> Graph:
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
-            f"there is no {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} here: give --nodes and --edges, or --demo for a "
-            "graph to try"
+            f"the default tables {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} do not both exist in this folder: set "
+            "--nodes and --edges, or use --demo to train on a demo graph"
         )
     nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
@@ -67,7 +71,11 @@ def load_graph(config: Config) -> Graph:
 
 
 def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> TrainingEdges:
-    """The edges to train on, and those to evaluate on; errors as :func:`load_graph`."""
+    """Open the edges to train on and to evaluate on.
+
+    Raises:
+        UserError: as :func:`load_graph`.
+    """
     digest = fingerprint(config.edges)
     edges = open_edges(config.edges, digest, nodes, nodes_fingerprint)
     edges = edges._replace(names=relation_names(config.edges, edges.names))
@@ -82,7 +90,13 @@ def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> Trai
 
 
 def find_images(nodes: NodeTable, config: Config, seed: int) -> ImageSource:
-    """Where the nodes' images are read from; some are looked for (see :meth:`ImageSource.check`)."""
+    """Return the source of the nodes' images, after a check of some images (see :meth:`ImageSource.check`).
+
+    Args:
+        nodes: the node table.
+        config: the run's config.
+        seed: seed of the sample of images to check.
+    """
     images = ImageFiles(ImagePaths(config.nodes, config.image_root, config.confine_images))
     images.check(nodes, seed)
     pa.default_memory_pool().release_unused()

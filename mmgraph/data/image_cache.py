@@ -1,4 +1,4 @@
-"""One file per graph with the resized pictures of its most frequent nodes, which all processes of a host share."""
+"""Image cache on disk, shared by all processes of a host: the resized images of a graph's most frequent nodes."""
 
 import hashlib
 import json
@@ -18,35 +18,36 @@ from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import IMAGE_STATUS
 
-FORMAT = 2
+FORMAT = 2  # version of the file format
 DIGEST_BYTES = 16
-# An image file that changed this recently may change once more without its time telling: the kernel's clock ticks
-# every 1 to 10 ms. Its picture is kept at a later reading.
+# An image file that changed more recently than this may change again while its times stay the same, because the
+# kernel's clock ticks every 1 to 10 ms. Its image is cached at a later read.
 TICK_NS = 10_000_000
-# Not kept: there is nothing to save, or the reason may pass (a lost mount, no memory).
-PASSING = {IMAGE_STATUS.index(status) for status in ("no image path", "file not found", "unreadable")}
+# Results that are not cached: there is nothing to cache, or the reason may be temporary (a lost mount, no memory).
+NOT_CACHED = {IMAGE_STATUS.index(status) for status in ("no image path", "file not found", "unreadable")}
 
 
 class PictureFile:
-    """Keeps pictures, and why they are not whole, on disk; the page cache above it is what processes share.
+    """Caches images and their image status in a file. Processes share it through the page cache.
 
-    A slot holds a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest is over the image file's
-    signature, the status and the pixels. A slot that is half written, damaged, or from another version of the image
-    file does not match its digest and counts as empty. So no locks are needed: several processes may write one slot
+    A slot contains a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest covers the image file's
+    signature, the status and the pixels. A slot that is partly written, damaged, or from another version of the image
+    file does not match its digest and counts as empty. So no locks are needed: several processes may write to one slot
     (the same bytes, if the image file has not changed), and may be killed at any point. Copies in other processes (by
     fork or pickle) use the same file.
 
     Args:
-        path: created where it is not there, sparse; of one size for one ``slots`` and ``shape``.
-        slots: (N,) int32: each row's slot, -1 where it has none.
-        shape: of every picture.
+        path: cache file, created as a sparse file if it does not exist. Its size depends only on ``slots`` and
+            ``shape``.
+        slots: (N,) int32, the slot of each node row, or -1 if the row has no slot.
+        shape: shape of every image.
 
     Raises:
-        OSError: the file cannot be made, opened or written to.
+        OSError: the file cannot be created, opened or written.
 
     Attributes:
-        failure: why no more is kept, once the file could not be written (such as a full disk); what it holds is still
-            read. Empty until then. Of this process: each finds out by itself.
+        failure: why no more images are stored, after the file could not be written (such as a full disk); empty until
+            then. Stored images are still read. Each process has a separate value.
     """
 
     def __init__(self, path: Path, slots: np.ndarray, shape: tuple[int, ...]):
@@ -54,30 +55,51 @@ class PictureFile:
         self.slot_bytes = slot_bytes(shape)
         size = (int(slots.max(initial=-1)) + 1) * self.slot_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Read and written by offset, not through a mapping: the page cache is the same, but the pages do not count as
-        # the process's own memory, a full disk is an error instead of SIGBUS, and forks share no position.
+        # Read and written by offset, not through a memory map: the page cache is the same, but the pages do not count
+        # as memory of the process, a full disk is an error instead of SIGBUS, and forks share no file position.
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size != size:
-            os.ftruncate(self._descriptor, size)  # whoever comes first; the others would only do the same
+            os.ftruncate(self._descriptor, size)  # any process may do it: all set the same size
 
     def read(
         self, row: int, images: ImageSource, reference: Hashable, decode: Callable[[], tuple[torch.Tensor, int]]
     ) -> tuple[torch.Tensor, int]:
-        """The picture and cause of a row's image: what is kept of it, else what ``decode()`` makes, then kept."""
+        """Return the image and image status of a node row, from the cache or else from ``decode()``.
+
+        A result of ``decode()`` is stored if the row has a slot, the status is not in ``NOT_CACHED``, and the image
+        file has not changed recently or during the call.
+
+        Args:
+            row: row in the node table.
+            images: source of the image.
+            reference: result of ``images.locate`` for the node.
+            decode: reads, decodes and resizes the image.
+
+        Returns:
+            uint8 image of the cache's shape, and an index into ``IMAGE_STATUS``.
+        """
         signature = images.signature(reference, TICK_NS) if self.slots[row] >= 0 else None
-        if not signature:  # there is no image, or it changed this very moment
+        if not signature:  # no slot, no image file, or a file that changed too recently
             return decode()
-        found = self.get(row, signature)
-        if found is not None:
-            return found
+        cached = self.get(row, signature)
+        if cached is not None:
+            return cached
         picture, status = decode()
-        if status not in PASSING and images.signature(reference, TICK_NS) == signature:  # else it changed in between
+        if status not in NOT_CACHED and images.signature(reference, TICK_NS) == signature:  # else the file has changed
             self.put(row, signature, picture, status)
         return picture, status
 
     def get(self, row: int, signature: bytes) -> tuple[torch.Tensor, int] | None:
-        """What was put of a row (which has a slot) under this signature; None where it is not there, or not whole."""
+        """Return the image and image status that are stored for a row, if they match the signature.
+
+        Args:
+            row: row in the node table; it must have a slot.
+            signature: signature of the image file.
+
+        Returns:
+            As :meth:`read`. None if the slot is empty, damaged, from another version of the image file, or unreadable.
+        """
         header, picture = bytearray(DIGEST_BYTES + 1), torch.empty(self.shape, dtype=torch.uint8)
         pixels = picture.numpy()
         try:
@@ -90,12 +112,16 @@ class PictureFile:
         return picture, status
 
     def put(self, row: int, signature: bytes, picture: torch.Tensor, status: int) -> None:
-        """Keep a row's picture, in its slot. An error sets ``failure``, and nothing is kept from there."""
+        """Store a row's image and image status in its slot. An OSError sets ``failure``; nothing is stored after that.
+
+        Raises:
+            ValueError: the image has another shape or dtype.
+        """
         if self.failure:
             return
         pixels = picture.contiguous().numpy()
         if pixels.shape != self.shape or pixels.dtype != np.uint8:
-            raise ValueError(f"a picture of {pixels.shape} {pixels.dtype}, not {self.shape} uint8")
+            raise ValueError(f"the image is {pixels.shape} {pixels.dtype}; the cache stores {self.shape} uint8")
         entry = _digest(signature, status, pixels) + bytes([status]) + pixels.tobytes()
         try:
             os.pwrite(self._descriptor, entry, int(self.slots[row]) * self.slot_bytes)
@@ -108,7 +134,7 @@ class PictureFile:
     def __setstate__(self, state: dict[str, Any]) -> None:
         try:
             self.__init__(**state)  # type: ignore[misc]
-        except OSError as error:  # in a worker, which can do without
+        except OSError as error:  # in a worker, which works without the cache
             self._descriptor, self.failure = -1, _reason(error)
 
 
@@ -124,23 +150,26 @@ def _digest(signature: bytes, status: int, pixels: np.ndarray) -> bytes:
 
 
 def slot_bytes(shape: tuple[int, ...]) -> int:
-    """What a picture takes in the file."""
+    """Return the number of bytes that an image takes in the file."""
     return DIGEST_BYTES + 1 + int(np.prod(shape))
 
 
 def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, room: int) -> np.ndarray:
-    """Slots for the ``room`` nodes with the most edge ends; of nodes with as many, the first rows.
+    """Assign slots to the ``room`` nodes with the most edge ends. Ties go to the lower rows.
 
     Args:
-        rows: (E, 2) rows of the edges' ends; anything with a length that an int array indexes.
+        rows: (E, 2) node rows of source and destination: an object that has a length and is indexed by an int array.
+        num_nodes: number of nodes, N.
+        room: number of slots.
 
     Returns:
-        (N,) int32, -1 where a node has none. A node's slot is its own row if there is room for all.
+        (N,) int32, the slot of each node, or -1 if it has no slot. If there are slots for all nodes, each node's slot
+        is its row.
     """
     if room >= num_nodes:
         return np.arange(num_nodes, dtype=np.int32)
     ends = np.zeros(num_nodes, dtype=np.int64)
-    step = max(2**20, num_nodes)  # edges at a time: a count is as long as the node table
+    step = max(2**20, num_nodes)  # edges per chunk; at least num_nodes, because each count has num_nodes entries
     for start in range(0, len(rows), step):
         part = rows[np.arange(start, min(start + step, len(rows)))]
         ends += np.bincount(part.ravel(), minlength=num_nodes)
@@ -150,14 +179,20 @@ def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, room: int) 
 
 
 def file_name(**made_of: Any) -> str:
-    """A file's name: a digest of all that its bytes and slots depend on, and of the libraries that decode."""
+    """Return the name of a cache file: a digest of everything that its bytes and slots depend on.
+
+    The digest also covers the versions of the libraries that decode images.
+
+    Args:
+        made_of: JSON values that the bytes and slots depend on.
+    """
     versions = (torch.__version__, torchvision.__version__, PIL.__version__)
     key = json.dumps([FORMAT, *versions, made_of], sort_keys=True)
     return f"pictures-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
 def missing_room(path: Path, size: int) -> int:
-    """Bytes that the disk lacks for ``path`` to be filled up to ``size``."""
+    """Return how many bytes of disk space are missing to fill ``path`` up to ``size`` bytes."""
     taken = path.stat().st_blocks * 512 if path.exists() else 0
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     return max(0, size - taken - shutil.disk_usage(folder).free)

@@ -106,6 +106,7 @@ def test_scale(graph: Path, tmp_path: Path) -> None:
     assert all(row["efficiency"] > 0.1 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and baselines on one split."""
     monkeypatch.setattr(STUDY_LAUNCH, WarmRun)

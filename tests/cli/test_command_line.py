@@ -150,6 +150,7 @@ def test_errors_of_data_and_paths(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_launch_without_flags(graph: Path, tmp_path: Path) -> None:
     """``accelerate launch launch.py`` trains on data in the original trainer's folder layout.
 

@@ -489,9 +489,10 @@ def measure_memory(folder: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nodes", "edges"),
-    [(40_000, 400_000), pytest.param(1_000_000, 10_000_000, marks=pytest.mark.slow)],
+    [(40_000, 400_000), (1_000_000, 10_000_000)],
     ids=["40k_nodes", "1m_nodes"],
 )
 def test_memory_of_tables(tmp_path: Path, nodes: int, edges: int) -> None:

@@ -75,10 +75,7 @@ def endless(graph: Path, tmp_path: Path) -> list[str]:
     return settings(graph, tmp_path / "run", "--max_steps=100000", "--epochs=100000", "--save_every=0")
 
 
-CASES = [  # config, signal, to whom, the launcher's exit code
-    ("cpu_2proc.yaml", signal.SIGUSR1, "launcher", -signal.SIGUSR1),
-    ("cpu_2proc.yaml", signal.SIGTERM, "group", 1),
-]
+CASES = [("cpu_2proc.yaml", signal.SIGTERM, "group", 1)]  # config, signal, receiver, the launcher's exit code
 ONE_PROCESS = ("cpu.yaml", signal.SIGTERM, "launcher", -signal.SIGTERM)
 MORE = [
     (config, number, target, code)

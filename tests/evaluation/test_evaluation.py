@@ -378,7 +378,7 @@ def test_shuffled_images_show_a_shortcut() -> None:
     assert second["retrieval"]["r@1"] == 1.0 and second["retrieval_shuffled"]["r@1"] == 0.0
 
 
-@pytest.mark.parametrize("count", [2, 3, 12_842])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(12_842, marks=pytest.mark.slow)])
 def test_derangement_has_no_fixed_point(count: int) -> None:
     image_rows = derangement(count, seed=4)
     assert np.array_equal(np.sort(image_rows), np.arange(count)) and not (image_rows == np.arange(count)).any()

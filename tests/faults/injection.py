@@ -75,6 +75,11 @@ def at_call(target: str, number: int, action: str | float, after: bool = False) 
     wrap(target, with_fault)
 
 
+def put(target: str, value: object) -> None:
+    """Replace a constant, by its dotted name."""
+    targets.put(target, value)
+
+
 def meet_at(target: str, folder: str) -> None:
     """At a call of a function or method: make ``folder``/here, and wait for ``folder``/go."""
 

@@ -48,6 +48,7 @@ assert write(150_000) == 150_000
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_vectors(tmp_path: Path) -> None:
     """Writing 150 MB of vectors succeeds with 32 MB more memory than the process uses after writing 10 MB."""
     path = tmp_path / "features_fused.pt"

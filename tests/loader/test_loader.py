@@ -76,6 +76,7 @@ def test_node_rows_are_dicts_without_the_id(dataset: GraphEdgeDataset) -> None:
         nodes[40]
 
 
+@pytest.mark.slow
 def test_a_table_takes_less_than_half_of_a_dict_of_dicts(tmp_path: Path) -> None:
     count = 100_000
     rows = [(f"n{i}", f"name {i}", f"a summary of node {i} that has words", f"images/{i}.jpg") for i in range(count)]

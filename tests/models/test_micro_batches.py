@@ -58,6 +58,7 @@ print(step(128))
 """
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less_memory() -> None:
     """A step in 8 parts adds less than a third of the memory that a step in 1 part adds to the process.
 

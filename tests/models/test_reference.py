@@ -77,7 +77,8 @@ def reference_losses(z: State, temperature: float) -> dict[str, float]:
     return {"mm": float(mm), "graph": float(graph)}
 
 
-SIZES = [(512, 768, 512, 256, 49), (40, 24, 64, 16, 5)]  # d_text, d_vis, fused_dim, proj_dim, patches
+# d_text, d_vis, fused_dim, proj_dim, patches; the first are those of ViT-B/32
+SIZES = [pytest.param(512, 768, 512, 256, 49, marks=pytest.mark.slow), (40, 24, 64, 16, 5)]
 
 
 @pytest.mark.parametrize(("d_text", "d_vis", "fused_dim", "proj_dim", "patches"), SIZES)

@@ -6,7 +6,7 @@ import pytest
 from mmgraph.report.nodes import arrange
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 40, 500])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 40, 100])
 def test_places_of_any_number_of_nodes(count: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(count, 16)).astype(np.float32)
     for some in (vectors, np.ones_like(vectors)):

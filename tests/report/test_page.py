@@ -1,6 +1,7 @@
 """Pages of runs of every kind."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,59 @@ def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
         assert at == list(range(100, 100_001, 100))
         assert values == pytest.approx(losses.reshape(-1, 100).mean(axis=1), rel=1e-9)
         assert opened.numbers("training") == ["100"]  # steps that a point is the mean of
+
+
+def test_nearest_nodes_against_brute_force(
+    graph: Path, runs: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, features = str(runs / "evaluated"), tmp_path / "features"
+    assert main(["encode", run, "--features", "z_graph", "--format", "npy", "--output_dir", str(features)]) == 0
+    vectors = np.load(features / "features_z_graph.npy").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nodes = pd.read_csv(graph / "nodes.csv", dtype=str, keep_default_na=False)
+    rows = {node_id: row for row, node_id in enumerate(nodes["node_id"])}
+    edges = {name: pd.read_csv(runs / f"{name}.csv", dtype=str) for name in ("edges", "eval_edges")}
+    pairs = {name: set(zip(table["src_id"], table["dst_id"], strict=True)) for name, table in edges.items()}
+    assert main(["report", run, "--output", "page.html", "--node", "node 3", "--text", "a red apple"]) == 0
+    labels = set()
+    with Opened(browser, tmp_path / "page.html") as opened:
+        entries = opened.page.locator("article").all()
+        assert len(entries) == 12
+        assert "node 3" in entries[0].inner_text() and "a red apple" in entries[1].inner_text()
+        assert entries[1].locator(".node .id").inner_text() not in rows  # the text is not a node of the graph
+        for entry in [entries[0], *entries[2:]]:
+            node_id = entry.locator(".node .id").inner_text()
+            row = rows[node_id]
+            scores = vectors @ vectors[row]
+            scores[row] = -2
+            titles = [name.get_attribute("title") or "" for name in entry.locator("li .name").all()]
+            neighbors = [title.rsplit("(", 1)[1][:-1] for title in titles]
+            assert len(neighbors) == 8
+            assert scores[[rows[other] for other in neighbors]] == pytest.approx(np.sort(scores)[::-1][:8], abs=1e-6)
+            similarities = entry.locator("li .similarity").all_inner_texts()
+            assert similarities == [f"{scores[rows[other]]:.3f}" for other in neighbors]
+            for item, other in zip(entry.locator("li").all(), neighbors, strict=True):
+                both = {(node_id, other), (other, node_id)}
+                label = "trained" if both & pairs["edges"] else "held out" if both & pairs["eval_edges"] else ""
+                assert "".join(item.locator(".edge").all_inner_texts()) == label
+                labels.add(label)
+        opened.check()
+    assert labels == {"trained", "held out", ""}
+
+
+def test_report_at_the_end_equals_a_later_one(
+    runs: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``mmgraph report`` without arguments reports the run below runs/ that ended last."""
+    shutil.copytree(runs / "evaluated", tmp_path / "runs/evaluated")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--output", "later.html"]) == 0
+    texts = []
+    for path in (runs / "evaluated/report.html", tmp_path / "later.html"):
+        with Opened(browser, path) as opened:
+            texts.append(re.sub(r"Written [^.]*\.", "", opened.page.locator("body").inner_text()))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
