@@ -1,4 +1,4 @@
-"""Where the images of a graph's nodes are read from."""
+"""Sources of the images of a graph's nodes."""
 
 import os
 import stat
@@ -11,48 +11,55 @@ from mmgraph.data.images import IMAGE_STATUS, OUTSIDE
 from mmgraph.data.node_table import NodeTable
 from mmgraph.utils.files import file_signature
 
-MAX_FILE_BYTES = 1 << 30  # of an image file; a larger one is not read
+MAX_FILE_BYTES = 1 << 30  # larger image files are not read
 
 
 class ImageSource(Protocol):
-    """What is read of images, by a reference that a node's row gives. It is pickled into DataLoader workers.
+    """Reads the images of nodes. It is pickled into DataLoader workers.
+
+    :meth:`locate` returns a reference that identifies a node's image. The other methods take this reference.
 
     Attributes:
-        columns: of the node table, that :meth:`locate` and :meth:`describe` need.
-        place: names where the images are, whatever the working directory; caches of their hashes are kept by it.
+        columns: columns of the node table that :meth:`locate` and :meth:`describe` need.
+        location: identifies where the images are stored, independent of the working directory. Caches of content hashes
+            are named after it.
     """
 
     columns: tuple[str, ...]
     location: str
 
     def locate(self, node: Mapping[str, Any]) -> Hashable:
-        """Where a row says that its image is; equal for equal images, so that caches find them. None without one."""
+        """Return the reference of a row's image; None if it has no image. Caches use the reference as a key."""
 
     def describe(self, node: Mapping[str, Any]) -> str:
-        """What a row says of its image, for people; empty where it has none."""
+        """Return a description of a row's image for messages; empty if it has no image."""
 
     def read(self, reference: Any) -> tuple[bytes | None, int]:
-        """The encoded image, or None; and an index into :data:`mmgraph.data.images.IMAGE_STATUS`. Raises nothing."""
+        """Return the encoded image or None, and an index into ``images.IMAGE_STATUS``. Never raises."""
 
     def signature(self, reference: Any, min_age_ns: int) -> bytes | None:
-        """The state of an image, as :func:`mmgraph.utils.files.file_signature`; ``b""`` where there is none."""
+        """Return the signature of an image, as :func:`~mmgraph.utils.files.file_signature`; ``b""`` for no image."""
 
     def check(self, nodes: NodeTable, seed: int) -> None:
-        """Look for some images, drawn by ``seed``. Raises :class:`UserError` where none is found."""
+        """Check a random sample of the images.
+
+        Raises:
+            UserError: none of them exists.
+        """
 
 
 class ImageFiles:
-    """Images in files, whose paths are in the column ``image_path``.
+    """Images in files. The column ``image_path`` contains their paths.
 
     Args:
-        paths: how they are looked up. Without it each is opened as it is given, which is the public collators' rule.
+        paths: resolves the paths. None: paths are opened unchanged, which is the rule of the public collators.
     """
 
     columns: tuple[str, ...] = ("image_path",)
 
     def __init__(self, paths: ImagePaths | None = None):
         self.paths = paths
-        # Not the working directory, which may be a second root: a start from elsewhere finds the same hashes.
+        # The first root only: the second may be the working directory, which must not change the name of a cache.
         self.location = "" if paths is None else str(Path(paths.roots[0]).resolve())
 
     def locate(self, node: Mapping[str, Any]) -> str | None:
@@ -75,20 +82,20 @@ class ImageFiles:
 
 
 def read_file(path: str | None) -> tuple[bytes | None, int]:
-    """An image file's bytes, or None; and an index into ``IMAGE_STATUS``."""
+    """Return the bytes of an image file or None, and an index into ``IMAGE_STATUS``."""
     if path is None or path == OUTSIDE:
         return None, IMAGE_STATUS.index("no image path" if path is None else "outside the image root")
     try:
-        status = os.stat(path)  # noqa: PTH116 - of millions of pictures
-        if not stat.S_ISREG(status.st_mode):  # a folder; or a pipe or device, which may never end
+        status = os.stat(path)  # noqa: PTH116 - Path.stat is slow for millions of files
+        if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe or device whose data may never end
             return None, IMAGE_STATUS.index("file not found")
         if status.st_size > MAX_FILE_BYTES:
             return None, IMAGE_STATUS.index("file too large")
         return Path(path).read_bytes(), 0
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a NUL byte
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the path contains a NUL byte
         return None, IMAGE_STATUS.index("file not found")
     except OSError:
         return None, IMAGE_STATUS.index("unreadable")
 
 
-AS_GIVEN = ImageFiles()
+UNRESOLVED_FILES = ImageFiles()  # of the public collators

@@ -1,4 +1,4 @@
-"""Image files to CLIP pixels: decoding that never raises, and preprocessing equal to CLIP's."""
+"""Decodes images. Errors become an image status, never an exception."""
 
 import io
 import os
@@ -14,21 +14,22 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
-# Why a node's picture is not (all of) its file. A batch carries the index; 0 is a picture read in full.
+# Image status: why a node has no image, or not the complete image. Batches contain the index; 0 is a complete image.
 IMAGE_STATUS = (
     "", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
     "file too large",
 )  # fmt: skip
 NO_PATH = IMAGE_STATUS.index("no image path")
-OUTSIDE = "/dev/null/outside the image root"  # instead of a path that is not to be opened; nothing can lie there
-# What Pillow may open. Others are for no picture of a node, and some run other programs (EPS: Ghostscript).
+OUTSIDE = "/dev/null/outside the image root"  # replaces a refused path; no file can exist there
+# Formats that Pillow may open. Others are not used for images of nodes, and some run programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
 
 
 class _Switch:
-    """Pillow's ``LOAD_TRUNCATED_IMAGES``, which is all threads': many decode while it is off, or one while it is on.
+    """Switches Pillow's ``LOAD_TRUNCATED_IMAGES``, which is shared by all threads.
 
-    Left on, half images would pass without a word, and damaged ones as whole.
+    Several threads may decode while it is off, or one thread while it is on. If it were always on, Pillow would return
+    truncated and damaged images without an error.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class _Switch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        with self._begin, self._changed:  # held all along: nobody else begins, so this one need not wait for ever
+        with self._begin, self._changed:  # held until the end: no thread starts, so the wait ends
             self._changed.wait_for(lambda: not self._decoding)
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
@@ -60,7 +61,7 @@ _accept_truncated = _Switch()
 
 
 def _renew() -> None:
-    """In a child: who was decoding is no thread of it."""
+    """Reset the switch in a forked child, which does not have the threads that were decoding."""
     global _accept_truncated
     _accept_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = _Switch(), False
 
@@ -71,24 +72,25 @@ os.register_at_fork(after_in_child=_renew)
 def decode_picture(
     data: bytes | None, status: int, truncated: Literal["partial", "black"] = "partial"
 ) -> tuple[torch.Tensor, int]:
-    """Decode a picture as RGB, as ``PIL.Image.open(...).convert("RGB")`` would (EXIF rotation is not applied).
+    """Decode an image as RGB, like ``PIL.Image.open(...).convert("RGB")``. EXIF rotation is not applied.
 
-    JPEG is decoded by torchvision, whose pixels are the same; everything else (PNG, GIF, WebP, CMYK, files that end
-    early) by Pillow, if it is of :data:`FORMATS`: torchvision's PNG decoder dies of a flipped bit (SIGSEGV). Pictures
-    of more than twice Pillow's ``MAX_IMAGE_PIXELS`` are not decoded.
+    torchvision decodes RGB JPEG files, to the same pixels as Pillow. Pillow decodes all other files of :data:`FORMATS`
+    (PNG, GIF, WebP, CMYK JPEG, truncated files), because a flipped bit can crash torchvision's PNG decoder (SIGSEGV).
+    Images with more than twice Pillow's ``MAX_IMAGE_PIXELS`` are not decoded.
 
     Args:
-        data: the encoded picture; None where there is none.
-        cause: index into :data:`IMAGE_STATUS` of why there is none.
-        truncated: what a file that ends early gives: the part that is there, or black.
+        data: the encoded image, or None.
+        status: if ``data`` is None, the index into :data:`IMAGE_STATUS` of the reason.
+        truncated: result for a truncated file: the part that can be decoded (``"partial"``), or a black image.
 
     Returns:
-        (3, H, W) uint8 and an index into :data:`IMAGE_STATUS`. A picture that cannot be decoded is black, 224x224.
+        The image, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`. An image that cannot be decoded is black,
+        224x224.
     """
     if data is None:
         return black_image(), status
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large pictures and of palettes: the original decoded them too
+        warnings.simplefilter("ignore")  # Pillow warns of large images and palettes, which the original trainer decodes
         return _decode_safely(data, truncated)
 
 
@@ -98,7 +100,7 @@ def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
             header = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
         return black_image(), IMAGE_STATUS.index("too many pixels")
-    except Exception:  # Pillow's plugins raise whatever a broken header makes them raise
+    except Exception:  # Pillow's plugins raise errors of any type for a damaged header
         return black_image(), IMAGE_STATUS.index("unreadable")
     return _decode(data, header, truncated)
 
@@ -108,7 +110,7 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB), 0
         except RuntimeError:
-            pass  # truncated or broken: Pillow tells which
+            pass  # truncated or damaged; Pillow's error below shows which
     try:
         with _accept_truncated.off():
             return _to_tensor(picture), 0
@@ -126,7 +128,7 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this Pillow knows."""
+    """Return the FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -136,20 +138,24 @@ def _to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def describe_image_status(codes: Sequence[int]) -> str:
-    """How many of some nodes lack their whole picture, by cause, such as ``3 file not found, 1 truncated``."""
+    """Describe how many nodes have no complete image, by image status, such as ``3 file not found, 1 truncated``.
+
+    Args:
+        codes: indices into :data:`IMAGE_STATUS`, one per node.
+    """
     return ", ".join(f"{codes.count(i):,} {status}" for i, status in enumerate(IMAGE_STATUS) if status and i in codes)
 
 
 class ImageCounter:
-    """The image files that this rank has seen, and why some were not whole.
+    """Counts the image files that this rank has read, and records the image status of each node.
 
     Args:
-        nodes: how many there are.
+        nodes: number of nodes.
 
     Attributes:
-        causes: (nodes,) int8, indices into ``IMAGE_STATUS``; 0 also where a node was not seen.
-        read: image files so far, each once.
-        bad: those of them that were not there, or not whole.
+        image_status: (nodes,) int8, indices into ``IMAGE_STATUS``; 0 if the node was not read.
+        read: number of image files read, each counted once.
+        bad: number of these that are missing or incomplete.
     """
 
     def __init__(self, nodes: int):
@@ -157,7 +163,7 @@ class ImageCounter:
         self.read, self.bad = 0, 0
 
     def note(self, rows: np.ndarray, image_status: np.ndarray) -> None:
-        """Note distinct nodes of a batch: (U,) rows, and (U,) indices into ``IMAGE_STATUS``."""
+        """Record the unique nodes of a batch: (U,) rows, and (U,) indices into ``IMAGE_STATUS``."""
         with_path = image_status != NO_PATH
         new = with_path & ~self._seen[rows]
         self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & (image_status != 0)).sum())
@@ -166,11 +172,16 @@ class ImageCounter:
 
 
 def is_black(image_status: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:
-    """Whether nodes have no picture at all, from their indices into ``IMAGE_STATUS``; bool of the same shape."""
+    """Return which nodes have a black image in place of their own: bool of the same shape.
+
+    Args:
+        image_status: indices into ``IMAGE_STATUS``.
+        truncated: as for :func:`decode_picture`.
+    """
     partial = (image_status == IMAGE_STATUS.index("truncated")) & (truncated == "partial")
     return (image_status != 0) & ~partial
 
 
 def black_image() -> torch.Tensor:
-    """What a node without a readable picture has: (3, 224, 224) uint8."""
+    """Return the image of nodes without a readable image: (3, 224, 224) uint8, black."""
     return torch.zeros(3, 224, 224, dtype=torch.uint8)

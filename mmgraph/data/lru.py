@@ -1,4 +1,4 @@
-"""A least-recently-used cache that threads can share."""
+"""A least-recently-used (LRU) cache for several threads."""
 
 import os
 import threading
@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 Value = TypeVar("Value")
 
 SHARDS = 16
-# One of each shard, of all caches; never held while a value is made. A fork waits for them: in the child no thread
-# would release them, and an entry might be half moved.
+# A lock for each shard number, shared by all caches. No lock is held while a value is read. A fork first acquires all
+# locks: a lock held by another thread would never be released in the child, and an entry could be moved only in part.
 _locks = [threading.Lock() for _ in range(SHARDS)]
 
 
@@ -29,11 +29,11 @@ os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_
 
 
 class ShardedLRU(Generic[Value]):
-    """Keeps the ``capacity`` entries used last, over all its shards together. A pickled cache starts empty.
+    """Stores the ``capacity`` most recently used entries of all shards together. A pickled cache is empty.
 
-    An entry belongs to a shard by the hash of its key, so that threads rarely wait for each other. Every use is
-    numbered, and the entry that goes is the oldest of the shards' oldest: the one that a single list would drop.
-    Written here because cachetools has one list, without locks, and forks and pickles with what it holds.
+    The hash of a key selects its shard, so threads rarely wait for each other. Every use has a number. The cache drops
+    the entry with the lowest number of all shards, so the order is that of a single LRU list. cachetools is not used:
+    its caches have no locks, and they are pickled and forked with their entries.
     """
 
     def __init__(self, capacity: int):
@@ -42,7 +42,7 @@ class ShardedLRU(Generic[Value]):
         self._shards: list[OrderedDict[Hashable, tuple[int, Value]]] = [OrderedDict() for _ in range(SHARDS)]
 
     def get(self, key: Hashable, read: Callable[[], Value]) -> Value:
-        """The value of ``key``; on a miss ``read()`` makes it, outside of any lock."""
+        """Return the value of ``key``. On a miss, call ``read()`` without holding a lock, and store its result."""
         number = hash(key) % SHARDS
         with _locks[number]:
             if key in self._shards[number]:
@@ -63,7 +63,7 @@ class ShardedLRU(Generic[Value]):
     def _drop_oldest(self) -> None:
         number = min(range(SHARDS), key=self._oldest_use)
         with _locks[number]:
-            if self._shards[number] and len(self) > self.capacity:  # another thread may have been here first
+            if self._shards[number] and len(self) > self.capacity:  # another thread may have dropped it first
                 self._shards[number].popitem(last=False)
 
     def _oldest_use(self, number: int) -> float:

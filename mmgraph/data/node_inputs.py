@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmgraph.data.image_cache import PictureFile
-from mmgraph.data.image_source import AS_GIVEN, ImageSource
+from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
 from mmgraph.data.images import IMAGE_STATUS, black_image, decode_picture
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.preprocessing import Preprocessing
@@ -63,7 +63,7 @@ class NodeInputs:
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = self.texts([node_text(node) for node in nodes], "max_length")
-        pictures, _ = self.pictures(map(AS_GIVEN.locate, nodes))
+        pictures, _ = self.pictures(map(UNRESOLVED_FILES.locate, nodes))
         return {
             "input_ids": input_ids,  # (N, 77)
             "attention_mask": attention_mask,  # (N, 77)
@@ -88,7 +88,7 @@ class NodeInputs:
         self,
         references: Iterable[Hashable],
         rows: Sequence[int] | np.ndarray | None = None,
-        images: ImageSource = AS_GIVEN,
+        images: ImageSource = UNRESOLVED_FILES,
     ) -> tuple[torch.Tensor, list[int]]:
         """Read the images of N nodes, resized and cropped, from the caches or the image files.
 

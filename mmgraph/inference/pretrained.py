@@ -13,7 +13,7 @@ from mmgraph.arguments import config_of
 from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
-from mmgraph.data.image_source import AS_GIVEN, ImageSource
+from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
 from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
@@ -110,7 +110,7 @@ class Inference(NamedTuple):
         """
         inputs = self.outputs.inputs
         input_ids, attention_mask = inputs.texts([text or " "])
-        pictures, [status] = inputs.pictures([AS_GIVEN.locate({"image_path": image_path})])
+        pictures, [status] = inputs.pictures([UNRESOLVED_FILES.locate({"image_path": image_path})])
         if status == IMAGE_STATUS.index("truncated"):
             log(f"{image_path} is truncated; the run's truncated_images setting applies")
         elif image_path is not None and status:

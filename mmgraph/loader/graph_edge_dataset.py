@@ -1,4 +1,4 @@
-"""Edges as training pairs."""
+"""Dataset of edges as pairs of nodes."""
 
 from typing import Any
 
@@ -10,15 +10,16 @@ from mmgraph.loader.nodes_dataset import NodesDataset
 
 
 class GraphEdgeDataset(Dataset[tuple[dict[str, Any], dict[str, Any]]]):
-    """Edges whose two ends are in the node table, in the order of the edge table.
+    """The edges between nodes of the node table, in the order of the edge table.
 
-    ``ds[i]`` is ``(anchor, positive)``: the dicts (as :class:`NodesDataset`) of edge i's source and destination.
-    ``rows`` is an (E, 2) int64 array of their rows in the node table. Edges with an unknown end are dropped and
-    counted in the log.
+    ``ds[i]`` is ``(anchor, positive)``: the node dicts of edge i's source and destination, as in :class:`NodesDataset`.
+    ``rows`` is an (E, 2) int64 array of their rows in the node table. Edges to nodes that are not in the table are
+    dropped, and their number is logged.
 
     Args:
-        nodes_df: has ``node_id``; unique.
-        edges_df: has ``src_id`` and ``dst_id``, of the type of ``node_id``: ids are compared exactly.
+        nodes_df: node table with the column ``node_id``, whose values are unique.
+        edges_df: edge table with the columns ``src_id`` and ``dst_id``. Ids are compared exactly, so their type must be
+            that of ``node_id``.
     """
 
     def __init__(self, nodes_df: pd.DataFrame, edges_df: pd.DataFrame):

@@ -1,4 +1,4 @@
-"""The collator of single nodes."""
+"""Collator of single nodes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,13 @@ from mmgraph.data.node_inputs import NodeInputs
 
 
 class InferenceCollator:
-    """Collates N node dicts into the three tower inputs of :class:`MultimodalCollator`, N rows each.
+    """Collates N node dicts into the three tower inputs of :class:`MultimodalCollator`, with N rows each.
 
-    Nothing is cached: inference sees each node once.
+    Images are not cached, because inference reads each node once.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        processor: a Hugging Face CLIP processor or CLIP image processor.
     """
 
     def __init__(self, tokenizer: Any, processor: Any):

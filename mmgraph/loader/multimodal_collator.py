@@ -1,4 +1,4 @@
-"""The collator of training pairs."""
+"""Collator of training pairs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ class MultimodalCollator:
     """Collates B (anchor, positive) pairs into tower inputs: the B anchors first, then the B positives.
 
     Returns exactly ``input_ids`` (2B, 77) int64, ``attention_mask`` (2B, 77) int64 and ``pixel_values``
-    (2B, 3, S, S) float32, with S the processor's crop (224 at ViT-B/32). Works in DataLoader workers of every start
-    method; each worker has a cache of its own.
+    (2B, 3, S, S) float32, where S is the processor's crop size (224 for ViT-B/32). Works in DataLoader workers of every
+    start method. Each worker has a separate cache.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
-        cache_size: images kept decoded, the least recently used go first.
+        cache_size: number of decoded images in the least-recently-used cache.
     """
 
     def __init__(self, tokenizer: Any, processor: Any, cache_size: int = 128):

@@ -1,4 +1,4 @@
-"""A node table as a dataset: rows become dicts when they are asked for."""
+"""Dataset of a node table's rows as dicts."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch.utils.data import Dataset
 
 
 class NodesDataset(Dataset[dict[str, Any]]):
-    """Nodes in the order of the table.
+    """The nodes in the order of the table.
 
-    ``ds[i]`` is a dict of row i's columns without ``node_id``. The table's columns are kept as they are (with pandas 3,
-    text is Arrow-backed); no dict of the whole table is ever made.
+    ``ds[i]`` is a dict of row i's columns without ``node_id``. It is built on access. The table's columns are stored
+    unchanged (with pandas 3, text is Arrow-backed).
 
     Args:
-        nodes_df: has ``node_id`` and any other columns.
+        nodes_df: node table with the column ``node_id`` and any other columns.
     """
 
     def __init__(self, nodes_df: pd.DataFrame):

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from mmgraph.data.image_source import AS_GIVEN, ImageSource
+from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
 from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import node_text
 from mmgraph.data.node_table import NodeTable
@@ -198,7 +198,7 @@ def _gallery(run_nodes: NodesOfRun, chosen: Sequence[GalleryQuery], links: Links
 
 
 def _new_node(run_nodes: NodesOfRun, query: GalleryQuery) -> Node:
-    [picture] = thumbnails(AS_GIVEN, [query.image], GALLERY_SIDE, run_nodes.truncated_images)
+    [picture] = thumbnails(UNRESOLVED_FILES, [query.image], GALLERY_SIDE, run_nodes.truncated_images)
     return Node(None, "not in the graph", _short(query.name), "", picture)
 
 

@@ -1,4 +1,4 @@
-"""Builds a run: reads where it begins, opens what its data needs, and sets up its parts."""
+"""Builds a run: reads its resume state or start, opens its data and token source, and builds its parts."""
 
 import math
 from pathlib import Path
@@ -50,7 +50,7 @@ from mmgraph.training.trainer import Run
 
 
 def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
-    """Build a run. Called by all ranks. Everything with a random part is set up from the seed alone.
+    """Build a run. Called by all ranks. Random initial values depend only on the seed.
 
     Args:
         config: the run's settings.
@@ -58,14 +58,14 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
         graph: the run's data.
 
     Raises:
-        UserError: towers that cannot be loaded, or an output folder that holds another run.
+        UserError: the towers cannot be loaded, or the output folder contains another run.
     """
     start = _read_start(config, accelerator, graph)
     progress = start.progress
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
     early_stopping = EarlyStopping(config, progress, graph.held_out.fingerprint if graph.held_out else "")
     schedule = Schedule(config, progress, early_stopping, len(sampler), graph.held_out is not None)
-    _check_place(start, schedule)
+    _check_position(start, schedule)
     opened = _open_data(config, accelerator, graph, schedule, start.run_fingerprint["towers"])
     prepared = _prepare(config, accelerator, graph, sampler, opened, start)
 
@@ -99,13 +99,13 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
 
 
 class _Start(NamedTuple):
-    """Where a run begins."""
+    """The start of a run: new, resumed, or from a checkpoint."""
 
-    state: Path | None  # that it goes on from
-    run_fingerprint: dict[str, Any]  # what may not change when it goes on
-    frozen: dict[str, torch.Tensor]  # the towers' tensors under the original's keys
+    state: Path | None  # resume state; None for a new run
+    run_fingerprint: dict[str, Any]  # values that must not change when the run is resumed
+    frozen: dict[str, torch.Tensor]  # the towers' tensors, under the keys of the original trainer
     progress: Progress
-    trained: TrainedState | None  # weights and moments, if not random ones
+    trained: TrainedState | None  # weights and moments; None: random weights
 
 
 def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
@@ -118,15 +118,18 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
     return _Start(state, fixed, frozen, progress, trained)
 
 
-def _check_place(start: _Start, schedule: Schedule) -> None:
-    """Raise :class:`UserError` where a state's place in its epoch is none of this run's."""
+def _check_position(start: _Start, schedule: Schedule) -> None:
+    """Raise a UserError if the state is at a position within its epoch that this run cannot have."""
     done, epoch = start.progress.samples_in_epoch, schedule.samples_per_epoch
     if done > epoch or done % schedule.config.global_batch_size:
-        raise UserError(f"{start.state}: {done:,} edges of an epoch of {epoch:,}: not this run's")
+        raise UserError(
+            f"{start.state}: the state is after {done:,} edges of an epoch, but an epoch of this run has {epoch:,} "
+            f"edges in batches of {schedule.config.global_batch_size:,}; set another --output_dir"
+        )
 
 
 class _Data(NamedTuple):
-    """What a run knows of its nodes, and where their tokens come from."""
+    """The opened data of a run: its token source, and the parts that depend on the graph."""
 
     inputs: NodeInputs
     source: TokenSource
@@ -155,19 +158,19 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
 
 
 class _Prepared(NamedTuple):
-    """What Accelerate has wrapped."""
+    """The parts that Accelerate has prepared."""
 
     module: nn.Module
     optimizer: AcceleratedOptimizer
     loader: DataLoaderShard
-    parameters: tuple[int, int]  # how many are trained, and how many are frozen
+    parameters: tuple[int, int]  # number of trained and of frozen parameters
 
 
 def _prepare(
     config: Config, accelerator: Accelerator, graph: Graph, sampler: GlobalBatchSampler, data: _Data, start: _Start
 ) -> _Prepared:
     d_text, d_vis = tower_shapes(config.model_name).widths
-    torch.manual_seed(config.seed)  # right before the module is built
+    torch.manual_seed(config.seed)  # directly before the module is built, so that its weights depend only on the seed
     module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
     frozen = sum(tensor.numel() for tensor in start.frozen.values())
     parameters = sum(parameter.numel() for parameter in module.parameters()), frozen  # before ZeRO partitions them
@@ -177,14 +180,14 @@ def _prepare(
         module.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=accelerator.scaler is None,  # the loss scaler would not learn of a step that it skips
+        fused=accelerator.scaler is None,  # with a fused optimizer, the loss scaler does not report skipped steps
     )
     live = data.inputs if isinstance(data.source, LiveTowers) else None
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
     set_run(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     if accelerator.num_processes > 1 and wrapped is module:
-        raise UserError("the trained module is not wrapped for data parallel training: ranks would train alone")
+        raise UserError("the trained module is not wrapped for data parallel training, so each rank would train alone")
     if start.trained is not None:
         restore(wrapped, optimizer.optimizer, start.trained)
     if start.progress.loss_scale is not None:
@@ -193,6 +196,6 @@ def _prepare(
 
 
 def _micro_batches(config: Config, accelerator: Accelerator) -> int:
-    """Parts that a rank's nodes of a step are embedded in."""
+    """Return the number of micro batches in which a rank embeds its nodes of a step."""
     edges = config.global_batch_size // accelerator.num_processes
     return math.ceil(edges / (config.micro_batch_size or edges))

@@ -1,4 +1,4 @@
-"""Writes what a run leaves to go on from: the resume state, and the epoch, final and best files."""
+"""Writes the checkpoints of a run: the resume state, and the epoch, final and best files."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,15 +33,15 @@ from mmgraph.training.step_log import StepLog
 
 
 class Checkpointer:
-    """Saves a run. Everything is called by all ranks; the main process writes.
+    """Saves a run. All ranks call each method; only the main process writes.
 
     Args:
-        config, accelerator, progress, schedule: of the run.
-        identity: what may not change when the run goes on.
-        frozen: the towers' tensors under the original's keys.
-        module, optimizer: prepared by Accelerate.
-        step_log, run_log: are written to the disk before a state that follows them.
-        signals: of this rank; a save may take longer than a step.
+        config, accelerator, progress, schedule: settings, accelerator, progress and schedule of the run.
+        run_fingerprint: values that must not change when the run is resumed.
+        frozen: the towers' tensors, under the keys of the original trainer.
+        module, optimizer: the trained module and its optimizer, prepared by Accelerate.
+        step_log, run_log: flushed before a state is written, so that no state is ahead of ``metrics.jsonl``.
+        signals: this rank's stop request. A save may take longer than a step, so its watchdog is paused meanwhile.
     """
 
     def __init__(
@@ -62,14 +62,17 @@ class Checkpointer:
         self.run_fingerprint, self.frozen, self.module, self.optimizer = run_fingerprint, frozen, module, optimizer
         self.step_log, self.run_log, self.signals = step_log, run_log, signals
         self.output = config.output_folder
-        self._saved: tuple[int, bool, bool] | None = None  # what of this run the newest state has
+        self._saved: tuple[int, bool, bool] | None = None  # content of the newest state: step, evaluated, finished
 
     def save(self) -> None:
-        """Write the state, before it the epoch file at an epoch's end and the final file at the run's."""
+        """Write the resume state. At the end of an epoch or of the run, first write the epoch file or the final file.
+
+        Does nothing if the newest state has the same content.
+        """
         self.step_log.flush()
         progress, finished = self.progress, self.schedule.finished
         if finished:
-            self.signals.begin()  # a stop that comes now is what happens anyway
+            self.signals.begin()  # a stop signal from here on changes nothing: the run ends anyway
         content = progress.step, progress.unevaluated is None, finished
         if content == self._saved:
             return
@@ -84,16 +87,20 @@ class Checkpointer:
         self._saved = content
 
     def save_best(self, module: TrainedModule) -> None:
-        """Write the best file, of a whole module."""
+        """Write the best file.
+
+        Args:
+            module: the full module, as :meth:`whole_module` returns it.
+        """
         best = Checkpoint(model_state(self.frozen, module.state_dict()))
         self.write(lambda: write_checkpoint(best_file(self.output), best))
 
     def write(self, write: Callable[[], object]) -> None:
-        """Have the main process write to the output folder; its failure is every rank's."""
+        """Call ``write`` on the main process. If it fails, all ranks raise its error."""
         write_on_main_process(self.accelerator, self.output, write)
 
     def whole_module(self) -> TrainedModule:
-        """What is trained, of any backend, in float32 on this rank's device."""
+        """Return the full trained module in float32, on this rank's device, for any backend."""
         weights = consolidate(self.module, self.optimizer.optimizer).weights
         return TrainedModule.from_weights(weights).to(self.accelerator.device)
 

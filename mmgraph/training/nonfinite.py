@@ -1,4 +1,4 @@
-"""Updates that are not finite: no rank makes one, its batch is written down, and the run ends or leaves a few out."""
+"""Steps whose loss or gradient is not finite: no rank applies the update, and the run skips the step or ends."""
 
 import json
 import math
@@ -23,29 +23,30 @@ REMEDY = "try a lower --learning_rate, --max_grad_norm 1, or bf16 instead of fp1
 
 
 def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """The loss, with gradients that are all NaN where it is not finite itself.
+    """Return the loss. If it is not finite, its gradients are all NaN.
 
-    So a loss that is not finite on one rank is known to all of them by the gradients, which are reduced anyway. Else
-    nothing changes: times 1 is exact.
+    The gradients are reduced over the ranks, so every rank learns of a non-finite loss on one rank without a further
+    collective. A finite loss does not change: a product with 1 is exact.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Have a fused optimizer's next step change nothing, where the gradients' norm is not finite.
+    """Make the next step of a fused optimizer a no-op if the norm of the gradients is not finite.
 
-    The device decides, as under torch.amp.GradScaler, whose way of telling the optimizer this is: nothing waits for it.
+    This sets ``found_inf``, as ``torch.amp.GradScaler`` does. The device evaluates it, so the host does not wait.
     """
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
 
 class NonfiniteSteps:
-    """What becomes of the steps of a run that are not finite.
+    """Handles the non-finite steps of a run.
 
     Args:
-        config: the run's settings; as many steps as ``max_skipped_steps`` may be left out.
-        graph: the run's data; the ids of a batch's edges are written to ``not_finite.jsonl``.
-        progress: the run's; such steps are counted in it.
+        config: the run's settings. Up to ``max_skipped_steps`` steps are skipped.
+        accelerator: the run's accelerator.
+        graph: the run's data. The ids of a batch's edges are written to ``not_finite.jsonl``.
+        progress: the run's progress, which counts the skipped steps.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph, progress: Progress):
@@ -56,53 +57,54 @@ class NonfiniteSteps:
         row: dict[str, Any],
         loss: float,
         norm: float,
-        own_loss: torch.Tensor,
+        local_loss: torch.Tensor,
         first_sample: int,
         finding_scale: bool,
     ) -> bool:
-        """Whether a step was not finite, and so is left out. The same on every rank, which all call this.
+        """Return whether a step is skipped because it is not finite. Called by all ranks; all get the same result.
 
         Args:
-            row: of the step.
-            loss: the weighted sum, in the mean over the ranks.
-            norm: of the gradients, the same on every rank; negative where the backend does not tell it.
-            own_loss: this rank's, ().
-            first_sample: edges of the epoch before this batch.
-            finding_scale: fp16 looks for its loss scale: gradients of no finite norm are its affair.
+            row: row of the step.
+            loss: weighted sum of the losses, mean over the ranks.
+            norm: L2 norm of the gradients, the same on all ranks; negative if the backend does not report it.
+            local_loss: this rank's loss, ().
+            first_sample: number of edges of the epoch before this batch.
+            finding_scale: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
 
         Raises:
-            RunError: there were ``--max_skipped_steps`` before.
+            RunError: ``--max_skipped_steps`` steps were skipped before.
         """
         if math.isfinite(loss) and (math.isfinite(norm) or finding_scale):
             return False
-        finite = gather_object([math.isfinite(own_loss.item())])
+        finite = gather_object([math.isfinite(local_loss.item())])
         ranks = [rank for rank, is_finite in enumerate(finite) if not is_finite]
-        what = "the loss is not finite" if ranks else "the gradient is not finite"
+        problem = "the loss is not finite" if ranks else "the gradient is not finite"
         where = f" on rank {', '.join(map(str, ranks))}" if 0 < len(ranks) < len(finite) else ""
         write_on_main_process(
             self.accelerator, self.config.output_folder, lambda: self._write(row, ranks, first_sample)
         )
         count = self.progress.nonfinite_steps + 1
-        told = f"step {row['step']:,}: {what}{where}; no rank has made the update, and its edges are in {FILE}"
+        message = f"step {row['step']:,}: {problem}{where}; no rank applied the update; the edges are in {FILE}"
         if count > self.config.max_skipped_steps:
             raise RunError(
-                f"{told}. The last state stands: {REMEDY}; or --max_skipped_steps {count} leaves such steps out"
+                f"{message}. The last state is still valid: {REMEDY}, or skip such steps with --max_skipped_steps "
+                f"{count}"
             )
         self.progress.nonfinite_steps = count
-        log(f"{told} ({count} of --max_skipped_steps {self.config.max_skipped_steps})")
+        log(f"{message} ({count} of --max_skipped_steps {self.config.max_skipped_steps})")
         return True
 
     def _write(self, row: dict[str, Any], ranks: list[int], start: int) -> None:
         size, graph = self.config.global_batch_size, self.graph
         edges = permuted(np.arange(start, start + size), len(graph.rows), self.config.seed, row["epoch"])
         ids = graph.nodes.ids(graph.rows[edges].ravel())  # 2 * size
-        told = {
+        entry = {
             "step": row["step"],
             "epoch": row["epoch"],
             "ranks": ranks,
             "edges": list(zip(ids[::2], ids[1::2], strict=True)),
         }
         with (self.config.output_folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+            file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Start-up checks: what would fail or mislead later is told in seconds, before the towers are loaded."""
+"""Checks of a launch before the towers are loaded. They take seconds, and report what would fail or mislead later."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from mmgraph.utils.environment import versions
 from mmgraph.utils.log import log
 from mmgraph.utils.units import size
 
-SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
+SAME_EVERYWHERE = {  # values that must be equal on all ranks, and the remedy if they are not
     "settings": "give every machine the same command",
     "precision": "give every machine the same accelerate config",
     "node table": "give every machine the same files",
@@ -39,7 +39,7 @@ SAME_EVERYWHERE = {  # what ranks must agree on, and the remedy
 
 
 class Rank(NamedTuple):
-    """What a rank tells the others about itself."""
+    """Values of a rank that all ranks compare or log."""
 
     host: str
     device: str
@@ -48,18 +48,19 @@ class Rank(NamedTuple):
     local_ranks: int
     visible_gpus: int
     flops_per_s: float
-    agreed: dict[str, Any]  # under the keys of SAME_EVERYWHERE
+    agreed: dict[str, Any]  # by the keys of SAME_EVERYWHERE
 
 
 def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
-    """Check a launch on all ranks. Findings are lines of the log: all of them with ``--check``, else the warnings.
+    """Check a launch. Log all findings with ``--check``, else only the warnings. Called by all ranks.
 
     Raises:
-        UserError: ranks differ, the batch does not fit the world or the graph, or the output folder cannot be used.
+        UserError: a value differs between ranks, the global batch does not fit the world size or the graph, the output
+            folder cannot be used, or a tracker is not installed.
     """
     on_main_process(accelerator, lambda: _check_trackers(config))
-    own = raise_on_all_ranks(accelerator, lambda: _look(config, accelerator, graph))
-    ranks: list[Rank] = gather_object([own])
+    this_rank = raise_on_all_ranks(accelerator, lambda: _inspect(config, accelerator, graph))
+    ranks: list[Rank] = gather_object([this_rank])
     _check_agreement(ranks)
     check_batch_size(config.global_batch_size, len(graph.rows), accelerator.num_processes)
     sizes = raise_on_all_ranks(accelerator, lambda: _sizes(config))
@@ -91,7 +92,7 @@ def _sizes(config: Config) -> estimate.Shape:
     return estimate.shape(towers, config)
 
 
-def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
+def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
     device = accelerator.device
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -113,42 +114,42 @@ def _look(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Bytes available and in all, of this host or of its cgroup."""
+    """Return the available and the total memory in bytes, of this host or of its cgroup."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        free, total = min(free, int(most) - int(used.read_text())), min(total, int(most))
+    if limit.exists() and (maximum := limit.read_text().strip()).isdigit():
+        free, total = min(free, int(maximum) - int(used.read_text())), min(total, int(maximum))
     return free, total
 
 
 def _check_agreement(ranks: list[Rank]) -> None:
     for number, rank in enumerate(ranks):
-        for what, remedy in SAME_EVERYWHERE.items():
-            first, own = ranks[0].agreed[what], rank.agreed[what]
-            if isinstance(own, dict):
-                # What only one has (of a model: not downloaded yet, or not needed) is not another thing.
-                names = sorted(name for name in first.keys() & own.keys() if first[name] != own[name])
-                first, own = (", ".join(f"{name} {values[name]}" for name in names) for values in (first, own))
-            if first == own:
+        for name, remedy in SAME_EVERYWHERE.items():
+            expected, value = ranks[0].agreed[name], rank.agreed[name]
+            if isinstance(value, dict):
+                # A key that one rank lacks is no difference: its file may not be downloaded yet, or not be needed.
+                keys = sorted(key for key in expected.keys() & value.keys() if expected[key] != value[key])
+                expected, value = (", ".join(f"{key} {values[key]}" for key in keys) for values in (expected, value))
+            if expected == value:
                 continue
             raise UserError(
-                f"rank {number} ({rank.host}) has another {what} than rank 0 ({ranks[0].host}): "
-                f"{str(own)[:60]} instead of {str(first)[:60]}; {remedy}"
+                f"rank {number} ({rank.host}) does not have the same {name} as rank 0 ({ranks[0].host}): "
+                f"{str(value)[:60]} instead of {str(expected)[:60]}; {remedy}"
             )
 
 
 def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
     hosts = {rank.host: rank for rank in ranks}
-    place = ""
+    address = ""
     if len(ranks) > 1:
-        place = f", met at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    lines = [f"{len(ranks)} process(es) on {len(hosts)} host(s), as launched{place}"]
+        address = f", connected through {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    lines = [f"{len(ranks)} process(es) on {len(hosts)} host(s), as launched{address}"]
     for host, rank in hosts.items():
         if rank.visible_gpus > rank.local_ranks and accelerator.device.type == "cuda":
             lines.append(
-                f"warning: {host} has {rank.visible_gpus} visible GPUs, of which {rank.local_ranks} are used: "
-                "--num_processes is the total over all machines"
+                f"warning: {host} has {rank.visible_gpus} visible GPUs but uses {rank.local_ranks}; set "
+                "--num_processes to the total number of GPUs over all machines"
             )
     return lines
 
@@ -170,21 +171,21 @@ def _towers(config: Config, ranks: list[Rank]) -> list[str]:
     hosts = sorted({rank.host for rank in ranks if not rank.agreed["towers"]})
     if not hosts:
         return []
-    return [f"{config.model_name}: not on {', '.join(hosts)} yet; it will be downloaded from the hub at the start"]
+    return [f"{config.model_name}: not yet on {', '.join(hosts)}; it will be downloaded from the hub"]
 
 
 def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
-    steps, left = divmod(num_edges, config.global_batch_size)
+    steps, remainder = divmod(num_edges, config.global_batch_size)
     edges = config.global_batch_size // accelerator.num_processes
-    micro = f", {min(config.micro_batch_size, edges)} at once" if config.micro_batch_size else ""
+    micro = f", {min(config.micro_batch_size, edges)} per micro batch" if config.micro_batch_size else ""
     return (
-        f"{config.global_batch_size} edges a step, {edges} a process{micro}; {steps:,} steps an epoch, which leaves "
-        f"out {left} of {num_edges:,} edges"
+        f"{config.global_batch_size} edges per step, {edges} per process{micro}; {steps:,} steps per epoch, which skip "
+        f"{remainder} of {num_edges:,} edges"
     )
 
 
 def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
-    """The output folder takes files, and there is room. Creates nothing that stays."""
+    """Check that the output folder is writable and has enough disk space. Leaves no file behind."""
     folder = config.output_folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -194,15 +195,15 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     except OSError as error:
         raise UserError(f"--output_dir {config.output_folder}: cannot write to {folder}: {error.strerror}") from None
     epoch, state = estimate.epoch_file_bytes(sizes), estimate.state_bytes(sizes)
-    one = epoch + 2 * state  # the next state is written before an old one goes
-    whole = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
-    if free < one:
+    needed = epoch + 2 * state  # the next state is written before an old one is removed
+    total = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
+    if free < needed:
         raise UserError(
-            f"--output_dir {config.output_folder}: {size(free)} free, and an epoch file with its state takes "
-            f"{size(one)}; make room, or choose another place"
+            f"--output_dir {config.output_folder}: {size(free)} free, but an epoch file and its states need "
+            f"{size(needed)}; free some disk space, or set another --output_dir"
         )
-    line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; a whole run takes up to {whole / 1e9:.1f} GB"
-    return [line if whole <= free else f"warning: {line}"]
+    line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; the full run needs up to {total / 1e9:.1f} GB"
+    return [line if total <= free else f"warning: {line}"]
 
 
 def _resources(
@@ -214,30 +215,30 @@ def _resources(
     needed = estimate.memory_gb(
         sizes, edges, config.micro_batch_size, "cuda" if device == "cuda" else "cpu", half, stored
     )
-    lines = [f"about {needed:.1f} GB of memory a process, by estimate"]
+    lines = [f"about {needed:.1f} GB of memory per process (estimate)"]
     if stored:
-        kept = size(estimate.store_bytes(sizes, len(graph.nodes), half))
-        lines.append(f"each node goes through the towers once, before the first step; the tokens take up to {kept}")
+        store = size(estimate.store_bytes(sizes, len(graph.nodes), half))
+        lines.append(f"the towers run once per node, before the first step; the tokens take up to {store} on disk")
     for number, rank in enumerate(ranks):
-        room = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
-        if needed > room:
+        free = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
+        if needed > free:
             lines.append(
                 f"warning: rank {number} ({rank.host}) may run out of memory: about {needed:.1f} GB needed, "
-                f"{room:.1f} GB free; --micro_batch_size {max(1, edges // 4)} needs less"
+                f"{free:.1f} GB free; try --micro_batch_size {max(1, edges // 4)}"
             )
     if config.check:
         slowest = min(rank.flops_per_s for rank in ranks)
         seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest, stored)
-        share = f"{MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
+        speed = f"{MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
         lines.append(
-            f"about {seconds:.2g} s a step at full text length, by estimate ({share})"
-            + ("" if stored else "; reading images comes on top")
+            f"about {seconds:.2g} s per step at full text length (estimate: {speed})"
+            + ("" if stored else ", plus the time to read images")
         )
     return lines
 
 
 def _stored(config: Config, graph: Graph) -> bool:
-    """Whether a run will have a tower store, if it can be written."""
+    """Return whether the run will use a tower store, provided that it can be written."""
     steps = config.epochs * (len(graph.rows) // config.global_batch_size)
     planned_nodes = nodes_seen(config, graph, min(steps, config.max_steps or steps))
     return config.tower_cache != "off" and (config.tower_cache != "auto" or planned_nodes > len(graph.nodes))

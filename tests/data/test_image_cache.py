@@ -33,7 +33,7 @@ from mmgraph.data.batches import BatchCollator, EdgeBatch, EdgeRows, shared_pict
 from mmgraph.data.graph import load_graph
 from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
-from mmgraph.data.image_source import AS_GIVEN, ImageFiles
+from mmgraph.data.image_source import UNRESOLVED_FILES, ImageFiles
 from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.preprocessing import Preprocessing
@@ -140,7 +140,7 @@ def test_image_that_changes_while_decoded_is_not_cached(
         Path(images[0]).write_bytes(Path(images[1]).read_bytes())
         return torch.zeros(SHAPE, dtype=torch.uint8), 0
 
-    assert file.read(0, AS_GIVEN, images[0], decode)[1] == 0 and file.get(0, before) is None
+    assert file.read(0, UNRESOLVED_FILES, images[0], decode)[1] == 0 and file.get(0, before) is None
     wait_until_cacheable()
     assert count_decoded(inputs, images[:1]) == 1 and count_decoded(inputs, images[:1]) == 0
     monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files changed more recently than this
