@@ -118,7 +118,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return settings
 
 
-def config_of(settings: Mapping[str, Any]) -> Config:
+def build_config(settings: Mapping[str, Any]) -> Config:
     """Build a Config from settings by name, as read from a YAML file; settings that are None keep their defaults.
 
     Raises:

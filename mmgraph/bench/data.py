@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mmgraph.bench.report import report
 from mmgraph.config import Config
-from mmgraph.data.batches import EdgeCollator, EdgeRows, build_loader, shared_pictures, start_worker
+from mmgraph.data.batches import EdgeCollator, EdgeRows, build_loader, open_image_cache, start_worker
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
@@ -60,9 +60,9 @@ def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
     texts = [node_text(node) for node in nodes]
     operations: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
         "read a node": (lambda row: graph.nodes[row], drawn),
-        "tokenise a text": (lambda text: inputs.texts([text]), texts),
+        "tokenise a text": (lambda text: inputs.tokenize([text]), texts),
         "read an image file": (graph.images.read, references),
-        "decode and resize it": (lambda reference: inputs.picture_of(*graph.images.read(reference)), references),
+        "decode and resize it": (lambda reference: inputs.decode_image_of(*graph.images.read(reference)), references),
     }
     return [
         {"what": what, "ms": 1000 * statistics.median(_seconds(run, items))}
@@ -86,7 +86,7 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
         folder = Path(broadcast_from_main_process(accelerator, lambda: temporary))
         inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), config.cache_size)
         if config.image_cache_gb:
-            inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, folder)
+            inputs.picture_file = open_image_cache(config, graph, inputs.preprocessing, folder)
         sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
         loader = accelerator.prepare(
             build_loader(graph, inputs, sampler, config.num_workers, config.collective_timeout)

@@ -157,8 +157,8 @@ def state_folders(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
-    """Return the newest valid state, or None. Call ``tell`` with a message for each newer state that is invalid.
+def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | None:
+    """Return the newest valid state, or None. Call ``on_invalid`` with a message for each newer state that is invalid.
 
     Raises:
         StateNotReadableError: a newer mmgraph wrote one of these states, or it cannot be read now.
@@ -170,7 +170,7 @@ def newest_state(folder: Path, tell: Callable[[str], object]) -> Path | None:
         except StateNotReadableError:
             raise
         except UserError as error:
-            tell(f"skipped an invalid state: {error}")
+            on_invalid(f"skipped an invalid state: {error}")
     return None
 
 
@@ -182,7 +182,7 @@ def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | 
         start: the state that the run resumes from; None for a new run.
         progress: the progress in ``start``.
     """
-    newest = newest_state(folder, tell=lambda line: None)
+    newest = newest_state(folder, on_invalid=lambda line: None)
     if newest is None or start is None or newest.resolve() != start.resolve():
         return newest
     record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # newest_state has validated it

@@ -39,7 +39,7 @@ def _find(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
         if _used(output) or (output / "metrics.jsonl").exists():
             raise UserError(f"--resume never: {output} contains a run; {NEW_RUN_HINT}")
         return None
-    state = newest_state(output / "state", tell=log)
+    state = newest_state(output / "state", on_invalid=log)
     if state is None:
         if _used(output):
             raise UserError(f"{output} contains checkpoints but no valid state to resume from; {NEW_RUN_HINT}")
@@ -50,7 +50,7 @@ def _find(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | None:
 
 def _named_state(state: Path, output: Path, run_fingerprint: Mapping[str, Any]) -> Path:
     read_record(state)
-    newest = newest_state(output / "state", tell=log)
+    newest = newest_state(output / "state", on_invalid=log)
     if newest is not None and newest.resolve() != state.resolve():
         raise UserError(
             f"--resume {state}: {output} has a newer state, {newest.name}; set --resume auto to resume from it, or "

@@ -47,7 +47,7 @@ def write_report(run: "Run") -> None:
     try:
         with run.signals.interruptible():
             make = raise_on_all_ranks(run.accelerator, _import_report)
-            module = run.checkpointer.whole_module()
+            module = run.checkpointer.full_module()
             figures = make.end_of_run(run.config, run.accelerator, run.graph, module, run.outputs)
             if figures is not None:
                 page = run.config.output_folder / make.FILE

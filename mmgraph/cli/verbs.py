@@ -136,10 +136,10 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES, encode
-    from mmgraph.inference.pretrained import find_checkpoint, run_settings, settings_of
+    from mmgraph.inference.pretrained import find_checkpoint, load_run_config, run_settings
 
     checkpoint = find_checkpoint(args.source)
-    config = settings_of(checkpoint, _overrides(args))
+    config = load_run_config(checkpoint, _overrides(args))
     default_output = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
     accelerator = build_accelerator()
     encode(checkpoint, config, accelerator, args.output_dir or default_output, args.features or FEATURES, args.format)
@@ -158,13 +158,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.evaluation.command import evaluate, find_features
-    from mmgraph.inference.pretrained import find_checkpoint, settings_of
+    from mmgraph.inference.pretrained import find_checkpoint, load_run_config
 
     features = find_features(args.source)
     if not features and len(args.source) > 1:
         raise UserError("evaluate takes one run or checkpoint at a time: run the command once for each")
     checkpoint = None if features else find_checkpoint(args.source[0])
-    config = settings_of(checkpoint or features[0], _overrides(args))
+    config = load_run_config(checkpoint or features[0], _overrides(args))
     accelerator = build_accelerator()
     evaluate(checkpoint, features, config, accelerator, args.json)
     accelerator.end_training()
@@ -193,7 +193,7 @@ def _neighbors(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES
     from mmgraph.inference.neighbor_search import neighbors, query_of
-    from mmgraph.inference.pretrained import find_checkpoint, last_checkpoint, newest_run, settings_of
+    from mmgraph.inference.pretrained import find_checkpoint, last_checkpoint, load_run_config, newest_run
 
     query = query_of(args.node, args.text, args.image)
     if args.embedding not in FEATURES:
@@ -203,7 +203,7 @@ def _neighbors(args: argparse.Namespace) -> None:
     find = last_checkpoint if source.is_dir() else find_checkpoint
     # On one rank only: a run may be writing checkpoints, and ranks could find different ones.
     checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))
-    config = settings_of(checkpoint, _overrides(args))
+    config = load_run_config(checkpoint, _overrides(args))
     neighbors(checkpoint, config, accelerator, query, args.embedding, args.top_k)
     accelerator.end_training()
 

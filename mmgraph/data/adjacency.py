@@ -25,7 +25,9 @@ class Adjacency:
     def to(self, device: torch.device) -> "Adjacency":
         return Adjacency(self.keys.to(device), self.num_nodes)
 
-    def of(self, nodes: torch.Tensor, first: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def neighbors_of(
+        self, nodes: torch.Tensor, first: int = 0, stop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the neighbors of some nodes.
 
         Args:

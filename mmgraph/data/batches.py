@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.graph import Graph
-from mmgraph.data.image_cache import PictureFile, file_name, missing_room, slot_bytes, slots_by_frequency
+from mmgraph.data.image_cache import ImageCache, file_name, missing_disk_space, slot_bytes, slots_by_frequency
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.node_inputs import NodeInputs, node_text
 from mmgraph.data.node_table import NodeTable
@@ -104,9 +104,9 @@ class BatchCollator(EdgeCollator):
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         batch = super().__call__(items)
         nodes = [self.nodes[int(row)] for row in batch.unique]
-        input_ids, attention_mask = self.inputs.texts([node_text(node) for node in nodes])
+        input_ids, attention_mask = self.inputs.tokenize([node_text(node) for node in nodes])
         before = self.inputs.decoded
-        pictures, status = self.inputs.pictures(map(self.images.locate, nodes), batch.unique, self.images)
+        pictures, status = self.inputs.read_images(map(self.images.locate, nodes), batch.unique, self.images)
         return batch._replace(
             inputs={"input_ids": input_ids, "attention_mask": attention_mask, "pictures": pictures},
             image_status=np.array(status),
@@ -115,7 +115,7 @@ class BatchCollator(EdgeCollator):
         )
 
 
-def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> PictureFile | None:
+def open_image_cache(config: Config, graph: Graph, preprocessing: Preprocessing, folder: Path) -> ImageCache | None:
     """Open the image cache that all processes of this host share, with space for ``config.image_cache_gb`` GB.
 
     Args:
@@ -143,14 +143,14 @@ def shared_pictures(config: Config, graph: Graph, preprocessing: Preprocessing, 
     pictures = min(pictures, nodes)
     size = pictures * slot_bytes(shape)
     try:
-        lacking = missing_room(path, size)
+        lacking = missing_disk_space(path, size)
         if lacking:
             log(
                 f"no image cache: {path.parent} lacks {lacking / 1e9:.2f} GB of disk space for a cache of "
                 f"{size / 1e9:.2f} GB; set a smaller --image_cache_gb, or set MMGRAPH_CACHE to another folder"
             )
             return None
-        file = PictureFile(path, slots_by_frequency(graph.rows, nodes, pictures), shape)
+        file = ImageCache(path, slots_by_frequency(graph.rows, nodes, pictures), shape)
     except OSError as error:
         log(f"no image cache: {path}: {error.strerror}; set MMGRAPH_CACHE to a writable folder")
         return None

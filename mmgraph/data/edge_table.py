@@ -54,12 +54,12 @@ class RemainingEdges:
 
     Args:
         table: the entries of all edges.
-        left_out: (M,) int64, ascending numbers of the excluded edges. Takes 8 bytes of memory per edge.
+        excluded: (M,) int64, ascending numbers of the excluded edges. Takes 8 bytes of memory per edge.
     """
 
-    def __init__(self, table: EdgeTable, left_out: np.ndarray):
+    def __init__(self, table: EdgeTable, excluded: np.ndarray):
         # _before: number of remaining edges before each excluded edge
-        self.table, self._before = table, left_out - np.arange(len(left_out))
+        self.table, self._before = table, excluded - np.arange(len(excluded))
 
     def __len__(self) -> int:
         return len(self.table) - len(self._before)
@@ -77,11 +77,11 @@ class EdgeWriter:
     """
 
     def __init__(self, file: BinaryIO, num_nodes: int):
-        self.file, self.kind, self.count = file, np.dtype(np.int32 if num_nodes <= 2**31 else np.int64), 0
+        self.file, self.dtype, self.count = file, np.dtype(np.int32 if num_nodes <= 2**31 else np.int64), 0
         self._write_header()
 
     def write(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, self.kind).data)
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data)
         self.count += len(rows)
 
     def finish(self) -> None:
@@ -91,5 +91,5 @@ class EdgeWriter:
         self.file.seek(0, 2)
 
     def _write_header(self) -> None:
-        header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.count, 2)}
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, 2)}
         np.lib.format.write_array_header_1_0(self.file, header)

@@ -27,7 +27,7 @@ TICK_NS = 10_000_000
 NOT_CACHED = {IMAGE_STATUS.index(status) for status in ("no image path", "file not found", "unreadable")}
 
 
-class PictureFile:
+class ImageCache:
     """Caches images and their image status in a file. Processes share it through the page cache.
 
     A slot contains a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest covers the image file's
@@ -154,19 +154,19 @@ def slot_bytes(shape: tuple[int, ...]) -> int:
     return DIGEST_BYTES + 1 + int(np.prod(shape))
 
 
-def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, room: int) -> np.ndarray:
-    """Assign slots to the ``room`` nodes with the most edge ends. Ties go to the lower rows.
+def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, count: int) -> np.ndarray:
+    """Assign slots to the ``count`` nodes with the most edge ends. Ties go to the lower rows.
 
     Args:
         rows: (E, 2) node rows of source and destination: an object that has a length and is indexed by an int array.
         num_nodes: number of nodes, N.
-        room: number of slots.
+        count: number of slots.
 
     Returns:
         (N,) int32, the slot of each node, or -1 if it has no slot. If there are slots for all nodes, each node's slot
         is its row.
     """
-    if room >= num_nodes:
+    if count >= num_nodes:
         return np.arange(num_nodes, dtype=np.int32)
     ends = np.zeros(num_nodes, dtype=np.int64)
     step = max(2**20, num_nodes)  # edges per chunk; at least num_nodes, because each count has num_nodes entries
@@ -174,7 +174,7 @@ def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, room: int) 
         part = rows[np.arange(start, min(start + step, len(rows)))]
         ends += np.bincount(part.ravel(), minlength=num_nodes)
     slots = np.full(num_nodes, -1, dtype=np.int32)
-    slots[np.argsort(-ends, kind="stable")[:room]] = np.arange(room)
+    slots[np.argsort(-ends, kind="stable")[:count]] = np.arange(count)
     return slots
 
 
@@ -191,7 +191,7 @@ def file_name(**made_of: Any) -> str:
     return f"pictures-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
-def missing_room(path: Path, size: int) -> int:
+def missing_disk_space(path: Path, size: int) -> int:
     """Return how many bytes of disk space are missing to fill ``path`` up to ``size`` bytes."""
     taken = path.stat().st_blocks * 512 if path.exists() else 0
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mmgraph.data.image_cache import PictureFile
+from mmgraph.data.image_cache import ImageCache
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
 from mmgraph.data.images import IMAGE_STATUS, black_image, decode_picture
 from mmgraph.data.lru import ShardedLRU
@@ -52,7 +52,7 @@ class NodeInputs:
         processor: Any,
         cache_size: int,
         truncated_images: Literal["partial", "black"] = "partial",
-        picture_file: PictureFile | None = None,
+        picture_file: ImageCache | None = None,
     ):
         self.tokenizer = tokenizer
         self.preprocessing = Preprocessing(processor)
@@ -62,15 +62,15 @@ class NodeInputs:
         self.decoded = 0
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = self.texts([node_text(node) for node in nodes], "max_length")
-        pictures, _ = self.pictures(map(UNRESOLVED_FILES.locate, nodes))
+        input_ids, attention_mask = self.tokenize([node_text(node) for node in nodes], "max_length")
+        pictures, _ = self.read_images(map(UNRESOLVED_FILES.locate, nodes))
         return {
             "input_ids": input_ids,  # (N, 77)
             "attention_mask": attention_mask,  # (N, 77)
             "pixel_values": self.preprocessing.normalize(pictures),  # (N, 3, S, S)
         }
 
-    def texts(
+    def tokenize(
         self, texts: Sequence[str], padding: Literal["longest", "max_length"] = "longest"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokenize N texts.
@@ -84,7 +84,7 @@ class NodeInputs:
         )
         return tokens["input_ids"], tokens["attention_mask"]
 
-    def pictures(
+    def read_images(
         self,
         references: Iterable[Hashable],
         rows: Sequence[int] | np.ndarray | None = None,
@@ -110,13 +110,13 @@ class NodeInputs:
 
     def _read(self, images: ImageSource, reference: Hashable, row: int | None) -> tuple[torch.Tensor, int]:
         def decode() -> tuple[torch.Tensor, int]:
-            return self.picture_of(*images.read(reference))
+            return self.decode_image_of(*images.read(reference))
 
         if self.picture_file is None or row is None:
             return decode()
         return self.picture_file.read(row, images, reference, decode)
 
-    def picture_of(self, data: bytes | None, status: int) -> tuple[torch.Tensor, int]:
+    def decode_image_of(self, data: bytes | None, status: int) -> tuple[torch.Tensor, int]:
         """Decode and resize an image.
 
         Args:

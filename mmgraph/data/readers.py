@@ -196,9 +196,9 @@ def _with_text(path: Path, table: pa.Table, columns: Sequence[str], id_columns: 
     return table
 
 
-def is_text(kind: pa.DataType) -> bool:
+def is_text(data_type: pa.DataType) -> bool:
     """Return whether an Arrow type is one of the string types."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type)
 
 
 def location(path: str | Path, row: int, short: bool = False) -> str:

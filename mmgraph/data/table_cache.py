@@ -33,7 +33,7 @@ from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import ARROW, fingerprint, is_text, read_chunks
 from mmgraph.data.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
 from mmgraph.errors import RunError, UserError
-from mmgraph.utils.files import cache_folder, make_once, save_array, write_durably
+from mmgraph.utils.files import cache_folder, create_once, save_array, write_durably
 from mmgraph.utils.log import log
 
 Opened = TypeVar("Opened")
@@ -149,7 +149,7 @@ def _use_temporary_folder(folder: Path, error: OSError) -> None:
 
 
 def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
-    make_once(path, lambda file: write(file, path))
+    create_once(path, lambda file: write(file, path))
     _release_memory()
     return path
 

@@ -103,20 +103,20 @@ def check_unique(path: str | Path, ids: pa.ChunkedArray) -> None:
         )
 
 
-def find_ids(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
+def find_ids(ids: pa.ChunkedArray, query: pa.ChunkedArray) -> np.ndarray:
     """Look up ids in a column of ids.
 
     At most 10^7 of ``ids`` are indexed at a time, which limits the memory for any number of ids.
 
     Args:
         ids: the column to search.
-        wanted: ids to look up, of the same type.
+        query: ids to look up, of the same type.
 
     Returns:
-        (len(wanted),) int64, the index of the first equal id in ``ids``, or -1 if there is no equal id.
+        (len(query),) int64, the index of the first equal id in ``ids``, or -1 if there is no equal id.
     """
-    rows = np.full(len(wanted), -1, dtype=np.int64)
+    rows = np.full(len(query), -1, dtype=np.int64)
     for start in range(0, len(ids), ID_CHUNK):
-        indices = pc.index_in(wanted, value_set=ids.slice(start, ID_CHUNK)).fill_null(-1).to_numpy()
+        indices = pc.index_in(query, value_set=ids.slice(start, ID_CHUNK)).fill_null(-1).to_numpy()
         rows = np.where((rows < 0) & (indices >= 0), indices + np.int64(start), rows)
     return rows

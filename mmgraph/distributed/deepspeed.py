@@ -65,7 +65,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
     return plugin
 
 
-def leave_towers_alone() -> None:
+def disable_zero3_for_towers() -> None:
     """Keep transformers from partitioning the frozen towers when it loads them under ZeRO-3.
 
     DeepSpeed does not manage the towers.
@@ -75,7 +75,7 @@ def leave_towers_alone() -> None:
     unset_hf_deepspeed_config()
 
 
-def set_run(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
+def configure_deepspeed(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
     """Write the run's values into DeepSpeed's config, before ``prepare``. Do nothing if DeepSpeed is not in use.
 
     Gradient clipping must be set: DeepSpeed clips at 1.0 by default, and Accelerate turns "auto" into 1.0.

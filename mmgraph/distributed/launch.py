@@ -16,7 +16,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from mmgraph.distributed.deepspeed import build_plugin, leave_towers_alone
+from mmgraph.distributed.deepspeed import build_plugin, disable_zero3_for_towers
 from mmgraph.errors import UserError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
@@ -65,7 +65,7 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
     except ValueError as error:
         raise UserError(f"the accelerate config does not fit this machine: {error}") from None
     if deepspeed:
-        leave_towers_alone()
+        disable_zero3_for_towers()
     _check_world(accelerator)
     return accelerator
 

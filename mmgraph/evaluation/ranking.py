@@ -62,7 +62,7 @@ def filtered_ranks(
         inside = torch.nonzero((query >= first) & (query < stop)).flatten()
         scores[inside, query[inside] - first] = -torch.inf
         for neighbors in known:
-            owners, rows = neighbors.of(query, first, stop)
+            owners, rows = neighbors.neighbors_of(query, first, stop)
             scores[owners, rows - first] = -torch.inf
 
     return _mean_ranks(scoring_vectors, vectors, targets, remove)

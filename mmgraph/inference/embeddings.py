@@ -16,7 +16,7 @@ from mmgraph.distributed.collectives import broadcast_from_main_process, raise_o
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_shards import FeatureShards, build_shards, missing_shards
 from mmgraph.inference.pretrained import Inference
-from mmgraph.utils.files import locked
+from mmgraph.utils.files import lock_folder
 from mmgraph.utils.log import log
 
 KEPT_FOLDERS = 3  # shard folders of other checkpoints or settings: another process may be reading one
@@ -33,12 +33,12 @@ NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
 
 
 def embed_all_nodes(
-    inference: Inference, config: Config, accelerator: Accelerator, kind: str, folder: Path
+    inference: Inference, config: Config, accelerator: Accelerator, embedding: str, folder: Path
 ) -> NodeVectors:
     """Embed all nodes, or read the cached embeddings. Called by all ranks.
 
     Args:
-        kind: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
+        embedding: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
         folder: where the embeddings are cached. If it cannot be written to, they are not cached.
 
     Returns:
@@ -48,21 +48,21 @@ def embed_all_nodes(
         UserError: another process is embedding these nodes, a vector is not finite, or ``folder`` cannot be written to
             and the ranks are on several machines.
     """
-    shards = FeatureShards(inference, folder / kind, (kind,), config.truncated_images)
+    shards = FeatureShards(inference, folder / embedding, (embedding,), config.truncated_images)
     with ExitStack() as stack:
         if missing_shards(shards, accelerator):
             opened = broadcast_from_main_process(
-                accelerator, lambda: _open(folder / kind, stack, accelerator.num_processes)
+                accelerator, lambda: _open(folder / embedding, stack, accelerator.num_processes)
             )
-            shards = FeatureShards(inference, opened, (kind,), config.truncated_images)
+            shards = FeatureShards(inference, opened, (embedding,), config.truncated_images)
             build_shards(shards, accelerator, others=KEPT_FOLDERS)
         return raise_on_all_ranks(
-            accelerator, lambda: _read(shards, kind) if accelerator.is_main_process else NO_VECTORS
+            accelerator, lambda: _read(shards, embedding) if accelerator.is_main_process else NO_VECTORS
         )
 
 
-def _read(shards: FeatureShards, kind: str) -> NodeVectors:
-    return NodeVectors(normalize_rows(shards.read(kind)), shards.read("causes").numpy())
+def _read(shards: FeatureShards, embedding: str) -> NodeVectors:
+    return NodeVectors(normalize_rows(shards.read(embedding)), shards.read("causes").numpy())
 
 
 def normalize_rows(vectors: torch.Tensor) -> np.ndarray:
@@ -79,7 +79,7 @@ def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
     """Create and lock the folder. If that fails and all ranks are on this machine, return a temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if locked(folder, stack):
+        if lock_folder(folder, stack):
             return folder
     except OSError as error:
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):

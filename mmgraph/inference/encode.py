@@ -14,16 +14,16 @@ from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import FORMATS
 from mmgraph.inference.feature_shards import FeatureShards, build_shards, progress_bar, show_progress
 from mmgraph.inference.pretrained import Inference, open_checkpoint
-from mmgraph.utils.files import locked
+from mmgraph.utils.files import lock_folder
 from mmgraph.utils.log import log
 
 FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 
 
 def encode(
-    checkpoint: Path, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], kind: str
+    checkpoint: Path, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], file_format: str
 ) -> None:
-    """Write ``features_<name>.<kind>``: one float32 vector per node, in node order. Called by all ranks.
+    """Write ``features_<name>.<file_format>``: one float32 vector per node, in node order. Called by all ranks.
 
     All ranks embed shards of nodes and store them in a hidden folder in ``output``; an interrupted call resumes from
     these shards. Then the shards are joined into the output files. Each feature is written by one rank.
@@ -32,16 +32,16 @@ def encode(
         checkpoint: an epoch or final file, of mmgraph or the original trainer.
         output: folder to write to. All ranks must see it.
         features: names from :data:`FEATURES`.
-        kind: file format, one of :data:`mmgraph.inference.feature_files.FORMATS`.
+        file_format: file format, one of :data:`mmgraph.inference.feature_files.FORMATS`.
 
     Raises:
         UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or a feature or the format is unknown,
             ``output`` cannot be written to, or another process is encoding into it.
     """
-    _check(features, kind)
+    _check(features, file_format)
     with ExitStack() as stack:
         on_main_process(accelerator, lambda: _open_folder(output, stack))
-        _encode(open_checkpoint(checkpoint, config, accelerator), config, accelerator, output, features, kind)
+        _encode(open_checkpoint(checkpoint, config, accelerator), config, accelerator, output, features, file_format)
 
 
 def _encode(
@@ -73,7 +73,7 @@ def _check(features: Sequence[str], file_format: str) -> None:
 def _open_folder(folder: Path, stack: ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not locked(folder, stack):
+        if not lock_folder(folder, stack):
             raise UserError(
                 f"--output_dir {folder}: another process is encoding into it; choose another folder or wait for it"
             )

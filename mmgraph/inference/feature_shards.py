@@ -190,12 +190,12 @@ class FeatureShards:
             content = save(tensors, metadata={"images": images, "sha256": _digest(tensors)})
             write_durably(self.file(number), partial(_write, content))
 
-    def write(self, features: Sequence[str], kind: str) -> Iterator[int]:
-        """Join the shards into one file per feature, in format ``kind``. Yields the number of rows written."""
+    def write(self, features: Sequence[str], file_format: str) -> Iterator[int]:
+        """Join the shards into one file per feature, in format ``file_format``. Yields the number of rows written."""
         for feature in features:
             shape = len(self.inference.nodes), self._read(0, feature).shape[1]
             shards = (self._read(number, feature).numpy() for number in range(len(self)))
-            path = self.folder.parent / f"features_{feature}.{kind}"
+            path = self.folder.parent / f"features_{feature}.{file_format}"
             yield from write_features(path, shape, shards, self._ids())
 
     def image_status(self) -> np.ndarray:

@@ -173,9 +173,9 @@ class Links:
         for source, destination in edges[np.isin(edges, chosen).any(axis=1)].tolist():
             self.pairs[label] |= {(source, destination), (destination, source)}
 
-    def between(self, one: int, other: int) -> str:
+    def between(self, left: int, right: int) -> str:
         """Return ``trained`` or ``held out`` for the edge between two nodes, or an empty string without an edge."""
-        return next((label for label in ("trained", "held out") if (one, other) in self.pairs[label]), "")
+        return next((label for label in ("trained", "held out") if (left, right) in self.pairs[label]), "")
 
 
 def name_of(nodes: NodeTable, row: int) -> str:
@@ -210,18 +210,18 @@ def load_links(rows: Sequence[int], inference: Inference, config: Config) -> Lin
     return Links(rows, edges.rows, edges.held_out)
 
 
-def resolve_query(query: Query, inference: Inference, kind: str) -> int | np.ndarray:
+def resolve_query(query: Query, inference: Inference, embedding: str) -> int | np.ndarray:
     """Return the row of a query's node, or the unit vector (d,) of a new node.
 
     Args:
-        kind: name of the embedding.
+        embedding: name of the embedding.
 
     Raises:
         UserError: as :func:`find_node` and :meth:`Inference.embed_new`; or the new node's embedding is not finite.
     """
     if query.node is not None:
         return find_node(inference.nodes, query.node)
-    return normalize_rows(inference.embed_new(query.text, query.image)[kind][None])[0]
+    return normalize_rows(inference.embed_new(query.text, query.image)[embedding][None])[0]
 
 
 def embeddings_folder(checkpoint: Path) -> Path:
@@ -230,12 +230,14 @@ def embeddings_folder(checkpoint: Path) -> Path:
     return folder / "embeddings"
 
 
-def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query: Query, kind: str, count: int) -> None:
+def neighbors(
+    checkpoint: Path, config: Config, accelerator: Accelerator, query: Query, embedding: str, count: int
+) -> None:
     """Print the nodes nearest to a query. Called by all ranks.
 
     Args:
         checkpoint: an epoch or final file, of mmgraph or the original trainer.
-        kind: name of the embedding.
+        embedding: name of the embedding.
         count: number of nodes to print.
 
     Raises:
@@ -244,8 +246,8 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
     # Resolved first, so that a wrong query fails before all nodes are embedded.
-    target = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, kind))
-    embedded = embed_all_nodes(inference, config, accelerator, kind, embeddings_folder(checkpoint))
+    target = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, embedding))
+    embedded = embed_all_nodes(inference, config, accelerator, embedding, embeddings_folder(checkpoint))
 
     def show() -> None:
         row, vector = (target, embedded.vectors[target]) if isinstance(target, int) else (None, target)
@@ -255,16 +257,16 @@ def neighbors(checkpoint: Path, config: Config, accelerator: Accelerator, query:
             log(f"the query has {'no image: a black image' if query.text else 'no text: one space'} is used")
         if row is None and has_random_weights(config.model_name):
             log("the towers have random weights, so the nodes nearest to a new text or image are not meaningful")
-        log(_title(query, row, inference.nodes, checkpoint, kind))
+        log(_title(query, row, inference.nodes, checkpoint, embedding))
         for line in _table(matches, inference.nodes, row, links):
             log(line)
 
     on_main_process(accelerator, show)
 
 
-def _title(query: Query, row: int | None, nodes: NodeTable, checkpoint: Path, kind: str) -> str:
+def _title(query: Query, row: int | None, nodes: NodeTable, checkpoint: Path, embedding: str) -> str:
     description = str(query) if row is None else f"'{name_of(nodes, row)}' ({id_of(nodes, row)})"
-    return f"nearest to {description} among {len(nodes):,} nodes, by cosine similarity of {kind} ({checkpoint})"
+    return f"nearest to {description} among {len(nodes):,} nodes, by cosine similarity of {embedding} ({checkpoint})"
 
 
 def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: Links | None) -> list[str]:

@@ -110,9 +110,9 @@ def _collate(
     nodes: NodeTable, images: ImageSource, inputs: NodeInputs, pair: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     rows, image_rows = pair
-    input_ids, attention_mask = inputs.texts([node_text(nodes[int(row)]) for row in rows])
+    input_ids, attention_mask = inputs.tokenize([node_text(nodes[int(row)]) for row in rows])
     references = [images.locate(nodes[int(row)]) for row in image_rows]
-    pictures, image_status = inputs.pictures(references, image_rows, images)
+    pictures, image_status = inputs.read_images(references, image_rows, images)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -59,39 +59,39 @@ def embed_shard(
     return {name: torch.cat(tensors)[: len(rows)] for name, tensors in parts.items()}
 
 
-def gather_shards(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+def gather_shards(accelerator: Accelerator, shard: torch.Tensor, nodes: int) -> torch.Tensor:
     """Gather the shards of all ranks in node order, on every rank's device. Called by all ranks.
 
     Args:
-        own: this rank's shard, from :func:`embed_shard`.
+        shard: this rank's shard, from :func:`embed_shard`.
         nodes: number of nodes in the graph.
     """
-    own = own.to(accelerator.device)
+    shard = shard.to(accelerator.device)
     if accelerator.num_processes == 1:
-        return own
-    padded = own.new_zeros((_size(accelerator, nodes, BATCH), *own.shape[1:]))
-    padded[: len(own)] = own
+        return shard
+    padded = shard.new_zeros((_size(accelerator, nodes, BATCH), *shard.shape[1:]))
+    padded[: len(shard)] = shard
     return gather(padded)[:nodes]
 
 
-def gather_on_main_process(accelerator: Accelerator, own: torch.Tensor, nodes: int) -> torch.Tensor:
+def gather_on_main_process(accelerator: Accelerator, shard: torch.Tensor, nodes: int) -> torch.Tensor:
     """Gather the shards of all ranks in node order, on the CPU of the main process. Called by all ranks.
 
     The shards are gathered in parts, so that no device and no other rank holds all rows.
 
     Args:
-        own, nodes: as in :func:`gather_shards`.
+        shard, nodes: as in :func:`gather_shards`.
 
     Returns:
         All rows on the main process, an empty tensor on the other ranks.
     """
     if accelerator.num_processes == 1:
-        return own.cpu()
+        return shard.cpu()
     size, ranks = _size(accelerator, nodes, BATCH), accelerator.num_processes
-    rows = own.new_empty((ranks, size if accelerator.is_main_process else 0, *own.shape[1:]), device="cpu")
+    rows = shard.new_empty((ranks, size if accelerator.is_main_process else 0, *shard.shape[1:]), device="cpu")
     for start in range(0, size, PART):
-        part = own.new_zeros((min(PART, size - start), *own.shape[1:]), device=accelerator.device)
-        chunk = own[start : start + len(part)]
+        part = shard.new_zeros((min(PART, size - start), *shard.shape[1:]), device=accelerator.device)
+        chunk = shard[start : start + len(part)]
         part[: len(chunk)] = chunk.to(accelerator.device)
         gathered = gather(part)  # (ranks * len(part), ...)
         if accelerator.is_main_process:

@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from mmgraph.arguments import config_of
+from mmgraph.arguments import build_config
 from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
 from mmgraph.config import INHERITED, Config
 from mmgraph.data.graph import find_images
@@ -63,29 +63,29 @@ def last_checkpoint(folder: Path) -> Path:
     return max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path == final))
 
 
-def settings_of(checkpoint: Path, given: dict[str, Any]) -> Config:
-    """Return the settings of a checkpoint's run, replaced by those in ``given`` that are not None.
+def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
+    """Return the settings of a checkpoint's run, replaced by those in ``overrides`` that are not None.
 
     Raises:
-        UserError: the checkpoint is not in a run's folder and ``given`` has no node table, the run's node table does
-            not exist, or the run's ``config.yaml`` is invalid.
+        UserError: the checkpoint is not in a run's folder and ``overrides`` has no node table, the run's node table
+            does not exist, or the run's ``config.yaml`` is invalid.
     """
     run = run_settings(checkpoint) or {}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "nodes" not in {**run, **given}:
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if "nodes" not in {**run, **overrides}:
         raise UserError(f"{checkpoint} is not in a run's folder: set --nodes")
-    if "eval_edges" in given or "eval_fraction" in given:
+    if "eval_edges" in overrides or "eval_fraction" in overrides:
         run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
     try:
-        run_config = config_of({name: run[name] for name in INHERITED if name in run})
+        run_config = build_config({name: run[name] for name in INHERITED if name in run})
     except UserError as error:
         raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
-    if "nodes" not in given and not Path(run_config.nodes).exists():
+    if "nodes" not in overrides and not Path(run_config.nodes).exists():
         raise UserError(
             f"{run_config.nodes} (from {checkpoint.parent.parent / 'config.yaml'}) does not exist: run this in "
             "the folder that training was started in, or set --nodes, --image_root and --model_name"
         )
-    return dataclasses.replace(run_config, **given)
+    return dataclasses.replace(run_config, **overrides)
 
 
 class Inference(NamedTuple):
@@ -109,8 +109,8 @@ class Inference(NamedTuple):
             UserError: the image cannot be read.
         """
         inputs = self.outputs.inputs
-        input_ids, attention_mask = inputs.texts([text or " "])
-        pictures, [status] = inputs.pictures([UNRESOLVED_FILES.locate({"image_path": image_path})])
+        input_ids, attention_mask = inputs.tokenize([text or " "])
+        pictures, [status] = inputs.read_images([UNRESOLVED_FILES.locate({"image_path": image_path})])
         if status == IMAGE_STATUS.index("truncated"):
             log(f"{image_path} is truncated; the run's truncated_images setting applies")
         elif image_path is not None and status:

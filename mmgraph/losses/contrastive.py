@@ -18,7 +18,7 @@ class Losses(NamedTuple):
     total: torch.Tensor  # mm + graph_loss_weight * graph
     mm: torch.Tensor  # text against image of the same node
     graph: torch.Tensor  # anchor against positive
-    left_out: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if none are masked
+    masked_counts: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if none are masked
 
 
 class BatchNodes(NamedTuple):
@@ -93,7 +93,7 @@ class _Masks(NamedTuple):
         return tuple(
             torch.stack([mask.count / mask.queries for mask in masks]).mean()
             for masks in (self.mm, self.graph)
-            if masks is not None and masks[0].own
+            if masks is not None and masks[0].own_images
         )
 
 
@@ -142,8 +142,8 @@ def _info_nce(
     (left, right), (all_left, all_right) = local, gathered
     row_mask = column_mask = None
     if masks is not None:
-        row_mask = masks[0].part(0, len(left))
-        column_mask = row_mask if masks[1] is masks[0] else masks[1].part(0, len(right))
+        row_mask = masks[0].chunk(0, len(left))
+        column_mask = row_mask if masks[1] is masks[0] else masks[1].chunk(0, len(right))
     rows = _cross_entropy(left @ all_right.T / temperature, labels, row_mask, weights)
     columns = _cross_entropy(right @ all_left.T / temperature, labels, column_mask, weights)
     return (rows + columns) / 2
@@ -223,7 +223,7 @@ def _chunked_cross_entropy(
         chunk, targets = queries[start : start + size], labels[start : start + size]  # (s, d), (s,)
         logits = chunk / temperature @ keys.T  # (s, N)
         if mask is not None:
-            logits.masked_fill_(mask.part(start, start + len(chunk)), -torch.inf)
+            logits.masked_fill_(mask.chunk(start, start + len(chunk)), -torch.inf)
         normalizer = logits.logsumexp(dim=1, keepdim=True)  # (s, 1)
         losses = normalizer - logits.gather(1, targets[:, None])  # (s, 1)
         weight = None if weights is None else weights[start : start + len(chunk), None]  # (s, 1)

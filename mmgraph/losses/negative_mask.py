@@ -17,8 +17,8 @@ class NegativeMask:
     these nodes, or is a neighbor of the query's node. The column of a query's positive is never masked.
 
     Args:
-        own: image numbers of the queries' own nodes, (n,) each: of the query's node and, in the graph loss, of its
-            positive's node. An empty tuple masks nothing by image.
+        own_images: image numbers of the queries' own nodes, (n,) each: of the query's node and, in the graph loss, of
+            its positive's node. An empty tuple masks nothing by image.
         columns: (N,) image numbers of the columns' nodes.
         labels: (n,) column of each query's positive.
         linked: the adjacency, node rows of the queries (n,) and node rows of the columns (N,); None masks no neighbors.
@@ -31,20 +31,26 @@ class NegativeMask:
 
     def __init__(
         self,
-        own: tuple[torch.Tensor, ...],
+        own_images: tuple[torch.Tensor, ...],
         columns: torch.Tensor,
         labels: torch.Tensor,
         linked: tuple[Adjacency, torch.Tensor, torch.Tensor] | None = None,
         absent: torch.Tensor | None = None,
     ):
-        self.own, self.columns, self.labels, self.linked, self.absent = own, columns, labels, linked, absent
+        self.own_images, self.columns, self.labels, self.linked, self.absent = (
+            own_images,
+            columns,
+            labels,
+            linked,
+            absent,
+        )
         self.count, self.queries = torch.zeros((), device=columns.device), 0
 
-    def part(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         """Return the mask of queries ``start`` to ``stop``, (s, N) bool, and count its false negatives."""
         labels = self.labels[start:stop, None]
         mask = torch.zeros(len(labels), len(self.columns), dtype=torch.bool, device=labels.device)  # (s, N)
-        for images in self.own:
+        for images in self.own_images:
             mask |= images[start:stop, None] == self.columns
         if self.linked is not None:
             neighbors, queries, columns = self.linked
@@ -58,42 +64,44 @@ class NegativeMask:
 class FalseNegatives(NamedTuple):
     """The masking rules of a run, with the data of its N nodes that they need, on the device."""
 
-    pictures: torch.Tensor  # (N,) int64, from image_numbers
-    same: bool  # mask the query's own nodes, and nodes with the same image as one of them
+    image_numbers: torch.Tensor  # (N,) int64, as image_numbers() returns them
+    mask_same: bool  # mask the query's own nodes, and nodes with the same image as one of them
     neighbors: Adjacency | None  # mask these neighbors in the graph loss
     missing_images: bool  # exclude nodes without an image from the text-image loss
 
     def graph_masks(
-        self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor
+        self, local: torch.Tensor, all_ranks: torch.Tensor, labels: torch.Tensor
     ) -> tuple[NegativeMask, NegativeMask] | None:
         """Return the masks of anchors over all positives and of positives over all anchors; None without masking.
 
         Args:
-            own: (2, b) node rows of this rank's anchors and positives.
-            every: (2, B) node rows of all ranks' anchors and positives.
+            local: (2, b) node rows of this rank's anchors and positives.
+            all_ranks: (2, B) node rows of all ranks' anchors and positives.
             labels: (b,) indices of this rank's edges in the global batch.
         """
-        if not self.same:
+        if not self.mask_same:
             return None
         masks = []
         for query, other in ((0, 1), (1, 0)):
-            linked = None if self.neighbors is None else (self.neighbors, own[query], every[other])
-            masks.append(NegativeMask(tuple(self.pictures[own]), self.pictures[every[other]], labels, linked))
+            linked = None if self.neighbors is None else (self.neighbors, local[query], all_ranks[other])
+            masks.append(
+                NegativeMask(tuple(self.image_numbers[local]), self.image_numbers[all_ranks[other]], labels, linked)
+            )
         return masks[0], masks[1]
 
     def text_image_mask(
-        self, own: torch.Tensor, every: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor | None
+        self, local: torch.Tensor, all_ranks: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor | None
     ) -> NegativeMask:
         """Return the mask of texts over all images. It is also the mask of images over all texts.
 
         Args:
-            own: (2b,) node rows of this rank's nodes.
-            every: (2B,) node rows of all ranks' nodes.
+            local: (2b,) node rows of this rank's nodes.
+            all_ranks: (2B,) node rows of all ranks' nodes.
             labels: (2b,) indices of this rank's nodes among all nodes.
             absent: (2B,) bool, nodes to mask.
         """
-        pictures = (self.pictures[own],) if self.same else ()
-        return NegativeMask(pictures, self.pictures[every], labels, absent=absent)
+        own_images = (self.image_numbers[local],) if self.mask_same else ()
+        return NegativeMask(own_images, self.image_numbers[all_ranks], labels, absent=absent)
 
 
 def image_numbers(content_hashes: ContentHashes) -> torch.Tensor:
@@ -122,14 +130,14 @@ def build_false_negatives(
         neighbors: adjacency of the training edges; needed if ``false_negatives`` is ``mask_neighbors``.
         device: device for the tensors.
     """
-    same = config.false_negatives != "keep" and content_hashes is not None
+    mask_same = config.false_negatives != "keep" and content_hashes is not None
     missing_images = config.missing_image == "mask"
-    if not (same or missing_images):
+    if not (mask_same or missing_images):
         return None
-    pictures = (
+    numbers = (
         image_numbers(content_hashes)
-        if same and content_hashes is not None
+        if mask_same and content_hashes is not None
         else torch.zeros(num_nodes, dtype=torch.int64)
     )
     linked = neighbors.to(device) if config.false_negatives == "mask_neighbors" and neighbors is not None else None
-    return FalseNegatives(pictures.to(device), same, linked, missing_images)
+    return FalseNegatives(numbers.to(device), mask_same, linked, missing_images)

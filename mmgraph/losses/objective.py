@@ -47,7 +47,7 @@ class Objective:
 
     def __call__(self, embeddings: Embeddings, batch: EdgeBatch) -> Losses:
         """Compute the losses of this rank's embeddings against those of all ranks. Call on all ranks."""
-        total, text_image, graph, left_out = contrastive_losses(
+        total, text_image, graph, masked_counts = contrastive_losses(
             *embeddings,
             self.config.temperature,
             self.config.graph_loss_weight,
@@ -55,7 +55,7 @@ class Objective:
             self._nodes(batch),
         )
         losses = {TOTAL: total, "loss_mm": text_image, "loss_graph": graph}
-        counters = dict(zip(("false_negatives_mm", "false_negatives_graph"), left_out, strict=False))
+        counters = dict(zip(("false_negatives_mm", "false_negatives_graph"), masked_counts, strict=False))
         return Losses(losses, counters)
 
     def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:

@@ -16,7 +16,7 @@ from mmgraph.inference.embeddings import NodeVectors, embed_all_nodes, normalize
 from mmgraph.inference.neighbor_search import Links, Query, embeddings_folder, load_links, resolve_query
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.inference.node_sharding import embed_shard, gather_on_main_process
-from mmgraph.inference.pretrained import Inference, last_checkpoint, open_checkpoint, settings_of
+from mmgraph.inference.pretrained import Inference, last_checkpoint, load_run_config, open_checkpoint
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.report.figures import Figures, figures
 from mmgraph.report.history import Run, read_run, read_runs
@@ -83,7 +83,7 @@ def _shown(
     """
     try:
         checkpoint = broadcast_from_main_process(accelerator, lambda: last_checkpoint(run.folder))
-        config = settings_of(checkpoint, dict(overrides))
+        config = load_run_config(checkpoint, dict(overrides))
         inference = open_checkpoint(checkpoint, config, accelerator)
         resolved = raise_on_all_ranks(accelerator, lambda: [_resolve(query, inference) for query in queries])
         vectors = embed_all_nodes(inference, config, accelerator, EMBEDDING, embeddings_folder(checkpoint))

@@ -67,7 +67,7 @@ class Nodes(NamedTuple):
     map: list[Node]  # the sample, in the order of the node table
     positions: np.ndarray  # (len(map), 2), from 0 to 1
     gallery: list[Entry]
-    asked: int  # entries at the start of the gallery that were requested by queries
+    requested: int  # entries at the start of the gallery that were requested by queries
     edges_known: bool
     mean_similarity: float  # of two different nodes of the sample
     image_status: list[StatusCount]

@@ -62,7 +62,7 @@ def page(shown: Sequence[Shown]) -> str:
         settings=_settings(runs),
         starts=[(run.name, list(_start(run.starts))) for run in runs],
         tables=[(run, run.table and list(_table(run.table)), relations_of(run.table)) for run in runs],
-        stand_ins=[run.name for run in runs if has_random_weights(str(run.settings.get("model_name")))],
+        random_towers=[run.name for run in runs if has_random_weights(str(run.settings.get("model_name")))],
         summaries=[_summary(run) for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         style=files("mmgraph.report").joinpath("page.css").read_text(encoding="utf-8"),

@@ -31,7 +31,7 @@ from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
 from mmgraph.towers.tokens import Tokens
-from mmgraph.utils.files import cache_folder, make_once
+from mmgraph.utils.files import cache_folder, create_once
 from mmgraph.utils.log import log
 
 VISIBLE_SECONDS = 120  # to wait for files of other hosts, which a network file system may show late
@@ -253,7 +253,7 @@ def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerSto
         size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for file in files[accelerator.local_process_index :: size]:
             with file.open("rb") as original:
-                make_once(target / file.name, partial(shutil.copyfileobj, original))
+                create_once(target / file.name, partial(shutil.copyfileobj, original))
     except OSError as error:
         failure = f"--tower_cache_local {local}: {error.strerror}"
     failures = [reason for reason in gather_object([failure]) if reason is not None]

@@ -204,7 +204,7 @@ class _ShardBuilder(NamedTuple):
                 raise UserError(
                     "the node table changed while the tower store was built; run the same command again to continue"
                 )
-            input_ids, mask = self.inputs.texts(texts)
+            input_ids, mask = self.inputs.tokenize(texts)
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text.tokens(input_ids, mask)
             assert output.mask is not None
@@ -228,7 +228,7 @@ class _ShardBuilder(NamedTuple):
             raise UserError(
                 f"{reference} changed while the tower store was built; run the same command again to continue"
             )
-        return self.inputs.picture_of(data, status)
+        return self.inputs.decode_image_of(data, status)
 
     def _cast(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(self.dtype)

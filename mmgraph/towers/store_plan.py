@@ -125,7 +125,7 @@ def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shard
         for modality in ("text", "image")
     }
     sample = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
-    _, mask = inputs.texts([node_text(graph.nodes[int(row)]) for row in sample])
+    _, mask = inputs.tokenize([node_text(graph.nodes[int(row)]) for row in sample])
     length = float(mask.sum(dim=1).float().mean())
     width = recipe.dtype.itemsize
     text_bytes = counts["text"] * (text.width * (length * width + 4) + 24)

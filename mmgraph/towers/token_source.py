@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 
 from mmgraph.config import Config
-from mmgraph.data.batches import shared_pictures
+from mmgraph.data.batches import open_image_cache
 from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.node_inputs import NodeInputs
@@ -44,6 +44,6 @@ def open_source(
         if stored is not None:
             return stored
     if config.image_cache_gb > 0:
-        inputs.picture_file = shared_pictures(config, graph, inputs.preprocessing, cache_folder(config.nodes))
+        inputs.picture_file = open_image_cache(config, graph, inputs.preprocessing, cache_folder(config.nodes))
     loaded = raise_on_all_ranks(accelerator, lambda: load_towers(config.model_name))
     return LiveTowers(loaded, inputs.preprocessing, accelerator.device, compute_dtype(accelerator))

@@ -1,4 +1,4 @@
-"""Builds a run: reads its resume state or start, opens its data and token source, and builds its parts."""
+"""Builds a run: finds its resume state, opens its data and token source, and builds its parts."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from mmgraph.data.images import ImageCounter
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
-from mmgraph.distributed.deepspeed import set_run
+from mmgraph.distributed.deepspeed import configure_deepspeed
 from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation
@@ -50,7 +50,7 @@ from mmgraph.training.trainer import Run
 
 
 def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
-    """Build a run. Called by all ranks. Random initial values depend only on the seed.
+    """Build a run. Called by all ranks. All random values depend only on the seed.
 
     Args:
         config: the run's settings.
@@ -58,7 +58,8 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
         graph: the run's data.
 
     Raises:
-        UserError: the towers cannot be loaded, or the output folder contains another run.
+        UserError: the towers cannot be loaded, the output folder contains another run, or a resume state or
+            ``--init_from`` file does not fit this run.
     """
     start = _read_start(config, accelerator, graph)
     progress = start.progress
@@ -99,13 +100,13 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
 
 
 class _Start(NamedTuple):
-    """The start of a run: new, resumed, or from a checkpoint."""
+    """State of a run before its first step: new, from ``--init_from``, or resumed."""
 
-    state: Path | None  # resume state; None for a new run
+    state: Path | None  # folder of the resume state; None for a new run
     run_fingerprint: dict[str, Any]  # values that must not change when the run is resumed
     frozen: dict[str, torch.Tensor]  # the towers' tensors, under the keys of the original trainer
     progress: Progress
-    trained: TrainedState | None  # weights and moments; None: random weights
+    trained: TrainedState | None  # weights and moments; None for random weights
 
 
 def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
@@ -119,17 +120,17 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
 
 
 def _check_position(start: _Start, schedule: Schedule) -> None:
-    """Raise a UserError if the state is at a position within its epoch that this run cannot have."""
+    """Raise :class:`UserError` if this run cannot have the state's position in its epoch."""
     done, epoch = start.progress.samples_in_epoch, schedule.samples_per_epoch
     if done > epoch or done % schedule.config.global_batch_size:
         raise UserError(
-            f"{start.state}: the state is after {done:,} edges of an epoch, but an epoch of this run has {epoch:,} "
-            f"edges in batches of {schedule.config.global_batch_size:,}; set another --output_dir"
+            f"{start.state}: belongs to another run: it has done {done:,} edges of an epoch, which does not fit the "
+            f"{epoch:,} edges of this run's epochs; set another --output_dir for a new run"
         )
 
 
 class _Data(NamedTuple):
-    """The opened data of a run: its token source, and the parts that depend on the graph."""
+    """The run's inputs and token source, and the parts that depend on its graph."""
 
     inputs: NodeInputs
     source: TokenSource
@@ -158,7 +159,7 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
 
 
 class _Prepared(NamedTuple):
-    """The parts that Accelerate has prepared."""
+    """Parts that Accelerate has prepared."""
 
     module: nn.Module
     optimizer: AcceleratedOptimizer
@@ -180,14 +181,17 @@ def _prepare(
         module.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=accelerator.scaler is None,  # with a fused optimizer, the loss scaler does not report skipped steps
+        fused=accelerator.scaler is None,  # if fused, Accelerate would not detect a step that the loss scaler skips
     )
     live = data.inputs if isinstance(data.source, LiveTowers) else None
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
-    set_run(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
+    configure_deepspeed(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     if accelerator.num_processes > 1 and wrapped is module:
-        raise UserError("the trained module is not wrapped for data parallel training, so each rank would train alone")
+        raise UserError(
+            "the trained module is not wrapped for data parallel training, so each rank would train alone; use a "
+            "config from accelerate_configs/"
+        )
     if start.trained is not None:
         restore(wrapped, optimizer.optimizer, start.trained)
     if start.progress.loss_scale is not None:

@@ -41,7 +41,7 @@ class Checkpointer:
         frozen: the towers' tensors, under the keys of the original trainer.
         module, optimizer: the trained module and its optimizer, prepared by Accelerate.
         step_log, run_log: flushed before a state is written, so that no state is ahead of ``metrics.jsonl``.
-        signals: this rank's stop request. A save may take longer than a step, so its watchdog is paused meanwhile.
+        signals: this rank's stop request. Its watchdog is paused during a save, which may take longer than a step.
     """
 
     def __init__(
@@ -65,14 +65,15 @@ class Checkpointer:
         self._saved: tuple[int, bool, bool] | None = None  # content of the newest state: step, evaluated, finished
 
     def save(self) -> None:
-        """Write the resume state. At the end of an epoch or of the run, first write the epoch file or the final file.
+        """Write the row of the last step, then the resume state.
 
-        Does nothing if the newest state has the same content.
+        At the end of an epoch, the epoch file is written before the state. At the end of the run, so is the final file.
+        No state is written if the newest state has the same content.
         """
         self.step_log.flush()
         progress, finished = self.progress, self.schedule.finished
         if finished:
-            self.signals.begin()  # a stop signal from here on changes nothing: the run ends anyway
+            self.signals.begin()  # the run is ending anyway, so a stop signal needs no watchdog
         content = progress.step, progress.unevaluated is None, finished
         if content == self._saved:
             return
@@ -90,17 +91,17 @@ class Checkpointer:
         """Write the best file.
 
         Args:
-            module: the full module, as :meth:`whole_module` returns it.
+            module: the full module, as :meth:`full_module` returns it.
         """
         best = Checkpoint(model_state(self.frozen, module.state_dict()))
         self.write(lambda: write_checkpoint(best_file(self.output), best))
 
     def write(self, write: Callable[[], object]) -> None:
-        """Call ``write`` on the main process. If it fails, all ranks raise its error."""
+        """Call ``write``, which writes to the output folder, on the main process. If it fails, every rank raises."""
         write_on_main_process(self.accelerator, self.output, write)
 
-    def whole_module(self) -> TrainedModule:
-        """Return the full trained module in float32, on this rank's device, for any backend."""
+    def full_module(self) -> TrainedModule:
+        """Return the full trained module in float32, on this rank's device. Works with every backend."""
         weights = consolidate(self.module, self.optimizer.optimizer).weights
         return TrainedModule.from_weights(weights).to(self.accelerator.device)
 

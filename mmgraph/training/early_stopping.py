@@ -46,7 +46,7 @@ class EarlyStopping:
         return better
 
     @property
-    def found(self) -> bool:
+    def has_best(self) -> bool:
         """Whether there is a best evaluation."""
         return self.value["step"] is not None
 

@@ -9,7 +9,7 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cost import MATMUL_SHARE
 from mmgraph.towers.tokens import Towers
 
-PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # on the host: Python and the loaded libraries; on a GPU: a CUDA context
+PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # before any tensor: Python and the loaded libraries; a CUDA context
 
 
 class Shape(NamedTuple):
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 def shape(towers: Towers, config: Config) -> Shape:
-    """Return the sizes. Allocates no weights if the towers are on torch's meta device."""
+    """Return the sizes. Loads and allocates nothing if the towers are on torch's meta device."""
     text, image = towers
     with torch.device("meta"):
         module = TrainedModule(*towers.widths, config.fused_dim, config.proj_dim)
@@ -64,7 +64,8 @@ def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
     """Return the size of a tower store in bytes, at full text length: tokens, and pooled outputs in float32.
 
     Args:
-        half: tokens are stored in float16, else float32.
+        nodes: number of nodes.
+        half: tokens are stored in float16, else in float32.
     """
     tokens = sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis
     return nodes * (tokens * (2 if half else 4) + 4 * (sizes.d_text + sizes.d_vis))
@@ -73,7 +74,7 @@ def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
 def memory_gb(
     sizes: Shape, edges: int, micro_batch_size: int | None, device: str, half: bool, stored: bool = False
 ) -> float:
-    """Return the peak memory of a process in GB (10^9 bytes).
+    """Estimate the peak memory of a process in GB (10^9 bytes).
 
     Args:
         edges: number of edges per step on this process.
@@ -84,11 +85,11 @@ def memory_gb(
     """
     nodes, micro_batch_nodes = 2 * edges, 2 * min(edges, micro_batch_size or edges)
     width = 2 if half else 4
-    weights = 20 * sizes.trained  # weight, gradient, its bucket, two moments
+    weights = 20 * sizes.trained  # float32: weight, gradient, gradient bucket, two moments
     weights += 0 if stored else 4 * sizes.frozen
     pixels = 0 if stored else 3 * sizes.image_size**2 * 4
     tokens = (sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis) * 4
-    # The backward pass of the fusion needs about 12 vectors per token. A layer of a tower briefly needs about as many.
+    # The fusion stores about 12 vectors per token for the backward pass. A tower's layer briefly holds about as many.
     fusion = 12 * (sizes.text_length + sizes.patches) * sizes.fused_dim * width
     tower = 0 if stored else 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
     return PROCESS_GB[device] + (weights + nodes * (pixels + tokens) + micro_batch_nodes * max(fusion, tower)) / 1e9
@@ -97,15 +98,15 @@ def memory_gb(
 def step_seconds(
     sizes: Shape, edges: int, micro_batch_size: int | None, flops_per_s: float, stored: bool = False
 ) -> float:
-    """Return the seconds that a step's arithmetic takes. With live towers, the time to read images is not included.
+    """Estimate the computing time of a step on a process, in seconds. The time to read images is not included.
 
     Args:
         edges: number of edges per step on this process.
         micro_batch_size: edges per micro batch; None: all.
-        flops_per_s: speed of a matrix product on this process.
-        stored: tokens are read from a tower store, and no tower is run.
+        flops_per_s: measured speed of a large matrix product on this process.
+        stored: tokens are read from a tower store, and the towers do not run.
     """
-    # A backward pass costs two forward passes. Micro batches compute the forward pass once more.
+    # A backward pass costs two forward passes. Micro batches recompute the forward pass.
     passes = 4 if micro_batch_size and micro_batch_size < edges else 3
     tower_flops = 0.0 if stored else sizes.tower_flops
     return 2 * edges * (tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)

@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: no rank applies the update, and the run skips the step or ends."""
+"""Steps with a non-finite loss or gradient.
+
+No rank applies the update of such a step. Its edges are written to a file, and the run skips the step or ends.
+"""
 
 import json
 import math
@@ -25,8 +28,8 @@ REMEDY = "try a lower --learning_rate, --max_grad_norm 1, or bf16 instead of fp1
 def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """Return the loss. If it is not finite, its gradients are all NaN.
 
-    The gradients are reduced over the ranks, so every rank learns of a non-finite loss on one rank without a further
-    collective. A finite loss does not change: a product with 1 is exact.
+    The gradients are reduced over the ranks anyway, so all ranks detect a non-finite loss on one rank without another
+    collective. A finite loss does not change: multiplication by 1 is exact.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -34,16 +37,17 @@ def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     """Make the next step of a fused optimizer a no-op if the norm of the gradients is not finite.
 
-    This sets ``found_inf``, as ``torch.amp.GradScaler`` does. The device evaluates it, so the host does not wait.
+    Sets ``found_inf`` on the optimizer, as ``torch.amp.GradScaler`` does. The device evaluates it, so the host does
+    not wait.
     """
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
 
 class NonfiniteSteps:
-    """Handles the non-finite steps of a run.
+    """Skips the non-finite steps of a run, or ends the run if there are too many.
 
     Args:
-        config: the run's settings. Up to ``max_skipped_steps`` steps are skipped.
+        config: the run's settings. At most ``max_skipped_steps`` steps are skipped.
         accelerator: the run's accelerator.
         graph: the run's data. The ids of a batch's edges are written to ``not_finite.jsonl``.
         progress: the run's progress, which counts the skipped steps.
@@ -64,7 +68,7 @@ class NonfiniteSteps:
         """Return whether a step is skipped because it is not finite. Called by all ranks; all get the same result.
 
         Args:
-            row: row of the step.
+            row: row of the step in ``metrics.jsonl``.
             loss: weighted sum of the losses, mean over the ranks.
             norm: L2 norm of the gradients, the same on all ranks; negative if the backend does not report it.
             local_loss: this rank's loss, ().
@@ -72,7 +76,7 @@ class NonfiniteSteps:
             finding_scale: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
 
         Raises:
-            RunError: ``--max_skipped_steps`` steps were skipped before.
+            RunError: the step is not finite, and ``--max_skipped_steps`` steps have already been skipped.
         """
         if math.isfinite(loss) and (math.isfinite(norm) or finding_scale):
             return False
@@ -84,11 +88,10 @@ class NonfiniteSteps:
             self.accelerator, self.config.output_folder, lambda: self._write(row, ranks, first_sample)
         )
         count = self.progress.nonfinite_steps + 1
-        message = f"step {row['step']:,}: {problem}{where}; no rank applied the update; the edges are in {FILE}"
+        message = f"step {row['step']:,}: {problem}{where}, so no rank applied the update; its edges are in {FILE}"
         if count > self.config.max_skipped_steps:
             raise RunError(
-                f"{message}. The last state is still valid: {REMEDY}, or skip such steps with --max_skipped_steps "
-                f"{count}"
+                f"{message}. The last state is intact; {REMEDY}, or set --max_skipped_steps {count} to skip such steps"
             )
         self.progress.nonfinite_steps = count
         log(f"{message} ({count} of --max_skipped_steps {self.config.max_skipped_steps})")

@@ -1,4 +1,4 @@
-"""Checks of a launch before the towers are loaded. They take seconds, and report what would fail or mislead later."""
+"""Start-up checks: report errors and misleading setups within seconds, before the towers are loaded."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ SAME_EVERYWHERE = {  # values that must be equal on all ranks, and the remedy if
 
 
 class Rank(NamedTuple):
-    """Values of a rank that all ranks compare or log."""
+    """Properties of a rank, gathered on all ranks."""
 
     host: str
     device: str
@@ -48,7 +48,7 @@ class Rank(NamedTuple):
     local_ranks: int
     visible_gpus: int
     flops_per_s: float
-    agreed: dict[str, Any]  # by the keys of SAME_EVERYWHERE
+    agreed: dict[str, Any]  # values that must be equal on all ranks, by the keys of SAME_EVERYWHERE
 
 
 def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
@@ -128,7 +128,7 @@ def _check_agreement(ranks: list[Rank]) -> None:
         for name, remedy in SAME_EVERYWHERE.items():
             expected, value = ranks[0].agreed[name], rank.agreed[name]
             if isinstance(value, dict):
-                # A key that one rank lacks is no difference: its file may not be downloaded yet, or not be needed.
+                # Only common keys are compared: a rank may lack a model file that is not downloaded yet or not needed.
                 keys = sorted(key for key in expected.keys() & value.keys() if expected[key] != value[key])
                 expected, value = (", ".join(f"{key} {values[key]}" for key in keys) for values in (expected, value))
             if expected == value:
@@ -143,8 +143,8 @@ def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
     hosts = {rank.host: rank for rank in ranks}
     address = ""
     if len(ranks) > 1:
-        address = f", connected through {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    lines = [f"{len(ranks)} process(es) on {len(hosts)} host(s), as launched{address}"]
+        address = f", rendezvous at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    lines = [f"{len(ranks)} process(es) on {len(hosts)} host(s){address}"]
     for host, rank in hosts.items():
         if rank.visible_gpus > rank.local_ranks and accelerator.device.type == "cuda":
             lines.append(
@@ -171,7 +171,7 @@ def _towers(config: Config, ranks: list[Rank]) -> list[str]:
     hosts = sorted({rank.host for rank in ranks if not rank.agreed["towers"]})
     if not hosts:
         return []
-    return [f"{config.model_name}: not yet on {', '.join(hosts)}; it will be downloaded from the hub"]
+    return [f"{config.model_name}: not on {', '.join(hosts)} yet; training downloads it from the hub at the start"]
 
 
 def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
@@ -185,7 +185,7 @@ def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
 
 
 def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
-    """Check that the output folder is writable and has enough disk space. Leaves no file behind."""
+    """Check that the output folder is writable and has enough disk space. Creates no permanent files or folders."""
     folder = config.output_folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -199,7 +199,7 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     total = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
     if free < needed:
         raise UserError(
-            f"--output_dir {config.output_folder}: {size(free)} free, but an epoch file and its states need "
+            f"--output_dir {config.output_folder}: {size(free)} free, but an epoch file and two resume states need "
             f"{size(needed)}; free some disk space, or set another --output_dir"
         )
     line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; the full run needs up to {total / 1e9:.1f} GB"
@@ -218,13 +218,13 @@ def _resources(
     lines = [f"about {needed:.1f} GB of memory per process (estimate)"]
     if stored:
         store = size(estimate.store_bytes(sizes, len(graph.nodes), half))
-        lines.append(f"the towers run once per node, before the first step; the tokens take up to {store} on disk")
+        lines.append(f"the towers run once per node, before the first step; on disk, the tokens take up to {store}")
     for number, rank in enumerate(ranks):
         free = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
         if needed > free:
             lines.append(
                 f"warning: rank {number} ({rank.host}) may run out of memory: about {needed:.1f} GB needed, "
-                f"{free:.1f} GB free; try --micro_batch_size {max(1, edges // 4)}"
+                f"{free:.1f} GB free; set --micro_batch_size {max(1, edges // 4)} to use less"
             )
     if config.check:
         slowest = min(rank.flops_per_s for rank in ranks)

@@ -25,7 +25,7 @@ from mmgraph.towers.clip import DEFAULT_MODEL, has_random_weights
 from mmgraph.training.metrics_file import MetricsFile
 from mmgraph.training.trackers import Trackers
 from mmgraph.utils.environment import record_start
-from mmgraph.utils.files import locked, sync, write_durably
+from mmgraph.utils.files import lock_folder, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
 
 
@@ -67,7 +67,7 @@ class RunLog:
         self.log_path, config = self.output / "training_log.txt", self.config
         try:
             (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if not locked(self.output, stack):  # two runs would damage each other's files
+            if not lock_folder(self.output, stack):  # two runs would damage each other's files
                 raise UserError(
                     f"{self.output}: another process is training in this folder; set another --output_dir or --run_name"
                 )

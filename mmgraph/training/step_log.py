@@ -86,7 +86,7 @@ class StepLog:
         row, finding_scale = self._begin_row()
         values = {**result.losses, "grad_norm": result.grad_norm, **result.counters}
         stop_requested = self.signals.requested or self.run_log.failure is not None
-        counts = {"images_read": self.images.read, "images_bad": self.images.bad, "asked_to_stop": stop_requested}
+        counts = {"images_read": self.images.read, "images_bad": self.images.bad, "stop_requested": stop_requested}
         local = torch.stack(list(values.values()))
         # new_full fills on the device, without a copy from the host.
         local = torch.cat([local, *(local.new_full((1,), count) for count in counts.values())])
@@ -127,7 +127,7 @@ class StepLog:
         step, self._in_flight = self._in_flight, None
         means = dict(zip(step.names, step.means.tolist(), strict=True))
         self._check_images(means.pop("images_read"), means.pop("images_bad"))
-        if means.pop("asked_to_stop") > 0:
+        if means.pop("stop_requested") > 0:
             self.signals.agree()
         norm = means.pop("grad_norm")
         row, losses = step.row, {name: means.pop(name) for name in step.result.losses}

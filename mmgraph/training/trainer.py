@@ -99,7 +99,7 @@ class Run:
         row, progress.unevaluated = progress.unevaluated, None
         if self.evaluation is not None:
             with self.signals.exclude_from_timing():
-                module = self.checkpointer.whole_module()
+                module = self.checkpointer.full_module()
                 table = self._rank(self.evaluation, module)
         self.checkpointer.write(lambda: self.run_log.evaluation(progress.step, row, table))
         if table is not None and self.early_stopping.improves(progress.step, table["embeddings"]):
@@ -116,7 +116,7 @@ class Run:
     def _best(self) -> str:
         """Return the log line about the best evaluation and early stopping, or an empty string."""
         best = self.early_stopping
-        line = f"best: {best}, {best_file(self.config.output_folder)}" if best.found else ""
+        line = f"best: {best}, {best_file(self.config.output_folder)}" if best.has_best else ""
         if best.exhausted:
             return f"stopped early: no improvement in {best.patience} evaluations; {line}"
         return line

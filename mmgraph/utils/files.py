@@ -54,7 +54,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_durably(path, save, shared=True)
 
 
-def make_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
+def create_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
     """Create ``path``, or wait until another process has created it.
 
     Args:
@@ -150,7 +150,7 @@ def _locked(path: Path) -> BinaryIO | None:
         file.close()  # another process renamed or removed the file before this one got the lock
 
 
-def locked(folder: Path, stack: ExitStack) -> bool:
+def lock_folder(folder: Path, stack: ExitStack) -> bool:
     """Lock ``folder`` for this process, until ``stack`` closes or the process ends, even if it is killed.
 
     Returns:

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from mmgraph.arguments import parse_config
 from mmgraph.cli import train_main
 from mmgraph.data import image_cache
-from mmgraph.data.batches import BatchCollator, EdgeBatch, EdgeRows, shared_pictures
+from mmgraph.data.batches import BatchCollator, EdgeBatch, EdgeRows, open_image_cache
 from mmgraph.data.graph import load_graph
-from mmgraph.data.image_cache import TICK_NS, PictureFile, missing_room, slot_bytes, slots_by_frequency
+from mmgraph.data.image_cache import TICK_NS, ImageCache, missing_disk_space, slot_bytes, slots_by_frequency
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageFiles
 from mmgraph.data.images import IMAGE_STATUS
@@ -82,15 +82,15 @@ def images(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def inputs(tmp_path: Path) -> NodeInputs:
     """Node inputs with a picture file for 12 rows, and no cache in memory."""
-    file = PictureFile(tmp_path / "cache/pictures", np.arange(12, dtype=np.int32), SHAPE)
+    file = ImageCache(tmp_path / "cache/pictures", np.arange(12, dtype=np.int32), SHAPE)
     return NodeInputs(tokenize, Processor(), 0, picture_file=file)
 
 
 def count_decoded(inputs: NodeInputs, paths: list[Any]) -> int:
     """Read all images, compare them with decoded images, and return the number of decodes."""
-    expected, expected_causes = NodeInputs(tokenize, Processor(), 0).pictures(paths)
+    expected, expected_causes = NodeInputs(tokenize, Processor(), 0).read_images(paths)
     before = inputs.decoded
-    pictures, causes = inputs.pictures(paths, range(len(paths)))
+    pictures, causes = inputs.read_images(paths, range(len(paths)))
     assert torch.equal(pictures, expected) and causes == expected_causes
     return inputs.decoded - before
 
@@ -101,17 +101,17 @@ def test_cached_images_equal_decoded_images(inputs: NodeInputs, images: list[str
     wait_until_cacheable()
     assert count_decoded(inputs, paths) == 9  # 8 and broken.png: missing files are not decoded
     assert count_decoded(inputs, paths) == 1  # broken.png is not cached: the error may be temporary
-    reopened = PictureFile(inputs.picture_file.path, inputs.picture_file.slots, SHAPE)
+    reopened = ImageCache(inputs.picture_file.path, inputs.picture_file.slots, SHAPE)
     assert count_decoded(NodeInputs(tokenize, Processor(), 0, picture_file=reopened), paths) == 1
-    causes = inputs.pictures(paths, range(12))[1]
+    causes = inputs.read_images(paths, range(12))[1]
     assert IMAGE_STATUS[causes[3]] == "truncated" and sum(cause > 0 for cause in causes) == 5
 
 
 def test_images_without_a_slot_are_not_cached(images: list[str], tmp_path: Path) -> None:
     slots = np.array([0, -1, 1, *[-1] * 9], dtype=np.int32)
-    inputs = NodeInputs(tokenize, Processor(), 0, picture_file=PictureFile(tmp_path / "file", slots, SHAPE))
+    inputs = NodeInputs(tokenize, Processor(), 0, picture_file=ImageCache(tmp_path / "file", slots, SHAPE))
     for _ in range(2):
-        inputs.pictures(images)
+        inputs.read_images(images)
     assert inputs.decoded == 24
     assert [count_decoded(inputs, images) for _ in range(3)] == [12, 10, 10]
     assert (tmp_path / "file").stat().st_size == 2 * slot_bytes(SHAPE)
@@ -143,7 +143,7 @@ def test_image_that_changes_while_decoded_is_not_cached(
     assert file.read(0, UNRESOLVED_FILES, images[0], decode)[1] == 0 and file.get(0, before) is None
     wait_until_cacheable()
     assert count_decoded(inputs, images[:1]) == 1 and count_decoded(inputs, images[:1]) == 0
-    monkeypatch.setattr(targets.PICTURE_TICK_NS, 3600 * 10**9)  # all files changed more recently than this
+    monkeypatch.setattr(targets.IMAGE_CACHE_TICK_NS, 3600 * 10**9)  # all files changed more recently than this
     assert count_decoded(inputs, images[:1]) == 1 and source_signature(images[0]) is None
 
 
@@ -183,7 +183,7 @@ VERSIONS = {name * 16: torch.full(LARGE, name[0], dtype=torch.uint8) for name in
 
 def write_forever(path: Path, started: Any) -> None:
     """Write two versions of three images, alternating, until the process is killed."""
-    file = PictureFile(path, np.arange(3, dtype=np.int32), LARGE)
+    file = ImageCache(path, np.arange(3, dtype=np.int32), LARGE)
     started.set()
     while True:
         for row in range(3):
@@ -194,7 +194,7 @@ def write_forever(path: Path, started: Any) -> None:
 def test_concurrent_and_killed_writers(tmp_path: Path) -> None:
     """Two processes that write different images to the same slots, until they are killed, never mix entries."""
     path = tmp_path / "file"
-    file = PictureFile(path, np.arange(3, dtype=np.int32), LARGE)
+    file = ImageCache(path, np.arange(3, dtype=np.int32), LARGE)
     hits: Counter[bool] = Counter()
 
     def check_entries() -> None:
@@ -225,7 +225,7 @@ def test_concurrent_and_killed_writers(tmp_path: Path) -> None:
 def fill(inputs: NodeInputs, images: list[str], seed: int) -> None:
     torch.set_num_threads(1)
     order = random.Random(seed).sample(range(12), 12)
-    inputs.pictures([images[row] for row in order], order)
+    inputs.read_images([images[row] for row in order], order)
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -299,7 +299,7 @@ def test_number_of_slots_and_file_names(case: Case, tmp_path: Path, capsys: pyte
     names = set()
     for pictures in (0.5, 7.9, 8, 39.9, 40, 1000):
         config = with_values(case.config, image_cache_gb=pictures * entry_bytes / 1e9 * (1 + 1e-9))
-        file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
+        file = open_image_cache(config, graph, case.preprocessing, cache_folder(config.nodes))
         room = min(int(pictures), 40)
         assert (file.slots >= 0).sum() == room and file.path.stat().st_size == room * entry_bytes
         assert file.path.parent == tmp_path / "cache" and file.path.stat().st_blocks == 0  # sparse
@@ -316,9 +316,9 @@ def test_number_of_slots_and_file_names(case: Case, tmp_path: Path, capsys: pyte
         (config, graph._replace(nodes_fingerprint="other")),
         (config, graph._replace(edges_fingerprint="other")),
     ):
-        names.add(shared_pictures(*changed, case.preprocessing, cache_folder(config.nodes)).path.name)
+        names.add(open_image_cache(*changed, case.preprocessing, cache_folder(config.nodes)).path.name)
     case.preprocessing.short_side += 8
-    names.add(shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes)).path.name)
+    names.add(open_image_cache(config, graph, case.preprocessing, cache_folder(config.nodes)).path.name)
     assert len(names) == 9
 
 
@@ -367,7 +367,7 @@ def test_training_without_a_usable_cache(
     assert os.strerror(errno.ENOTDIR) in message
 
     monkeypatch.setenv("MMGRAPH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(targets.PICTURES_MISSING_ROOM, lambda path, size: 10**9)
+    monkeypatch.setattr(targets.MISSING_DISK_SPACE, lambda path, size: 10**9)
     assert train(case.config, tmp_path) == expected
     [message] = cache_messages(capsys)
     assert str(tmp_path / "cache") in message and re.search(r"\b1\.00 GB\b", message) and "--image_cache_gb" in message
@@ -378,9 +378,9 @@ def test_missing_room_counts_existing_bytes(tmp_path: Path, monkeypatch: pytest.
     usage = shutil.disk_usage(tmp_path)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     path = tmp_path / "no/folder/yet/file"
-    assert missing_room(path, 6000) == 1000 and missing_room(path, 5000) == 0
+    assert missing_disk_space(path, 6000) == 1000 and missing_disk_space(path, 5000) == 0
     (tmp_path / "file").write_bytes(bytes(4096))
-    assert missing_room(tmp_path / "file", 9200) == 9200 - 5000 - (tmp_path / "file").stat().st_blocks * 512
+    assert missing_disk_space(tmp_path / "file", 9200) == 9200 - 5000 - (tmp_path / "file").stat().st_blocks * 512
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -411,14 +411,14 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
     graph = load_graph(config)
     tokenizer, processor = load_tokenizer_and_processor(config.model_name)
 
-    def batches(file: PictureFile | None, worker: bool) -> list[EdgeBatch]:
+    def batches(file: ImageCache | None, worker: bool) -> list[EdgeBatch]:
         inputs = NodeInputs(tokenizer, processor, 0, picture_file=file)
         collator = BatchCollator(graph.nodes, graph.images, inputs)
         start = {"num_workers": 1, "multiprocessing_context": method} if worker else {}
         return list(DataLoader(EdgeRows(graph.rows), 20, collate_fn=collator, **start))
 
     expected = batches(None, worker=False)
-    file = shared_pictures(config, graph, case.preprocessing, cache_folder(config.nodes))
+    file = open_image_cache(config, graph, case.preprocessing, cache_folder(config.nodes))
     for worker, decoded in ((True, 40), (False, 0)):
         actual = batches(file, worker)
         assert sum(batch.decoded for batch in actual) == decoded
@@ -427,7 +427,7 @@ def test_workers_share_the_file(method: str, case: Case) -> None:
         )
 
 
-def read_as_rank(rank: int, folder: Path, rows: np.ndarray, file: PictureFile | None, barrier: Any, out: Any) -> None:
+def read_as_rank(rank: int, folder: Path, rows: np.ndarray, file: ImageCache | None, barrier: Any, out: Any) -> None:
     """Read two epochs of a rank's batches, in step with the other rank.
 
     Put (epoch, edge ends, unique nodes, decoded images) of each batch into ``out``.
@@ -469,7 +469,7 @@ def test_decoded_images_per_epoch(tmp_path: Path) -> None:
     few = nodes * 8 // 100
     ends = np.sort(np.bincount(rows.ravel()))[::-1]
     for room in (nodes, few):
-        file = PictureFile(tmp_path / f"room{room}", slots_by_frequency(rows, nodes, room), SHAPE)
+        file = ImageCache(tmp_path / f"room{room}", slots_by_frequency(rows, nodes, room), SHAPE)
         barrier, out = FORK.Barrier(2), FORK.SimpleQueue()
         ranks = [FORK.Process(target=read_as_rank, args=(i, tmp_path, rows, file, barrier, out)) for i in range(2)]
         for rank in ranks:

@@ -116,5 +116,5 @@ def test_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.M
 def test_image_too_thin_to_resize_is_black(tmp_path: Path) -> None:
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
     inputs = NodeInputs(None, CLIPImageProcessor(), 1)
-    pictures, causes = inputs.pictures([str(tmp_path / "thin.png")])
+    pictures, causes = inputs.read_images([str(tmp_path / "thin.png")])
     assert pictures.shape == (1, 3, 224, 224) and [IMAGE_STATUS[cause] for cause in causes] == ["too many pixels"]

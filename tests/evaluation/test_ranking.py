@@ -141,15 +141,15 @@ def test_adjacency_against_a_set_of_edges() -> None:
     edges: Edges = [(0, 1), (1, 0), (5, 5), (3, 6), (3, 2), (6, 3)]
     known = neighbors(edges, 8)
     both_directions = {*edges, *((b, a) for a, b in edges)}
-    owners, rows = known.of(torch.tensor([3, 7, 5, 3]))
+    owners, rows = known.neighbors_of(torch.tensor([3, 7, 5, 3]))
     assert sorted(zip(owners.tolist(), rows.tolist(), strict=True)) == [(0, 2), (0, 6), (2, 5), (3, 2), (3, 6)]
-    owners, rows = known.of(torch.tensor([3, 7, 5, 3]), 3, 6)
+    owners, rows = known.neighbors_of(torch.tensor([3, 7, 5, 3]), 3, 6)
     assert sorted(zip(owners.tolist(), rows.tolist(), strict=True)) == [(2, 5)]
     left, right = torch.tensor([0, 3, 7, 5]), torch.arange(8)
     expected = [[(a, b) in both_directions for b in range(8)] for a in left.tolist()]
     assert known.linked(left, right).tolist() == expected
     empty = neighbors([], 8)
-    assert not empty.linked(left, right).any() and not len(empty.of(left)[0])
+    assert not empty.linked(left, right).any() and not len(empty.neighbors_of(left)[0])
 
 
 def test_errors_of_vectors_and_edges_that_cannot_be_ranked() -> None:

@@ -26,7 +26,7 @@ from runs import brief, check_same, each, run
 from safetensors.torch import load_file, save_file
 
 from mmgraph import load_pretrained_encoder
-from mmgraph.arguments import config_of
+from mmgraph.arguments import build_config
 from mmgraph.checkpoints.files import read_checkpoint
 from mmgraph.checkpoints.resume_state import newest_state, read_record, state_folders
 from mmgraph.checkpoints.run_start import read_start
@@ -292,7 +292,7 @@ def _saved(content: object) -> bytes:
     return file.getvalue()
 
 
-USED = (load_pretrained_encoder, config_of, UserError, find_features, read_start, read_tower_state, peak_memory_gb)
+USED = (load_pretrained_encoder, build_config, UserError, find_features, read_start, read_tower_state, peak_memory_gb)
 MEMORY = (
     targets.imports(*USED)
     + """
@@ -306,7 +306,7 @@ frozen = read_tower_state(towers)
 
 def read(path):
     settings = {"nodes": "n", "edges": "e", "model_name": towers, "fused_dim": 16, "proj_dim": 8, "init_from": path}
-    config = config_of(settings)
+    config = build_config(settings)
     find_features([Path(path)])
     for reader in (lambda: load_pretrained_encoder(path, "cpu", model_name=towers),
                    lambda: read_start(config, None, {}, frozen)):

@@ -36,7 +36,7 @@ for chunk in (1 << 24, 30):  # the complete logit matrix, and chunks of it
         nodes = BatchNodes(local_rows(inputs["rows"]), local_rows(inputs["missing"]))
         result = contrastive_losses(*z, 0.2, 0.7, masks, nodes)
         result.total.backward()
-        values = torch.stack([result.total, result.mm, result.graph, *result.left_out]).detach()
+        values = torch.stack([result.total, result.mm, result.graph, *result.masked_counts]).detach()
         gradients = torch.stack([tensor.grad for tensor in z])  # (3, 2b, d)
         all_gradients = [torch.empty_like(gradients) for _ in range(world_size)]
         if world_size > 1:

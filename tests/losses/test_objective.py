@@ -58,7 +58,7 @@ def test_nodes_without_an_image_are_masked_in_the_text_image_loss() -> None:
     """With ``partial``, a truncated image counts as an image. With ``black``, it counts as missing."""
     z, status = embeddings_of(1), [0] * 10
     status[2], status[7] = IMAGE_STATUS.index("file not found"), IMAGE_STATUS.index("truncated")
-    masks = FalseNegatives(torch.zeros(10, dtype=torch.int64), same=False, neighbors=None, missing_images=True)
+    masks = FalseNegatives(torch.zeros(10, dtype=torch.int64), mask_same=False, neighbors=None, missing_images=True)
     for truncated, masked in (("partial", {2}), ("black", {2, 7})):
         config = Config(temperature=0.5, missing_image="mask", truncated_images=truncated)  # type: ignore[arg-type]
         losses, _ = Objective(config, masks)(z, batch_of(status))

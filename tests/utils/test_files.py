@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgraph.utils.files import claim_file, make_once, write_durably
+from mmgraph.utils.files import claim_file, create_once, write_durably
 
 
 def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
@@ -26,7 +26,7 @@ def make_slowly(path: Path, byte: bytes, locks: bool) -> None:
             file.flush()  # type: ignore[attr-defined]
             time.sleep(0.005)
 
-    make_once(path, make)
+    create_once(path, make)
     assert set(path.read_bytes()) == {path.read_bytes()[0]} and path.stat().st_size == 50_000
 
 
