@@ -1,4 +1,4 @@
-"""Starts training runs and verbs for tests: through ``accelerate launch``, or in warm processes that fork."""
+"""Starts training runs and commands: through ``accelerate launch``, or in forks of a warm process."""
 
 import atexit
 import fcntl
@@ -32,15 +32,20 @@ if "MMGRAPH_WARM_SERVERS" not in os.environ:
     os.environ["MMGRAPH_WARM_SERVERS"] = str(WARM_SERVERS)
     OWNER = os.getpid()
     atexit.register(lambda: os.getpid() == OWNER and shutil.rmtree(WARM_SERVERS, ignore_errors=True))
-Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its settings
+Fault = tuple[str, dict[str, Any]]  # a function of faults/injection.py, and its arguments
 
-# By default ZeRO-3 does not partition parameters of fewer than 100,000 elements: here that would be all.
+# By default, ZeRO-3 does not partition parameters with fewer than 100,000 elements. These models have no larger ones.
 ZERO3_JSON = Path(__file__).parent / "zero3_all_partitioned.json"
 ZERO3 = f"deepspeed_zero3.yaml --num_processes 2 --mixed_precision no --deepspeed_config_file {ZERO3_JSON}"
 
 
 def launch_command(config: str, *arguments: str) -> list[str]:
-    """The command of a launch under a config of accelerate_configs/; flags of the launcher may follow its name."""
+    """Return the command of a launch.
+
+    Args:
+        config: a file in accelerate_configs/, and then flags of the launcher.
+        arguments: arguments of launch.py.
+    """
     file, *flags = config.split()
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file",
@@ -49,13 +54,13 @@ def launch_command(config: str, *arguments: str) -> list[str]:
 
 
 def run(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would."""
+    """Run a command in a new process."""
     environment = {**os.environ, **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def accelerate_launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run launch.py through the launcher, and check that it succeeds."""
+    """Run launch.py through ``accelerate launch``, and check that it succeeds."""
     done = run(launch_command(config, *arguments))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -64,13 +69,13 @@ def accelerate_launch(config: str, *arguments: str) -> subprocess.CompletedProce
 class Ended(NamedTuple):
     """How the ranks of a warm run ended."""
 
-    codes: list[int | None]  # of each rank: negative for a signal; None: killed at the timeout
-    stdout: str  # of all ranks, one after the other
+    codes: list[int | None]  # exit code of each rank; negative for a signal; None if it was killed at the timeout
+    stdout: str  # of all ranks, in the order of the ranks
     stderr: str
 
     @property
     def returncode(self) -> int | None:
-        """0 if all ranks ended well, else the code of the first that did not."""
+        """0 if all ranks succeeded, else the code of the first rank that failed."""
         return next((code for code in self.codes if code != 0), 0)
 
     @property
@@ -84,7 +89,7 @@ class Ended(NamedTuple):
 
 
 def launch(config: str, *arguments: str, cwd: Path | None = None) -> Ended:
-    """Run launch.py in warm processes, with the environment of ``accelerate launch``, and check that it succeeds."""
+    """Run launch.py in warm processes with the environment of ``accelerate launch``, and check that it succeeds."""
     ended = run_warm([SCRIPT, *arguments], config, cwd=cwd)
     assert not any(ended.codes), (ended.codes, ended.stdout[-3000:] + ended.stderr[-3000:])
     return ended
@@ -102,11 +107,13 @@ def run_warm(
     """Run a script, or ``-m mmgraph``, in warm processes of one thread each.
 
     Args:
-        program: a path or ``-m mmgraph``, then arguments.
+        program: a path or ``-m mmgraph``, and then arguments.
         config: as for :func:`launch_command`.
+        faults: faults to inject. A setting ``rank`` limits a fault to this rank.
+        cwd: working directory.
         timeout: seconds after which the ranks are killed.
-        no_launcher: the test expects an error of each rank (a launcher would end the others after the first).
-        environment: further variables.
+        no_launcher: each rank prints its error immediately. A launcher would end the other ranks after the first error.
+        environment: additional environment variables.
     """
     processes, variables = launch_environment(config)
     shared = {**os.environ, **variables, **environment}
@@ -128,7 +135,7 @@ def run_warm(
 
 
 def rank_variables(rank: int, processes: int) -> dict[str, str]:
-    """What torchrun sets for a rank, without its store."""
+    """Return the variables that torchrun sets for a rank, except for those of its store."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
@@ -143,7 +150,7 @@ def free_port() -> int:
 
 @cache
 def launch_environment(config: str) -> tuple[int, dict[str, str]]:
-    """The number of processes of a config, and the variables that ``accelerate launch`` sets for each."""
+    """Return the number of processes of a config, and the variables that ``accelerate launch`` sets for each."""
     arguments = launch_command_parser().parse_args(launch_command(config)[3:])
     arguments, defaults, from_config = _validate_launch_command(arguments)
     if arguments.use_deepspeed or arguments.multi_gpu:
@@ -161,7 +168,7 @@ def launch_environment(config: str) -> tuple[int, dict[str, str]]:
 
 
 def serve(request: dict[str, Any], deepspeed: bool) -> tuple[list[int | None], int]:
-    """Send a request to the server of :mod:`warm`, which is started when it is first needed. Returns its answer."""
+    """Send a request to the server of :mod:`warm`, and return its answer. Start the server if it is not running."""
     path = WARM_SERVERS / ("deepspeed" if deepspeed else "plain")
     with (WARM_SERVERS / f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes

@@ -1,40 +1,42 @@
-"""What tests replace, wrap or look up in the package by its name: the one place that knows of its shape."""
+"""Dotted names of the parts of the package that tests replace or wrap. After a rename, only this file changes."""
 
 from pkgutil import resolve_name
 from typing import Any
 
 # training, faults
-TAKE_STEP = "mmgraph.training.train_step.TrainStep.__call__"  # of a train step and a batch: forward, backward, update
-RECORD_STEP = "mmgraph.training.step_log.StepLog.submit"  # of a step log and a step's result, after each step
+TAKE_STEP = "mmgraph.training.train_step.TrainStep.__call__"  # (train step, batch): forward, backward, update
+RECORD_STEP = "mmgraph.training.step_log.StepLog.submit"  # (step log, step result), after each step
 HOST_COPY_START = "mmgraph.training.host_copy.HostCopy.__init__"
 HOST_COPY_READ = "mmgraph.training.host_copy.HostCopy.tolist"
-SAVE = "mmgraph.training.checkpointer.Checkpointer.save"  # all that a save writes, epoch and final file too
-EVALUATE = "mmgraph.training.trainer.Run.evaluate"  # all that an evaluation writes
-BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at a start, once the state was read
+SAVE = "mmgraph.training.checkpointer.Checkpointer.save"  # writes the state, and the epoch or final file
+EVALUATE = "mmgraph.training.trainer.Run.evaluate"  # evaluates, and writes the results
+BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at the start, after the state was read
 RANK_HELD_OUT = "mmgraph.evaluation.evaluator.Evaluation.evaluate"
 RECORD_EVALUATION = "mmgraph.training.run_log.RunLog.evaluation"  # on the main process
-RECORD_ROW = "mmgraph.training.run_log.RunLog.row"  # and log line, of a step
+RECORD_ROW = "mmgraph.training.run_log.RunLog.row"  # writes the row and the log line of a step
 WRITE_ROW = "mmgraph.training.metrics_file.MetricsFile.write"  # on the main process
 LOSSES = "mmgraph.losses.contrastive.contrastive_losses"
 FORWARD = "mmgraph.models.multimodal_graph_encoder.TrainedModule.forward"
-COLLATE = "mmgraph.data.batches.BatchCollator.__call__"  # where towers run
-COLLATE_EDGES = "mmgraph.data.batches.EdgeCollator.__call__"  # where tokens are stored
+COLLATE = "mmgraph.data.batches.BatchCollator.__call__"  # with live towers
+COLLATE_EDGES = "mmgraph.data.batches.EdgeCollator.__call__"  # with stored tokens
 EDGE_ROWS = "mmgraph.data.batches.EdgeRows.__getitems__"
-CONSOLIDATE = "mmgraph.checkpoints.consolidate.consolidate"  # on every rank, in a save and an evaluation
+CONSOLIDATE = "mmgraph.checkpoints.consolidate.consolidate"  # called by all ranks in a save and in an evaluation
 WRITE_STATE = "mmgraph.checkpoints.resume_state.write_state"  # on the main process
 PRUNE_STATES = "mmgraph.checkpoints.resume_state._prune"
-WRITE_CHECKPOINT = "mmgraph.checkpoints.files.write_checkpoint"  # epoch and final file
+WRITE_CHECKPOINT = "mmgraph.checkpoints.files.write_checkpoint"  # writes the epoch and final files
 OPEN_GRAPH = "mmgraph.cli.start.open_graph"
 LOAD_CONTENT_HASHES = "mmgraph.towers.cached.load_content_hashes"
 OPEN_STORE = "mmgraph.towers.cached.open_store"
 BUILD_STORE = "mmgraph.towers.store_builder.build"
 BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
-MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of how ranks meet
+MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of the rendezvous
 MEET = "mmgraph.distributed.launch._join"
-MEET_FOLDER = "mmgraph"  # of the keys in the store by which ranks meet
-FAIL = "mmgraph.cli.failures.end_workers"  # first of all, where a run ends in an error
-OTHERS_WAIT_SECONDS = "mmgraph.cli.failures.OTHERS_WAIT_SECONDS"  # before another rank than the main one says an error
-TRACKER_SECONDS = [f"mmgraph.training.trackers.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # patience
+MEET_FOLDER = "mmgraph"  # prefix of the rendezvous keys in the store
+FAIL = "mmgraph.cli.failures.end_workers"  # called first if a run ends with an error
+OTHERS_WAIT_SECONDS = (
+    "mmgraph.cli.failures.OTHERS_WAIT_SECONDS"  # delay before another rank than rank 0 prints an error
+)
+TRACKER_SECONDS = [f"mmgraph.training.trackers.{name}_SECONDS" for name in ("START", "HANG", "FINISH")]  # time limits
 
 # data, towers, losses, command line
 CLAIM_FILE = "mmgraph.utils.files.claim_file"
@@ -80,31 +82,31 @@ DEEPSPEED_IS_INSTALLED = "mmgraph.distributed.deepspeed.is_deepspeed_available"
 
 
 def steps_done(part: Any) -> int:
-    """Of what ``TAKE_STEP`` and ``RECORD_STEP`` are called with first: how many optimizer steps are done."""
+    """Return the number of finished steps. ``part`` is the first argument of ``TAKE_STEP`` or ``RECORD_STEP``."""
     return part.progress.step
 
 
 def stop_requested(part: Any) -> bool:
-    """Of what ``RECORD_STEP`` and ``SAVE`` are called with first: whether this process was asked to stop."""
+    """Return whether this process got a stop signal. ``part`` is the first argument of ``RECORD_STEP`` or ``SAVE``."""
     return part.signals.requested
 
 
 def finished(part: Any) -> bool:
-    """Of the same: whether all steps are done."""
+    """Return whether all steps are done. ``part`` is as for :func:`stop_requested`."""
     return part.schedule.finished
 
 
 def get(target: str) -> Any:
-    """What a dotted name stands for."""
+    """Return the object with a dotted name."""
     return resolve_name(target)
 
 
 def put(target: str, value: object) -> None:
-    """Replace what a dotted name stands for."""
+    """Replace the object with a dotted name."""
     owner, name = target.rsplit(".", 1)
     setattr(resolve_name(owner), name, value)
 
 
 def imports(*things: Any) -> str:
-    """Lines of a script that import what a test has imported."""
+    """Return the import lines of a script for some objects."""
     return "".join(f"from {thing.__module__} import {thing.__qualname__}\n" for thing in things)

@@ -32,7 +32,7 @@ from mmgraph.training import build  # noqa: F401
 
 
 def main() -> None:
-    # Modules that mmgraph or its libraries import at first use.
+    # Modules that mmgraph or its libraries import on first use.
     import tensorboard  # noqa: F401
     import wandb  # noqa: F401
     from accelerate import tracking  # noqa: F401
@@ -86,14 +86,14 @@ def serve(
         program: the path of a script, or ``-m mmgraph``; then its arguments.
         environments: the environment variables of each rank.
         cwd: the working directory.
-        faults: pairs of a function in :mod:`injection` and its settings.
-        output: prefix of the files for the printed output: ``output.0.out``, ``output.0.err`` for rank 0.
-        timeout: seconds after which ranks are killed.
-        no_launcher: let other ranks than the main one print an error immediately.
+        faults: pairs of a function in :mod:`injection` and its arguments.
+        output: prefix of the output files: ``output.0.out`` and ``output.0.err`` for rank 0.
+        timeout: seconds after which the ranks are killed.
+        no_launcher: all ranks print an error immediately. By default, the main process prints it first.
 
     Returns:
         The exit codes of the ranks (negative for a signal, None for a rank that was killed at the timeout), and the
-        number of processes that they left behind.
+        number of their child processes that were still running afterwards.
     """
     children = [
         start(rank, program, environment, cwd, faults, f"{output}.{rank}", no_launcher)
@@ -122,7 +122,7 @@ def serve(
 
 
 def processes_of(leaders: list[int]) -> list[int]:
-    """The processes in the sessions that ``leaders`` created."""
+    """Return the processes in the sessions that ``leaders`` created."""
     processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -141,7 +141,7 @@ def start(
     output: str,
     no_launcher: bool,
 ) -> int:
-    """Fork a rank. Returns its process id."""
+    """Fork a rank, and return its process id."""
     if child := os.fork():
         return child
     os.setsid()
