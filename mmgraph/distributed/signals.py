@@ -25,7 +25,7 @@ class StopRequest:
     ``stop_agreed`` becomes true when all ranks know of the request; they stop after the same step.
 
     A rank never finishes its step if the other ranks are gone. A watchdog therefore ends a process that has received a
-    stop signal, but neither finishes a step in time nor starts to stop with the other ranks (see :meth:`begin`). It
+    stop signal, but neither finishes a step in time nor starts to stop with the other ranks (see :meth:`disarm`). It
     prints the reason.
 
     Args:
@@ -110,9 +110,9 @@ class StopRequest:
     def agree(self) -> None:
         """Record that all ranks know of the request and stop together."""
         self.stop_agreed = True
-        self.begin()
+        self.disarm()
 
-    def begin(self) -> None:
+    def disarm(self) -> None:
         """Disarm the watchdog: the run is ending, which may take any amount of time."""
         self._stopping.set()
 

@@ -73,7 +73,7 @@ class Checkpointer:
         self.step_log.flush()
         progress, finished = self.progress, self.schedule.finished
         if finished:
-            self.signals.begin()  # the run is ending anyway, so a stop signal needs no watchdog
+            self.signals.disarm()  # the run is ending anyway, so a stop signal needs no watchdog
         content = progress.step, progress.unevaluated is None, finished
         if content == self._saved:
             return

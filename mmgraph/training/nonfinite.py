@@ -56,16 +56,16 @@ class NonfiniteSteps:
     def __init__(self, config: Config, accelerator: Accelerator, graph: Graph, progress: Progress):
         self.config, self.accelerator, self.graph, self.progress = config, accelerator, graph, progress
 
-    def skips(
+    def handle(
         self,
         row: dict[str, Any],
         loss: float,
         norm: float,
         local_loss: torch.Tensor,
         first_sample: int,
-        finding_scale: bool,
+        scaler_skipped: bool,
     ) -> bool:
-        """Return whether a step is skipped because it is not finite. Called by all ranks; all get the same result.
+        """Record a step that is not finite, and return whether it is skipped. All ranks call this and agree.
 
         Args:
             row: row of the step in ``metrics.jsonl``.
@@ -73,12 +73,12 @@ class NonfiniteSteps:
             norm: L2 norm of the gradients, the same on all ranks; negative if the backend does not report it.
             local_loss: this rank's loss, ().
             first_sample: number of edges of the epoch before this batch.
-            finding_scale: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
+            scaler_skipped: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
 
         Raises:
             RunError: the step is not finite, and ``--max_skipped_steps`` steps have already been skipped.
         """
-        if math.isfinite(loss) and (math.isfinite(norm) or finding_scale):
+        if math.isfinite(loss) and (math.isfinite(norm) or scaler_skipped):
             return False
         finite = gather_object([math.isfinite(local_loss.item())])
         ranks = [rank for rank, is_finite in enumerate(finite) if not is_finite]

@@ -31,7 +31,7 @@ class InFlightStep(NamedTuple):
     means: HostCopy  # means over the ranks
     result: StepResult  # losses of this rank
     first_sample: int  # number of edges of the epoch before this step
-    finding_scale: bool  # fp16 skipped the step to lower its loss scale
+    scaler_skipped: bool  # fp16 skipped the step to lower its loss scale
 
 
 class StepLog:
@@ -83,7 +83,7 @@ class StepLog:
             UserError: too many images are bad (see ``--max_bad_images``).
             RunError: too many steps are not finite (see ``--max_skipped_steps``).
         """
-        row, finding_scale = self._begin_row()
+        row, scaler_skipped = self._begin_row()
         values = {**result.losses, "grad_norm": result.grad_norm, **result.counters}
         stop_requested = self.signals.requested or self.run_log.failure is not None
         counts = {"images_read": self.images.read, "images_bad": self.images.bad, "stop_requested": stop_requested}
@@ -92,7 +92,7 @@ class StepLog:
         local = torch.cat([local, *(local.new_full((1,), count) for count in counts.values())])
         means = HostCopy(self.accelerator.reduce(local, "mean"))
         first_sample = self.progress.samples_in_epoch - self.config.global_batch_size
-        in_flight = InFlightStep(row, [*values, *counts], means, result, first_sample, finding_scale)
+        in_flight = InFlightStep(row, [*values, *counts], means, result, first_sample, scaler_skipped)
         self.flush()
         self._in_flight = in_flight
         self.signals.step_finished()
@@ -132,7 +132,7 @@ class StepLog:
         norm = means.pop("grad_norm")
         row, losses = step.row, {name: means.pop(name) for name in step.result.losses}
         local_loss = step.result.losses[TOTAL]
-        if self.nonfinite.skips(row, losses[TOTAL], norm, local_loss, step.first_sample, step.finding_scale):
+        if self.nonfinite.handle(row, losses[TOTAL], norm, local_loss, step.first_sample, step.scaler_skipped):
             row["skipped"] = True
         else:
             self.progress.add_losses(losses)

@@ -1,4 +1,7 @@
-"""Faults, put into a process that is about to run launch.py. Called there by name, with settings that JSON holds."""
+"""Fault injection for a process that is about to run launch.py.
+
+A test names a function of this module and its arguments as JSON. warm.py and launched.py call it before the run starts.
+"""
 
 import errno
 import io
@@ -28,7 +31,11 @@ MODULES = [__import__(name) for name in ("posix", "io", "_io")]
 
 
 def act(action: str | float) -> None:
-    """What happens: an error of the disk, any other error, a sleep (in s, or without end), a signal to this process."""
+    """Perform a fault: a disk error, another error, a sleep, or a signal to this process.
+
+    Args:
+        action: a key of ERRORS, ``raise``, ``memory``, ``sleep`` (3600 s), the name of a signal, or a sleep in seconds.
+    """
     if not isinstance(action, str):
         time.sleep(action)
         return
@@ -44,11 +51,13 @@ def act(action: str | float) -> None:
 
 
 def after_step(step: int, action: str) -> None:
-    """Once step ``step`` is recorded, before anything else."""
+    """Perform a fault after step ``step`` is recorded, before the run continues."""
     at_step(step, lambda: act(action))
 
 
 def at_step(step: int, do: Callable[[], object]) -> None:
+    """Call ``do`` after step ``step`` is recorded."""
+
     def recorded(record: Callable[..., Any], run: Any, *values: Any, **named: Any) -> Any:
         result = record(run, *values, **named)
         if targets.steps_done(run) == step:
@@ -59,7 +68,11 @@ def at_step(step: int, do: Callable[[], object]) -> None:
 
 
 def at_call(target: str, number: int, action: str | float, after: bool = False) -> None:
-    """At the ``number``-th call (from 1) of a function or method, by its dotted name."""
+    """Perform a fault before (or after) the ``number``-th call, from 1, of a function or method.
+
+    Args:
+        target: the dotted name.
+    """
     calls = [0]
 
     def with_fault(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -76,12 +89,12 @@ def at_call(target: str, number: int, action: str | float, after: bool = False) 
 
 
 def put(target: str, value: object) -> None:
-    """Replace a constant, by its dotted name."""
+    """Replace a constant, given by its dotted name."""
     targets.put(target, value)
 
 
 def meet_at(target: str, folder: str) -> None:
-    """At a call of a function or method: make ``folder``/here, and wait for ``folder``/go."""
+    """At each call of a function or method, create the file ``folder``/here and wait for ``folder``/go."""
 
     def with_fault(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         (Path(folder) / "here").touch()
@@ -93,7 +106,7 @@ def meet_at(target: str, folder: str) -> None:
 
 
 def in_a_worker(action: str) -> None:
-    """In whatever DataLoader worker is first to collate."""
+    """Perform a fault in each DataLoader worker when it collates a batch."""
     from torch.utils.data import get_worker_info
 
     def collate(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,7 +118,12 @@ def in_a_worker(action: str) -> None:
 
 
 def not_finite(step: int, what: str, value: str) -> None:
-    """Make the loss or the gradient of step ``step`` nan or inf, on this rank alone."""
+    """Make the loss or the gradient of step ``step`` nan or inf, on this rank only.
+
+    Args:
+        what: ``loss`` or ``gradient``.
+        value: ``nan`` or ``inf``.
+    """
     import torch
 
     factor, due = float(value), [False]
@@ -117,16 +135,16 @@ def not_finite(step: int, what: str, value: str) -> None:
     def with_fault(losses: Callable[..., Any], z_graph: torch.Tensor, *others: Any, **named: Any) -> Any:
         if due[0] and what == "gradient":
             z_graph.register_hook(lambda gradient: gradient * factor)
-        found = losses(z_graph, *others, **named)
-        # By a sum, whose gradient is finite: it is the run that has to spread the word.
-        return found._replace(total=found.total + factor) if due[0] and what == "loss" else found
+        computed = losses(z_graph, *others, **named)
+        # A sum, not a product: its gradient is finite, so only the run itself can inform the other ranks.
+        return computed._replace(total=computed.total + factor) if due[0] and what == "loss" else computed
 
     wrap(targets.TAKE_STEP, stepped)
     wrap(targets.LOSSES, with_fault)
 
 
 def loss_scaler() -> None:
-    """Scale the loss in fp16 as on a GPU, for which Accelerate has a scaler."""
+    """Give the accelerator a CPU loss scaler, as Accelerate does for fp16 on a GPU."""
     import torch
 
     def with_scaler(build: Callable[..., Any], *arguments: Any) -> Any:
@@ -138,7 +156,7 @@ def loss_scaler() -> None:
 
 
 def note_edges(folder: str) -> None:
-    """Write down this rank's edges of each step, a file a rank: step, edges."""
+    """Append the edges of each step to a file of this rank in ``folder``: a line ``[step, edges]`` for each step."""
 
     def noted(take_step: Callable[..., Any], run: Any, batch: Any) -> Any:
         values = take_step(run, batch)
@@ -150,7 +168,11 @@ def note_edges(folder: str) -> None:
 
 
 def bad_wandb(where: str, action: str, patience: float = 2) -> None:
-    """A wandb that raises or sleeps in ``init``, ``log`` or ``finish``; and so many seconds of patience with it."""
+    """Make wandb raise or sleep in ``init``, ``log`` or ``finish``.
+
+    Args:
+        patience: the time limits of the tracker in seconds.
+    """
     import wandb
 
     for target in targets.TRACKER_SECONDS:
@@ -176,13 +198,17 @@ def bad_wandb(where: str, action: str, patience: float = 2) -> None:
 
 
 def lost_output(step: int, kind: str) -> None:
-    """From step ``step`` on, print to a terminal that is gone, a pipe that nobody reads, or a full disk."""
+    """After step ``step``, redirect stdout and stderr to a closed terminal, a pipe without a reader, or a full disk.
+
+    Args:
+        kind: ``terminal``, ``full``, or another word for a pipe.
+    """
     if kind == "full":
         lost = os.open("/dev/full", os.O_WRONLY)
     else:
         ours, lost = pty.openpty() if kind == "terminal" else os.pipe()
     now = lost
-    if kind == "terminal":  # before, too: a bar is shown
+    if kind == "terminal":  # before the step too, so that the run shows a progress bar
         threading.Thread(target=_read_all, args=(ours,), daemon=True).start()
     else:
         now = os.open(os.devnull, os.O_WRONLY)
@@ -207,7 +233,7 @@ def _read_all(descriptor: int) -> None:
 
 
 def slow_steps(seconds: float) -> None:
-    """Let each step take so long at least."""
+    """Make each step take at least ``seconds`` seconds."""
 
     def slow(take_step: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         time.sleep(seconds)
@@ -217,44 +243,45 @@ def slow_steps(seconds: float) -> None:
 
 
 def at_file_call(inside: list[str], number: int, action: str, told: str | None = None) -> None:
-    """At the ``number``-th call (from 1) that changes files, counted over all calls of the functions ``inside``.
+    """Perform a fault before the ``number``-th call, from 1, that changes files.
 
-    Before the call; what happens after one is what happens before the next. The action may also be ``power``: what was
-    not forced to the disk is gone, and so is the process.
+    A fault after a call is a fault before the next one.
 
     Args:
-        told: a file for the names of all such calls, a line each.
+        inside: dotted names of functions. Calls are counted over all their calls.
+        action: as for :func:`act`, or ``power``: undo all writes that are not synced to the disk, and kill the process.
+        told: a file for the names of the counted calls, one line for each call.
     """
-    counted, disk = [0], None
+    calls, disk = [0], None
     if action == "power":
         disk = Disk()
         sync = os.fsync
 
         def fsync(descriptor: int) -> None:
-            path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: F841, PTH115 - for Disk.note
+            path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: F841, PTH115 - Disk.note reads this local variable
             sync(descriptor)
 
         os.fsync = fsync
-    lines = Path(told).open("w", buffering=1) if told else None  # noqa: SIM115 - for the rest of the run
+    lines = Path(told).open("w", buffering=1) if told else None  # noqa: SIM115 - open for the rest of the run
 
-    def seen(frame: FrameType, event: str, function: Any) -> None:
+    def profiled(frame: FrameType, event: str, function: Any) -> None:
         if event != "c_call" or not is_file_call(function):
             return
         sys.setprofile(None)
-        counted[0] += 1
+        calls[0] += 1
         if lines is not None:
             print(function.__name__, Path(frame.f_code.co_filename).name, frame.f_code.co_name, file=lines)
-        if counted[0] == number:
+        if calls[0] == number:
             if disk is not None:
                 disk.lose()
             act("SIGKILL" if disk is not None else action)
         if disk is not None:
             disk.note(function.__name__, frame.f_locals)
-        sys.setprofile(seen)
+        sys.setprofile(profiled)
 
     def watched(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         before = sys.getprofile()
-        sys.setprofile(seen)
+        sys.setprofile(profiled)
         try:
             return function(*arguments, **named)
         finally:
@@ -265,16 +292,22 @@ def at_file_call(inside: list[str], number: int, action: str, told: str | None =
 
 
 class Disk:
-    """What a power cut would leave: files as they were last synced, names as their folders were.
+    """Simulates a power cut: files have their last synced contents, folders their last synced names.
 
-    Follows ``fsync`` of :func:`at_file_call`, and ``pathlib``: their local variables tell what they are about to do.
+    Follows the calls of :func:`at_file_call`'s ``fsync`` and of ``pathlib``, whose local variables hold the paths.
     """
 
     def __init__(self) -> None:
         self.synced: dict[Path, bytes] = {}
-        self.renamed: list[tuple[Path, Path, bytes | None]] = []  # from, to, what was there before; folder not synced
+        # Renames in folders that are not synced: source, target, old contents of the target.
+        self.renamed: list[tuple[Path, Path, bytes | None]] = []
 
     def note(self, call: str, names: dict[str, Any]) -> None:
+        """Record a sync or a rename that is about to happen.
+
+        Args:
+            names: the local variables of the caller.
+        """
         if call == "fsync":
             path = Path(names["path"])
             if path.is_dir():
@@ -289,6 +322,7 @@ class Disk:
                 self.synced[target / path.relative_to(source)] = self.synced.pop(path)
 
     def lose(self) -> None:
+        """Undo all writes and renames that are not synced."""
         for source, target, before in reversed(self.renamed):
             target.rename(source)
             if before is not None:
@@ -297,26 +331,31 @@ class Disk:
         [output] = {path.parent for path in self.synced if path.name == "metrics.jsonl"} or {None}
         for path in output.rglob("*") if output else []:
             if path.is_file() and path.name not in ("config.yaml", ".lock") and path.parent.name != "features":
-                held = self.synced.get(path)
-                if held is None:
+                synced = self.synced.get(path)
+                if synced is None:
                     path.write_bytes(b"")
-                elif path.read_bytes() != held:
-                    path.write_bytes(held)
+                elif path.read_bytes() != synced:
+                    path.write_bytes(synced)
 
 
 def is_file_call(function: Any) -> bool:
-    """Whether a built-in function changes files."""
+    """Return whether a built-in function changes files."""
     if function.__name__ not in FILE_CALLS:
         return False
     owner = function.__self__
     if isinstance(owner, io.IOBase):
         printed = getattr(owner, "name", None) in ("<stdout>", "<stderr>")
         return not (isinstance(owner, io.StringIO | io.BytesIO) or owner.closed or printed) and owner.writable()
-    return owner in MODULES or function.__name__ == "write_end_of_file"  # of torch.save's own file
+    return owner in MODULES or function.__name__ == "write_end_of_file"  # of the file object of torch.save
 
 
 def wrap(target: str, around: Callable[..., Any]) -> None:
-    """Replace a function, under whatever name a module of the package has it; or a method in its class."""
+    """Replace a function in all modules of the package that import it, or a method in its class.
+
+    Args:
+        target: the dotted name.
+        around: called instead, with the original function and its arguments.
+    """
     original = resolve_name(target)
 
     def wrapped(*arguments: Any, **named: Any) -> Any:

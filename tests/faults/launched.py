@@ -1,4 +1,4 @@
-"""launch.py with faults, for real launches: ``FAULTS`` holds them as JSON, as for warm.py."""
+"""launch.py with injected faults, for real launches. ``FAULTS`` holds the faults as JSON, as in warm.py."""
 
 import json
 import os

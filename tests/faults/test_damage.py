@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile, or not mmgraph's at all, where a run looks for its states and checkpoints."""
+"""Damaged, malicious and unrelated files in the place of resume states and checkpoints."""
 
 import errno
 import hashlib
@@ -41,31 +41,31 @@ Cases = Callable[[int], None]
 
 @pytest.fixture(scope="module")
 def done(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, with its last two states."""
+    """Return the output folder of a complete run, which holds its last two states."""
     output = tmp_path_factory.mktemp("done") / "run"
     assert run(brief(graph, output)).code == 0
     return output
 
 
-def flip(data: bytes, place: int, bit: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+def flip(data: bytes, offset: int, bit: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
 
 
 @pytest.mark.fault("a file of a resume state truncated, or one of its bits flipped: detected")
-@pytest.mark.parametrize("places", [50, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_states_are_told(done: Path, tmp_path: Path, cases: Cases, places: int) -> None:
+@pytest.mark.parametrize("offsets", [50, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_states_are_logged_and_skipped(done: Path, tmp_path: Path, cases: Cases, offsets: int) -> None:
     output = tmp_path / "run"
     shutil.copytree(done, output)
     newest, older = state_folders(output / "state")
     generator, tried = torch.Generator().manual_seed(0), 0
     for name in FILES:
         path = newest / name
-        whole = path.read_bytes()
-        drawn = torch.randint(len(whole), (places,), generator=generator).tolist()
-        ends = [0, 1, 7, 8, len(whole) - 1]
-        damaged = [whole[:place] for place in [*ends, *drawn]]
-        damaged += [flip(whole, place, place % 8) for place in [*ends[:-2], *drawn, len(whole) - 1]]
-        damaged += [whole + b"\n", whole + b"\0"]
+        intact = path.read_bytes()
+        drawn = torch.randint(len(intact), (offsets,), generator=generator).tolist()
+        ends = [0, 1, 7, 8, len(intact) - 1]
+        damaged = [intact[:offset] for offset in [*ends, *drawn]]
+        damaged += [flip(intact, offset, offset % 8) for offset in [*ends[:-2], *drawn, len(intact) - 1]]
+        damaged += [intact + b"\n", intact + b"\0"]
         for content in damaged:
             path.write_bytes(content)
             lines: list[Any] = []
@@ -76,21 +76,21 @@ def test_damaged_states_are_told(done: Path, tmp_path: Path, cases: Cases, place
             tried += 1
         path.unlink()
         assert newest_state(output / "state", lines.append) == older
-        path.write_bytes(whole)
+        path.write_bytes(intact)
     assert newest_state(output / "state", print) == newest
     cases(tried)
 
 
 @pytest.mark.fault("each bit of a state.json flipped: detected")
 @pytest.mark.slow
-def test_every_bit_of_a_record(done: Path, tmp_path: Path, cases: Cases) -> None:
+def test_each_bit_of_a_state_json(done: Path, tmp_path: Path, cases: Cases) -> None:
     state = tmp_path / "step-00000012"
     shutil.copytree(state_folders(done / "state")[0], state)
     path, tried = state / "state.json", 0
-    whole = path.read_bytes()
-    for place in range(len(whole)):
+    intact = path.read_bytes()
+    for offset in range(len(intact)):
         for bit in range(8):
-            path.write_bytes(flip(whole, place, bit))
+            path.write_bytes(flip(intact, offset, bit))
             with pytest.raises(UserError, match=r"state\.json"):
                 read_record(state)
             tried += 1
@@ -98,15 +98,15 @@ def test_every_bit_of_a_record(done: Path, tmp_path: Path, cases: Cases) -> None
 
 
 @pytest.mark.fault("a run resumed with a damaged newest state: continues from the state before it")
-def test_a_run_goes_on_from_the_state_before(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+def test_resume_from_the_state_before_a_damaged_one(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     def check(name: str) -> None:
         output = tmp_path / name
         shutil.copytree(done, output)
         newest, older = state_folders(output / "state")
         path = newest / name
         path.write_bytes(flip(path.read_bytes(), 1000, 3))
-        named = run(brief(graph, output, f"--resume={newest}"))
-        assert named.code == 2 and error_of(named.said, path)
+        refused = run(brief(graph, output, f"--resume={newest}"))
+        assert refused.code == 2 and error_of(refused.said, path)
         ended = run(brief(graph, output))
         assert ended.code == 0 and line_with(ended.said, path)
         assert line_with(ended.said, f"step {int(older.name[5:])}", older)
@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_the_state_before(graph: Path, done: Path, tmp_path: 
 
 
 @pytest.mark.fault("--keep_last with damaged states: they are not counted, and the last valid state is kept")
-def test_retention_counts_valid_states_alone(graph: Path, done: Path, tmp_path: Path) -> None:
+def test_retention_counts_only_valid_states(graph: Path, done: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"}))
     assert first.code == -9 and [path.name[-2:] for path in state_folders(output / "state")] == ["06", "04"]
@@ -142,13 +142,13 @@ def test_states_that_cannot_be_read_now(
     for name, path in itertools.product(UNREADABLE, (FILES[0], FILES[2])):
         number = getattr(errno, name)
 
-        def fails(opened: Any, *arguments: Any, number: int = number, path: str = path, **named: Any) -> Any:
+        def failing_open(opened: Any, *arguments: Any, number: int = number, path: str = path, **named: Any) -> Any:
             if opened in (newest / path, older / path):
                 raise OSError(number, os.strerror(number), str(opened))
             return open_file(opened, *arguments, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(io, "open", fails)
+            patch.setattr(io, "open", failing_open)
             if name == "EIO":
                 assert newest_state(states, print) is None
             else:
@@ -162,7 +162,7 @@ def test_states_that_cannot_be_read_now(
 
 
 @pytest.mark.fault("unrelated files beside the states, and leftover temporary files: ignored or removed")
-def test_stray_names(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+def test_unrelated_and_temporary_files(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     output = tmp_path / "run"
     assert run(brief(graph, output), ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
     states = output / "state"
@@ -174,7 +174,7 @@ def test_stray_names(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> N
     for name in ("step-99", "step-00000099", "step-", "notes"):
         (states / name).mkdir()
     (states / "step-00000098").write_text("a file")
-    (states / "step-00000012").write_text("a file where a state is to be")
+    (states / "step-00000012").write_text("a file in the place of a state")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (states / "step-00000097").symlink_to(tmp_path / "elsewhere")
@@ -193,8 +193,8 @@ def test_stray_names(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> N
     cases(len(kept) + 6)
 
 
-class Run:
-    """What a pickle would do."""
+class MakesFolder:
+    """A pickle of it creates the folder ``path`` when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -204,85 +204,85 @@ class Run:
 
 
 def bomb(path: Path, source: Path, entry: str) -> None:
-    """A checkpoint's zip with compressed entries, one of which is of 1.2 GB."""
+    """Write a copy of a checkpoint with compressed entries. One of them has 1.2 GB of zeros."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, b"\0" * 1_200_000_000 if name.endswith(entry) else old.read(name))
 
 
 def hostile_files(folder: Path, epoch_file: Path) -> dict[str, tuple[Path, str]]:
-    """Files, and what the error of each has to name besides the file."""
-    whole = torch.load(epoch_file, weights_only=True)
+    """Return hostile checkpoints by name: the path, and a text that the error must contain besides the path."""
+    intact = torch.load(epoch_file, weights_only=True)
     files = {}
 
-    def made(name: str, reason: str, change: Callable[[dict[str, Any]], object] | None = None) -> Path:
+    def add(name: str, reason: str, change: Callable[[dict[str, Any]], object] | None = None) -> Path:
         files[name] = path, reason = folder / f"{name}.pt", reason
         if change is not None:
-            content = {**whole, "model_state_dict": dict(whole["model_state_dict"])}
+            content = {**intact, "model_state_dict": dict(intact["model_state_dict"])}
             change(content)
             torch.save(content, path)
         return path
 
     model, wide = "model_state_dict", "fusion.text_proj.weight"
-    ran = folder / "ran"
-    made("pickle", "weights_only", lambda content: content.update(epoch=Run(ran)))
-    made("old pickle", "").write_bytes(pickle.dumps(Run(ran)))
+    pickle_ran = folder / "ran"  # exists if code of a pickle was run
+    add("pickle", "weights_only", lambda content: content.update(epoch=MakesFolder(pickle_ran)))
+    add("old pickle", "").write_bytes(pickle.dumps(MakesFolder(pickle_ran)))
     for entry in ("data/0", "data.pkl"):
-        bomb(made(f"bomb {Path(entry).name}", "1,20"), epoch_file, entry)
-    made("missing", "graph_proj.bias", lambda content: content[model].pop("graph_proj.bias"))
-    made("extra", "malware.weight", lambda content: content[model].update({"malware.weight": torch.zeros(2)}))
-    made(
+        bomb(add(f"bomb {Path(entry).name}", "1,20"), epoch_file, entry)
+    add("missing", "graph_proj.bias", lambda content: content[model].pop("graph_proj.bias"))
+    add("extra", "malware.weight", lambda content: content[model].update({"malware.weight": torch.zeros(2)}))
+    add(
         "shape",
         "text_proj.weight has shape (3, 3)",
         lambda content: content[model].update({"text_proj.weight": torch.zeros(3, 3)}),
     )
-    made("huge", wide, lambda content: content[model].update({wide: torch.zeros(1).expand(10**7, 10**5)}))
-    made(
+    add("huge", wide, lambda content: content[model].update({wide: torch.zeros(1).expand(10**7, 10**5)}))
+    add(
         "sparse",
         wide,
         lambda content: content[model].update({wide: torch.sparse_coo_tensor(size=(10**7, 10**7))}),
     )
-    made(
+    add(
         "meta",
         wide,
         lambda content: content[model].update({wide: torch.empty(10**7, 10**7, device="meta")}),
     )
-    made("wide", wide, lambda content: content[model].update({wide: torch.zeros(8_000_000, 1)}))
-    made("scalar", "8", lambda content: content[model].update({wide: torch.zeros(())}))
-    made(
+    add("wide", wide, lambda content: content[model].update({wide: torch.zeros(8_000_000, 1)}))
+    add("scalar", "8", lambda content: content[model].update({wide: torch.zeros(())}))
+    add(
         "nested",
         wide,
         lambda content: content[model].update({wide: torch.nested.nested_tensor([torch.zeros(2)])}),
     )
-    made(
+    add(
         "integers",
         "torch.int32",
         lambda content: content[model].update({wide: torch.zeros(16, 128, dtype=torch.int32)}),
     )
-    made("complex", "torch.complex64", lambda content: content[model].update({wide: torch.zeros(16, 128) * 1j}))
-    shared = torch.zeros(12_000_000, dtype=torch.float16)  # 24 MB that would be 48 MB for each of the names
-    trained = [name for name in whole[model] if not name.startswith(("text_model", "vision_model"))]
-    made(
+    add("complex", "torch.complex64", lambda content: content[model].update({wide: torch.zeros(16, 128) * 1j}))
+    shared = torch.zeros(12_000_000, dtype=torch.float16)  # 24 MB, which would be 48 MB in float32 for each name
+    trained = [name for name in intact[model] if not name.startswith(("text_model", "vision_model"))]
+    add(
         "shared",
         "text_proj.weight is (12000000,)",
         lambda content: content[model].update(dict.fromkeys(trained, shared)),
     )
-    made("text", model, lambda content: content.update({model: "weights"}))
-    made("numbers", model, lambda content: content.update({model: {1: torch.zeros(1)}}))
+    add("text", model, lambda content: content.update({model: "weights"}))
+    add("numbers", model, lambda content: content.update({model: {1: torch.zeros(1)}}))
     for name, epoch in (("list", [1]), ("negative", -5), ("infinite", math.inf), ("two", torch.ones(2)), ("half", 0.5)):
-        made(f"epoch {name}", "epoch", lambda content, epoch=epoch: content.update(epoch=epoch))
-    made("loss", "loss", lambda content: content.update(loss=10**400))
+        add(f"epoch {name}", "epoch", lambda content, epoch=epoch: content.update(epoch=epoch))
+    add("loss", "loss", lambda content: content.update(loss=10**400))
     for name, optimizer in (("none", None), ("list", [1]), ("no groups", {"state": {}}), ("text", {"state": "abc"})):
-        made(
+        add(
             f"optimizer {name}",
             "optimizer_state_dict",
             lambda content, optimizer=optimizer: content.update(optimizer_state_dict=optimizer),
         )
-    torch.save(whole, made("before 1.6", "zip"), _use_new_zipfile_serialization=False)
-    made("list", model, lambda content: None).write_bytes(_saved([1, 2]))
-    made("empty", "").write_bytes(b"")
-    made("noise", "").write_bytes(bytes(range(256)) * 40)
-    made("cut", "").write_bytes(epoch_file.read_bytes()[:-2000])
+    torch.save(intact, add("before 1.6", "zip"), _use_new_zipfile_serialization=False)
+    add("list", model, lambda content: None).write_bytes(_saved([1, 2]))
+    add("empty", "").write_bytes(b"")
+    add("noise", "").write_bytes(bytes(range(256)) * 40)
+    add("cut", "").write_bytes(epoch_file.read_bytes()[:-2000])
     return files
 
 
@@ -329,9 +329,9 @@ print(peak_memory_gb(torch.device("cpu")) - before)
 def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     files = hostile_files(tmp_path, done / "checkpoints" / "multimodal_encoder_epoch_3.pt")
     for path, reason in files.values():
-        with pytest.raises(UserError, match=r"\S") as told:
+        with pytest.raises(UserError, match=r"\S") as raised:
             load_pretrained_encoder(path, "cpu", model_name=str(graph / "towers"))
-        assert str(path) in str(told.value) and reason in str(told.value).replace(str(path), ""), told.value
+        assert str(path) in str(raised.value) and reason in str(raised.value).replace(str(path), ""), raised.value
 
     def check(name: str) -> None:
         path, _ = files[name]
@@ -344,7 +344,7 @@ def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cas
     paths = [done / "checkpoints" / "multimodal_encoder_epoch_3.pt", *(path for path, _ in files.values())]
     command = [sys.executable, "-c", MEMORY, graph, *paths]
     measured = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(measured.stdout) < 0.3, measured.stdout  # where files claim 1.2 GB and more
+    assert float(measured.stdout) < 0.3, measured.stdout  # GB; some files claim 1.2 GB or more
     wide = run(
         brief(
             graph, tmp_path / "other", f"--init_from={done}/checkpoints/multimodal_encoder_final.pt", "--fused_dim=32"
@@ -356,15 +356,15 @@ def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cas
     cases(len(files) + tried + 1)
 
 
-def signed(state: Path) -> None:
-    """Give a changed state the hashes of what it holds: of its own record, as it is without that hash."""
+def sign(state: Path) -> None:
+    """Update the hashes of a changed state. The hash of state.json is that of its content without this hash."""
     record = json.loads((state / "state.json").read_text())
     record["sha256"] = {name: hashlib.sha256((state / name).read_bytes()).hexdigest() for name in FILES[:2]}
     record["sha256"]["state.json"] = hashlib.sha256(json.dumps(record, indent=1).encode()).hexdigest()
     (state / "state.json").write_text(json.dumps(record, indent=1))
 
 
-STATES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
+STATES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {  # the file, the change
     "shape": ("trainable", lambda tensors: tensors.update({"graph_proj.bias": torch.zeros(3)})),
     "missing": ("trainable", lambda tensors: tensors.pop("graph_proj.bias")),
     "extra": ("trainable", lambda tensors: tensors.update(other=torch.zeros(3))),
@@ -375,11 +375,11 @@ STATES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
 }
 
 
-KEYS = {  # that are named, of which they have one too few, too many, or another
+KEYS = {  # the tensor that the error must name
     **dict.fromkeys(("shape", "missing", "dtype", "moment", "no moment"), "graph_proj.bias"),
     **dict.fromkeys(("extra", "extra moment"), "other"),
 }
-RECORDS = [
+RECORDS = [  # field of state.json, invalid value
     ("step", "12"), ("step", None), ("step", -1), ("step", 1.5), ("step", True), ("epoch", 0), ("samples_in_epoch", -7),
     ("adam_step", "x"), ("metrics_bytes", -5), ("epoch_sums", {"loss": "a"}), ("epoch_sums", []), ("loss_scale", 3),
     ("components", []), ("identity", 5), ("format", "1"),
@@ -387,20 +387,20 @@ RECORDS = [
 
 
 @pytest.mark.fault("states with valid hashes and wrong contents: refused")
-def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
-    def check(kind: str) -> None:
-        name, change = STATES[kind]
-        output = tmp_path / kind.replace(" ", "")
+def test_wrong_contents_with_valid_hashes(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+    def check(case: str) -> None:
+        name, change = STATES[case]
+        output = tmp_path / case.replace(" ", "")
         shutil.copytree(done, output)
         newest = state_folders(output / "state")[0]
         path = newest / f"{name}.safetensors"
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
-        signed(newest)
+        sign(newest)
         ended = run(brief(graph, output, "--max_steps=13"))
         line = error_of(ended.said, newest)
-        assert ended.code == 2 and KEYS[kind] in line, line
+        assert ended.code == 2 and KEYS[case] in line, line
 
     cases(each(STATES, check))
     for field, value in RECORDS:
@@ -409,7 +409,7 @@ def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: 
         newest, older = state_folders(output / "state")
         record = json.loads((newest / "state.json").read_text())
         (newest / "state.json").write_text(json.dumps({**record, field: value}))
-        signed(newest)
+        sign(newest)
         with pytest.raises(UserError, match=re.escape(f"{newest / 'state.json'}")):
             read_record(newest)
         assert newest_state(output / "state", print) == older
@@ -419,7 +419,7 @@ def test_states_that_do_not_fit(graph: Path, done: Path, tmp_path: Path, cases: 
     newest = state_folders(output / "state")[0]
     record = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps({**record, "samples_in_epoch": 10**6}))
-    signed(newest)
+    sign(newest)
     ended = run(brief(graph, output, "--max_steps=13"))
     assert ended.code == 2 and error_of(ended.said, newest, "1,000,000", 192)
     cases(len(RECORDS) + 1)
