@@ -1,4 +1,4 @@
-"""``accelerate launch`` as users run it: the same training, a killed run, and launches that are refused."""
+"""Launches with ``accelerate launch``: equal training on one and two processes, killed runs, and refused launches."""
 
 import json
 import re
@@ -19,27 +19,30 @@ FLAGS = ("--max_steps=30", "--save_every=5")
 
 @pytest.fixture(scope="module")
 def two_processes(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """30 steps on two processes: the output folder, and what was printed."""
+    """A run of 30 steps on two processes: the output folder, and the standard output."""
     output = tmp_path_factory.mktemp("two") / "run"
     return output, accelerate_launch("cpu_2proc.yaml", *settings(graph, output, *FLAGS)).stdout
 
 
 def norm_relative(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the L2 norm of the difference, relative to the norm of ``right``."""
     return float((left.double() - right.double()).norm() / right.double().norm())
 
 
 def starts(output: Path) -> list[dict[str, Any]]:
-    """What is noted of each start of a run."""
+    """Return the record of each start of a run."""
     return json.loads((output / "environment.json").read_text())
 
 
 def test_two_processes_train_as_one(one_process: Path, two_processes: tuple[Path, str]) -> None:
+    """Losses and weights of one and two processes differ by less than 1e-5 after 30 steps in float32."""
     output, printed = two_processes
     [start] = starts(output)
     assert (start["processes"], start["distributed_type"]) == (2, "MULTI_CPU")
-    [told] = [line for line in printed.splitlines() if "MULTI_CPU" in line]
-    assert all(re.search(rf"\b{fact}\b", told) for fact in ("2", "cpu", "12", "6"))  # edges a step, and a process
-    assert printed.count(str(output / "checkpoints/multimodal_encoder_final.pt")) == 1  # one process writes
+    [line] = [line for line in printed.splitlines() if "MULTI_CPU" in line]
+    # 2 processes on the CPU; 12 edges in a global batch, 6 on each process
+    assert all(re.search(rf"\b{fact}\b", line) for fact in ("2", "cpu", "12", "6"))
+    assert printed.count(str(output / "checkpoints/multimodal_encoder_final.pt")) == 1  # only one process writes it
     one, two = read_metrics(one_process), read_metrics(output)
     assert [row["step"] for row in two] == list(range(1, 31))
     worst = max(abs(a[name] - b[name]) for a, b in zip(one, two, strict=True) for name in LOSSES)
@@ -48,7 +51,8 @@ def test_two_processes_train_as_one(one_process: Path, two_processes: tuple[Path
     first, second = (load_file(newest(path) / "trainable.safetensors") for path in (one_process, output))
     for name, tensor in first.items():
         other = second[name]
-        if name.endswith("in_proj_bias"):  # the keys' bias has no true gradient: Adam amplifies rounding there
+        # The exact gradient of the keys' bias is zero. Adam amplifies its rounding errors, so this third is excluded.
+        if name.endswith("in_proj_bias"):
             width = len(tensor) // 3
             keep = torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)])
             tensor, other = tensor[keep], other[keep]
@@ -63,7 +67,7 @@ def test_two_processes_train_as_one(one_process: Path, two_processes: tuple[Path
         pytest.param("cpu_2proc.yaml --num_processes 3", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_resumes_to_the_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     graph: Path, two_processes: tuple[Path, str], tmp_path: Path, config: str
 ) -> None:
     reference = two_processes[0]
@@ -73,7 +77,7 @@ def test_a_killed_run_resumes_to_the_bit(
     flags = settings(graph, output, *FLAGS)
     process = subprocess.Popen(launch_command(config, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (output / "state/step-00000020").exists():  # in the middle of the second epoch
+    while not (output / "state/step-00000020").exists():  # the second epoch has steps 17 to 32
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -81,11 +85,11 @@ def test_a_killed_run_resumes_to_the_bit(
     process.wait()
     assert not (output / "state/step-00000030").exists()
     done = launch(config, *flags)
-    begun = [start["from_step"] for start in starts(output)]
-    assert begun in ([0, 20], [0, 25])
-    state = str(output / f"state/step-{begun[1]:08d}")
-    [told] = [line for line in done.stdout.splitlines() if state in line]
-    assert re.search(rf"\b{begun[1]}\b", told.replace(state, ""))
+    from_steps = [start["from_step"] for start in starts(output)]
+    assert from_steps in ([0, 20], [0, 25])
+    state = str(output / f"state/step-{from_steps[1]:08d}")
+    [line] = [line for line in done.stdout.splitlines() if state in line]
+    assert re.search(rf"\b{from_steps[1]}\b", line.replace(state, ""))
     rows, expected = read_metrics(output), read_metrics(reference)
     assert [row["step"] for row in rows] == list(range(1, 31))
     for row, other in zip(rows, expected, strict=True):
@@ -108,13 +112,14 @@ def test_launches_that_would_train_wrongly_are_refused(
     graph: Path, tmp_path: Path, config: str, flags: list[str], facts: list[str]
 ) -> None:
     done = run(launch_command(config, *settings(graph, tmp_path / "run", *flags)))
-    [told] = [line for line in done.stderr.splitlines() if "mmgraph: error: " in line]  # the main rank tells, once
+    [line] = [line for line in done.stderr.splitlines() if "mmgraph: error: " in line]  # one line, from rank 0
     assert done.returncode != 0
-    assert re.search(".*".join(rf"(?<![\w-]){re.escape(fact)}(?!\w)" for fact in facts), told), told
+    assert re.search(".*".join(rf"(?<![\w-]){re.escape(fact)}(?!\w)" for fact in facts), line), line
     assert PACKAGE not in done.stderr and not (tmp_path / "run").exists()  # no line of a traceback
 
 
 def test_zero_with_offload_trains_as_one_process(graph: Path, one_process: Path, tmp_path: Path) -> None:
+    """ZeRO-2 with offload on two processes has the losses of a run on one process without DeepSpeed."""
     config = "deepspeed_zero2_offload.yaml --num_processes 2 --mixed_precision no"
     done = accelerate_launch(config, *settings(graph, tmp_path / "run", "--max_steps=30"))
     [start] = starts(tmp_path / "run")
@@ -122,5 +127,5 @@ def test_zero_with_offload_trains_as_one_process(graph: Path, one_process: Path,
     [line] = [line for line in done.stdout.splitlines() if re.search(r"\bDEEPSPEED\b", line)]
     assert re.search(r"\bcpu\b", line)
     final = tmp_path / "run/checkpoints/multimodal_encoder_final.pt"
-    assert done.stdout.count(str(final)) == 1  # one process writes
+    assert done.stdout.count(str(final)) == 1  # only one process writes it
     assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5

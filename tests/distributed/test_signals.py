@@ -1,4 +1,7 @@
-"""Stops, deaths and hangs in real launches: the run ends together and soon, says why, and goes on."""
+"""Stop signals, dead ranks and hanging ranks in real launches.
+
+All ranks end within seconds, the reason is printed, and the run can be resumed.
+"""
 
 import json
 import os
@@ -20,13 +23,13 @@ from launches import REPOSITORY, SCRIPT, TESTS, launch_command, run, run_warm
 
 from mmgraph.distributed.signals import StopRequest
 
-LAUNCHED = str(TESTS / "faults/launched.py")  # launch.py with FAULTS
+LAUNCHED = str(TESTS / "faults/launched.py")  # launch.py with the faults in the variable FAULTS
 TESTS_PATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
 ZERO2 = "deepspeed_zero2.yaml --num_processes 2 --mixed_precision no"
 
 
 def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
-    """The processes that train, by rank. (A single one has no launcher's ``RANK``.)"""
+    """Return the training processes of a launch by rank. A single process has no variable ``RANK`` and is rank 0."""
     return {
         int(child.environ().get("RANK", "0")): child
         for child in launcher.children(recursive=True)
@@ -38,13 +41,13 @@ def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
 def training(
     config: str, output: Path, *flags: str
 ) -> Iterator[tuple[subprocess.Popen[str], dict[int, psutil.Process]]]:
-    """A launch that has made its first steps, as the leader of a process group; nothing of it is left behind."""
+    """Start a launch in its own process group, and wait for its first steps. Kill all its processes at the end."""
     command = launch_command(config, *flags)
     with (output.parent / f"{output.name}.out").open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline and process.poll() is None, said(output)
+        assert time.monotonic() < deadline and process.poll() is None, printed(output)
         time.sleep(0.05)
     ranks = ranks_of(psutil.Process(process.pid))
     try:
@@ -56,12 +59,13 @@ def training(
         process.wait()
 
 
-def said(output: Path) -> str:
+def printed(output: Path) -> str:
+    """Return what the launch with this output folder printed."""
     return (output.parent / f"{output.name}.out").read_text()
 
 
 def ended(process: subprocess.Popen[str], ranks: dict[int, psutil.Process], within: float) -> int:
-    """Wait until launcher and ranks are gone. Returns the launcher's exit code."""
+    """Wait until launcher and ranks have exited. Return the launcher's exit code."""
     start = time.monotonic()
     code = process.wait(timeout=within)
     _, alive = psutil.wait_procs(list(ranks.values()), timeout=max(0, within - (time.monotonic() - start)))
@@ -71,7 +75,7 @@ def ended(process: subprocess.Popen[str], ranks: dict[int, psutil.Process], with
 
 @pytest.fixture
 def endless(graph: Path, tmp_path: Path) -> list[str]:
-    """Flags of a run that ends only when it is stopped; states at its stops alone."""
+    """Flags of a run that ends only when it is stopped. It writes states at the stop and at the end of each epoch."""
     return settings(graph, tmp_path / "run", "--max_steps=100000", "--epochs=100000", "--save_every=0")
 
 
@@ -99,7 +103,7 @@ def test_a_signal_stops_all_ranks_together(
 ) -> None:
     output = tmp_path / "run"
     with training(config, output, *endless) as (process, ranks):
-        for _ in range(2):  # being asked twice does no harm
+        for _ in range(2):  # the second signal must have no effect
             if target == "group":
                 os.killpg(process.pid, number)
             elif target == "launcher":
@@ -107,40 +111,41 @@ def test_a_signal_stops_all_ranks_together(
             else:
                 ranks[max(ranks)].send_signal(number)
             time.sleep(0.01)
-        assert ended(process, ranks, 20) == code, said(output)
+        assert ended(process, ranks, 20) == code, printed(output)
     steps = [row["step"] for row in read_metrics(output)]
     assert steps == list(range(1, len(steps) + 1)) and (output / f"state/step-{len(steps):08d}/state.json").exists()
-    assert len(stop_lines(said(output), len(steps))) == 1
+    assert len(stop_lines(printed(output), len(steps))) == 1
     log = (output / "training_log.txt").read_text()
     assert stop_lines(log, len(steps)) == [log.splitlines()[-1]]
 
 
 @pytest.mark.parametrize("config", ["cpu_2proc.yaml", pytest.param(ZERO2, marks=pytest.mark.slow)])
-def test_a_rank_that_is_killed_ends_all_and_is_named(endless: list[str], tmp_path: Path, config: str) -> None:
+def test_a_killed_rank_ends_the_run_and_is_named(endless: list[str], tmp_path: Path, config: str) -> None:
     with training(config, tmp_path / "run", *endless) as (process, ranks):
         ranks[1].kill()
         assert ended(process, ranks, 20) == 1
-    text = said(tmp_path / "run")
-    [told] = lines_with(text, "mmgraph: error:", "rank 0")
-    assert "--collective_timeout" not in told and "exitcode  : -9" in text and "rank      : 1" in text
-    assert PACKAGE not in text  # no traceback of ours
+    text = printed(tmp_path / "run")
+    [error_line] = lines_with(text, "mmgraph: error:", "rank 0")
+    assert "--collective_timeout" not in error_line and "exitcode  : -9" in text and "rank      : 1" in text
+    assert PACKAGE not in text  # no traceback from this package
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_all(endless: list[str], tmp_path: Path) -> None:
+def test_a_hanging_rank_ends_the_run(endless: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     with training("cpu_2proc.yaml", output, *endless, "--collective_timeout=4") as (process, ranks):
         ranks[1].suspend()
         assert ended(process, ranks, 4 + 35) == 1
-    assert line_with(said(output), "mmgraph: error:", "rank 0", "--collective_timeout")
+    assert line_with(printed(output), "mmgraph: error:", "rank 0", "--collective_timeout")
 
 
 @pytest.mark.slow
-def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[str], tmp_path: Path) -> None:
-    """The other rank hangs, so no step is finished together: the watchdog of the one that was asked ends it."""
+def test_watchdog_ends_a_rank_if_the_other_rank_hangs(graph: Path, endless: list[str], tmp_path: Path) -> None:
+    """Rank 0 gets a stop signal, but cannot finish its step because rank 1 hangs. The watchdog of rank 0 ends it."""
     output = tmp_path / "run"
     header, *edges = (graph / "edges.csv").read_text().splitlines()
-    (tmp_path / "edges.csv").write_text("\n".join([header, *edges * 500]))  # so no rank hangs while an epoch is saved
+    # Long epochs, so that rank 1 does not hang in the save at the end of an epoch.
+    (tmp_path / "edges.csv").write_text("\n".join([header, *edges * 500]))
     flags = [*endless, f"--edges={tmp_path / 'edges.csv'}", "--stop_grace=2"]
     with training("cpu_2proc.yaml", output, *flags) as (process, ranks):
         ranks[1].suspend()
@@ -148,7 +153,7 @@ def test_a_stop_that_cannot_be_shared_ends_the_rank(graph: Path, endless: list[s
         ranks[0].wait(timeout=12)  # --stop_grace is 15 s otherwise
         ranks[1].kill()
         ended(process, ranks, 20)
-    assert line_with(said(output), "mmgraph:", "rank 0", "2 s", "--stop_grace")
+    assert line_with(printed(output), "mmgraph:", "rank 0", "2 s", "--stop_grace")
 
 
 SLOW_STEPS = f"""
@@ -169,8 +174,8 @@ with stop.listening():
 """
 
 
-def test_neither_slow_steps_nor_a_save_are_cut_off() -> None:
-    """Steps of 1 s, and a save of 2 s, with a grace of 0.4 s; what comes after takes longer than that."""
+def test_watchdog_allows_slow_steps_and_a_slow_save() -> None:
+    """With a grace of 0.4 s, the watchdog allows steps of 1 s and a save of 2 s. It ends the 20 s wait after them."""
     start = time.monotonic()
     done = run([sys.executable, "-c", SLOW_STEPS])
     assert done.stdout == "saved\n" and done.returncode == 143 and time.monotonic() - start < 15
@@ -189,21 +194,21 @@ print("goes on", flush=True)
 """
 
 
-def test_after_an_error_a_launched_rank_alone_is_deaf() -> None:
-    """A launcher's SIGTERM is for ranks that have yet to say why; a process without one must be easy to end."""
+def test_only_a_launched_rank_ignores_sigterm_after_an_error() -> None:
+    """A launched rank must still print its error after the launcher's SIGTERM. Other processes end at SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    for more, code, said in (({}, -signal.SIGTERM, ""), ({"RANK": "0"}, 0, "goes on\n")):
+    for variables, code, stdout in (({}, -signal.SIGTERM, ""), ({"RANK": "0"}, 0, "goes on\n")):
         command = [sys.executable, "-c", FAILS]
-        done = subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (code, said), done.stderr
+        done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (code, stdout), done.stderr
 
 
-def test_a_run_of_slow_steps_and_saves_stops_with_its_state(graph: Path, tmp_path: Path) -> None:
-    """Asked in a save of 4 s, with steps of 1.5 s, and a grace that is shorter than either."""
+def test_a_stop_in_a_slow_save_writes_the_state(graph: Path, tmp_path: Path) -> None:
+    """The run gets SIGTERM in a save of 4 s. Its steps take 1.5 s, and the grace of 1 s is shorter than both."""
     faults = [
         ("slow_steps", {"seconds": 1.5}),
         ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": 4}),
-        ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": "SIGTERM"}),  # before those 4 s
+        ("at_call", {"target": targets.WRITE_STATE, "number": 1, "action": "SIGTERM"}),  # before the 4 s
     ]
     flags = settings(graph, tmp_path / "run", "--save_every=3", "--stop_grace=1", "--report_to=none")
     done = run_warm([SCRIPT, *flags], faults=faults)
@@ -226,40 +231,45 @@ print(total.item())
 """
 
 
-def test_ranks_meet_in_their_own_start() -> None:
-    """Rank 0 dies before rank 1 is there; rank 1 of the next start is there before rank 0 is."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    asks = f"{targets.MEET_FOLDER}/asks/1"
-    store.set(asks, "of a rank that died asking")
+def test_rendezvous_ignores_the_ranks_of_an_earlier_start() -> None:
+    """Both ranks of a start die, and the ranks of the next start find each other.
 
-    def start(rank: int, how: str = "lives") -> subprocess.Popen[str]:
+    Rank 1 of the first start has left a request in the store, and rank 0 dies before it answers. In the next start,
+    rank 1 arrives before rank 0.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    request_key = f"{targets.MEET_FOLDER}/asks/1"
+    store.set(request_key, "of a rank that died asking")
+
+    def start(rank: int, mode: str = "lives") -> subprocess.Popen[str]:
         environment = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank),
             "WORLD_SIZE": "2", "PYTHONPATH": TESTS_PATH,
         }  # fmt: skip
-        return subprocess.Popen([sys.executable, "-c", MEET, how], env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", MEET, mode], env=environment, stdout=subprocess.PIPE, text=True)
 
     assert start(0, "dies").wait(timeout=60) == 9
-    second = start(1)
-    while store.get(asks) == b"of a rank that died asking":
+    rank_1 = start(1)
+    while store.get(request_key) == b"of a rank that died asking":
         time.sleep(0.1)
-    first = start(0)
-    assert [process.communicate(timeout=60)[0] for process in (first, second)] == ["2.0\n", "2.0\n"]
+    rank_0 = start(0)
+    assert [process.communicate(timeout=60)[0] for process in (rank_0, rank_1)] == ["2.0\n", "2.0\n"]
 
 
 @pytest.mark.slow
-def test_a_rank_that_raises_ends_all_with_its_cause(endless: list[str]) -> None:
-    """In the collator, on rank 1 alone."""
+def test_a_rank_that_raises_ends_the_run(endless: list[str]) -> None:
+    """The collator raises on rank 1. Its error is printed, and rank 0 ends without waiting for the timeout."""
     fault = ("at_call", {"target": targets.COLLATE_EDGES, "number": 3, "action": "raise", "rank": "1"})
     start = time.monotonic()
     done = run([*launch_command("cpu_2proc.yaml")[:-1], LAUNCHED, *endless], FAULTS=json.dumps([fault]))
     assert done.returncode == 1 and time.monotonic() - start < 60
-    told = line_with(done.stderr, "mmgraph: error:", "rank 0")
-    assert "ValueError: injected by the test" in done.stderr and "--collective_timeout" not in told
+    error_line = line_with(done.stderr, "mmgraph: error:", "rank 0")
+    assert "ValueError: injected by the test" in done.stderr and "--collective_timeout" not in error_line
 
 
 @pytest.mark.slow
-def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_path: Path) -> None:
+def test_max_restarts_resumes_the_run(graph: Path, one_process: Path, tmp_path: Path) -> None:
+    """The launcher restarts the ranks after one is killed. The losses are those of a run without a kill."""
     output = tmp_path / "run"
     flags = settings(graph, output, "--max_steps=30", "--save_every=5")
     command = launch_command("cpu_2proc.yaml --max_restarts 1", *flags)
@@ -271,14 +281,14 @@ def test_the_launchers_restarts_just_work(graph: Path, one_process: Path, tmp_pa
     ranks_of(psutil.Process(process.pid))[1].kill()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text[-3000:]
-    assert re.search(rf"step \d+ .*{output}/state/step-\d{{8}}", text)  # where it went on
+    assert re.search(rf"step \d+ .*{output}/state/step-\d{{8}}", text)  # the state from which it resumed
     assert lines_with(text, output / "checkpoints/multimodal_encoder_final.pt")
     for row, other in zip(read_metrics(output), read_metrics(one_process), strict=True):
         assert max(abs(row[name] - other[name]) for name in LOSSES) < 1e-5
 
 
 def test_slurm_script(tmp_path: Path) -> None:
-    """The script is valid bash. With fake Slurm commands it starts, forwards a signal, ends and requeues its job."""
+    """The script is valid bash. With fake Slurm commands, it forwards SIGUSR1, ends and requeues its job."""
     script = REPOSITORY / "accelerate_configs/slurm.sbatch"
     assert run(["bash", "-n", str(script)]).returncode == 0
     (tmp_path / "bin").mkdir()

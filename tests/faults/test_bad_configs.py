@@ -1,4 +1,4 @@
-"""Settings that cannot work, and runs in a folder that is another's: one line with the differences, nothing changed."""
+"""Invalid settings, and output folders of another run: an error of one line, and no file is changed."""
 
 import hashlib
 import shutil
@@ -21,20 +21,20 @@ Cases = Callable[[int], None]
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """What a folder holds, but for the lock."""
+    """Return the hash of each file in a folder, without the lock file."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
 def done(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps."""
+    """Return the output folder of a run of 6 steps."""
     output = tmp_path_factory.mktemp("done") / "run"
     assert run(brief(graph, output, "--max_steps=6")).code == 0
     return output
 
 
-FLAGS: dict[str, tuple[object, ...]] = {  # and what their error has to name
+FLAGS: dict[str, tuple[object, ...]] = {  # what the error must contain
     "--epoch=3": ("--epoch", "--epochs"),
     "--epochs=three": ("--epochs", "three"),
     "--epochs=0": ("--epochs", 0, 0),
@@ -57,7 +57,7 @@ FLAGS: dict[str, tuple[object, ...]] = {  # and what their error has to name
     "--config=nowhere.yaml": ("--config", "nowhere.yaml"),
     "--report_to=mlflow": ("--report_to", "mlflow", "wandb"),
 }
-FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {  # YAML; what is named behind the file
+FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {  # YAML, what the error must contain after the path
     "unknown": (b"epoch: 3\n", ("epoch", "epochs")),
     "type": (b"epochs: three\n", ("three",)),
     "list": (b"epochs: [1, 2]\n", ("epochs",)),
@@ -93,14 +93,14 @@ def test_bad_settings(graph: Path, tmp_path: Path, cases: Cases) -> None:
     assert not Path("ran").exists()
 
 
-def other_data(graph: Path, folder: Path) -> None:
+def copy_graph(graph: Path, folder: Path) -> None:
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
 
 
 @pytest.mark.fault("a run resumed with other settings, data or towers: refused, the differences named, nothing changed")
-def test_another_run_in_the_folder(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+def test_resume_with_other_settings_or_data(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
     for name in ("nodes", "edges", "towers"):
-        other_data(graph, tmp_path / name)
+        copy_graph(graph, tmp_path / name)
     nodes = pd.read_csv(tmp_path / "nodes/nodes.csv", dtype=str)
     nodes.loc[3, "summary"] = "something else is written here"
     nodes.to_csv(tmp_path / "nodes/nodes.csv", index=False)
@@ -108,7 +108,7 @@ def test_another_run_in_the_folder(graph: Path, done: Path, tmp_path: Path, case
     (tmp_path / "edges/edges.csv").write_text("\n".join([edges[0], *reversed(edges[1:])]))
     shutil.rmtree(tmp_path / "towers/towers")
     build_towers(tmp_path / "towers/towers", [*WORDS, "another word, and so other towers"])
-    changes: dict[str, tuple[object, ...]] = {  # name, before, now
+    changes: dict[str, tuple[object, ...]] = {  # setting, old value, new value
         "--seed=7": ("seed", 42, 7),
         "--batch_size=24": ("global_batch_size", 48, 24),
         "--learning_rate=2e-3": ("learning_rate", 0.001, 0.002),
@@ -144,20 +144,20 @@ def test_two_runs_in_one_folder(graph: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", hold, output / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        begun = time.monotonic()
+        start = time.monotonic()
         for ranks in (1, 2):
             ended = run(brief(graph, output), ranks=ranks)
             assert ended.codes == [2] * ranks
-            told = [line for line in ended.said.splitlines() if line.startswith("mmgraph: error: ")]
-            assert len(told) == ranks and all(str(output) in line for line in told), ended.said
+            errors = [line for line in ended.said.splitlines() if line.startswith("mmgraph: error: ")]
+            assert len(errors) == ranks and all(str(output) in line for line in errors), ended.said
             assert "Traceback" not in ended.said
-        assert time.monotonic() - begun < 30 and not (output / "metrics.jsonl").exists()
+        assert time.monotonic() - start < 30 and not (output / "metrics.jsonl").exists()
         first.communicate("\n")
     assert run(brief(graph, output)).code == 0
 
 
 @pytest.mark.fault("a second start that read the state, then waited while the first run continued and ended: refused")
-def test_a_start_that_comes_late(graph: Path, tmp_path: Path) -> None:
+def test_state_read_before_another_run_continued(graph: Path, tmp_path: Path) -> None:
     output, flags = tmp_path / "run", brief(graph, tmp_path / "run")
     assert run(flags, ("after_step", {"step": 8, "action": "SIGKILL"})).code == -9
     with ThreadPoolExecutor(1) as thread:
@@ -176,7 +176,7 @@ def test_a_start_that_comes_late(graph: Path, tmp_path: Path) -> None:
 @pytest.mark.fault(
     "an output folder that is a file, has no write permission, or is on a read-only file system: one line"
 )
-def test_output_folders_that_cannot_be(graph: Path, tmp_path: Path, cases: Cases) -> None:
+def test_output_folders_that_cannot_be_written(graph: Path, tmp_path: Path, cases: Cases) -> None:
     (tmp_path / "file").write_text("a file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -189,11 +189,11 @@ def test_output_folders_that_cannot_be(graph: Path, tmp_path: Path, cases: Cases
 
 
 @pytest.mark.fault("fewer edges than ranks, or a global batch that does not divide by the ranks: one line")
-def test_batches_that_ranks_cannot_share(tmp_path: Path, graph: Path) -> None:
+def test_invalid_global_batch_sizes(tmp_path: Path, graph: Path) -> None:
     small = graph_files(tmp_path / "small", nodes=4, edges=3)
     more = [f"--nodes={small / 'nodes.csv'}", f"--edges={small / 'edges.csv'}"]
-    for size, facts in ((3, (2, 2, 4)), (4, (3,))):  # how many processes, and sizes that do; how many edges
+    for size, facts in ((3, (2, 2, 4)), (4, (3,))):  # the number of ranks and two valid sizes; the number of edges
         ended = run([*brief(graph, tmp_path / "run"), *more, f"--batch_size={size}"], ranks=2)
-        told = lines_with(ended.said, "mmgraph: error:", "--global_batch_size", size, *facts)
-        assert ended.codes == [2, 2] and len(told) == 2 and "Traceback" not in ended.said, ended.said
+        errors = lines_with(ended.said, "mmgraph: error:", "--global_batch_size", size, *facts)
+        assert ended.codes == [2, 2] and len(errors) == 2 and "Traceback" not in ended.said, ended.said
     assert run([*brief(graph, tmp_path / "run"), *more, "--batch_size=2"], ranks=2).codes == [0, 0]

@@ -1,4 +1,4 @@
-"""Image files of every bad kind: the documented outcome of each, counted, the same on every rank."""
+"""Unusual, damaged and malicious image files: the documented result and count of each, equal on every rank."""
 
 import io
 import json
@@ -34,9 +34,9 @@ NOISE = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
 RGB, RGBA = Image.fromarray(NOISE[:, :, :3]), Image.fromarray(NOISE, "RGBA")
 
 
-def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(picture: Image.Image, image_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    picture.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -47,10 +47,10 @@ def rotated() -> bytes:
 
 
 def png(width: int, height: int, rows: bytes = b"") -> bytes:
-    """A PNG file of 8-bit RGB that claims a size, whatever it holds."""
+    """Return an 8-bit RGB PNG file with this size in the header, which may differ from the size of ``rows``."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -65,7 +65,7 @@ def gif(width: int, height: int) -> bytes:
     return screen + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00;"
 
 
-WHOLE = {  # decoded as Pillow does
+INTACT = {  # intact: decoded as Pillow decodes them
     "cmyk.jpg": encoded(RGB.convert("CMYK"), "JPEG"),
     "palette.png": encoded(RGB.quantize(32), "PNG"),
     "alpha.png": encoded(RGBA, "PNG"),
@@ -83,13 +83,13 @@ WHOLE = {  # decoded as Pillow does
     "tga.tga": encoded(RGB, "TGA"),
     "ico.ico": encoded(RGB.resize((64, 64)), "ICO"),
 }
-BLACK = {  # and why
+BLACK = {  # content, image status
     "empty.png": (b"", "unreadable"),
     "html.jpg": (b"<!DOCTYPE html><html><body>404</body></html>", "unreadable"),
     "text.jpg": (b"not found\n" * 100, "unreadable"),
     "json.png": (b'{"error": "rate limit"}', "unreadable"),
     "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unreadable"),
-    "postscript.eps": (encoded(RGB, "EPS"), "unreadable"),  # not in the list of formats: Ghostscript would run it
+    "postscript.eps": (encoded(RGB, "EPS"), "unreadable"),  # not an allowed format: Pillow would run Ghostscript on it
     "pdf.png": (encoded(RGB, "PDF"), "unreadable"),
     "sgi.sgi": (encoded(RGB, "SGI"), "unreadable"),
     "header.png": (b"\x89PNG\r\n\x1a\n", "unreadable"),
@@ -103,21 +103,21 @@ BLACK = {  # and why
 
 
 @pytest.mark.fault("images in unusual formats and modes: decoded as Pillow does")
-def test_unusual_pictures(tmp_path: Path, cases: Cases) -> None:
-    for name, content in WHOLE.items():
+def test_unusual_image_formats(tmp_path: Path, cases: Cases) -> None:
+    for name, content in INTACT.items():
         (tmp_path / name).write_bytes(content)
-        pixels, cause = read_image(str(tmp_path / name))
+        pixels, status = read_image(str(tmp_path / name))
         expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-        assert IMAGE_STATUS[cause] == "" and np.array_equal(pixels.permute(1, 2, 0).numpy(), expected), name
-    cases(len(WHOLE))
+        assert IMAGE_STATUS[status] == "" and np.array_equal(pixels.permute(1, 2, 0).numpy(), expected), name
+    cases(len(INTACT))
 
 
 @pytest.mark.fault("files that are not images, or have too many pixels: black, and counted by reason")
-def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
+def test_undecodable_images_are_black(tmp_path: Path, cases: Cases) -> None:
     for name, (content, expected) in BLACK.items():
         (tmp_path / name).write_bytes(content)
-        pixels, cause = read_image(str(tmp_path / name), "black")
-        assert IMAGE_STATUS[cause] == expected and not pixels.any(), (name, IMAGE_STATUS[cause])
+        pixels, status = read_image(str(tmp_path / name), "black")
+        assert IMAGE_STATUS[status] == expected and not pixels.any(), (name, IMAGE_STATUS[status])
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "sparse.png").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
@@ -131,22 +131,22 @@ def test_black_pictures(tmp_path: Path, cases: Cases) -> None:
 
 @pytest.mark.fault("images truncated at ten lengths: the part that can be decoded, or black")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
-    whole = encoded(RGB, kind)
+def test_truncated_images(tmp_path: Path, cases: Cases, kind: str) -> None:
+    intact = encoded(RGB, kind)
     for tenth in range(10):
         path = tmp_path / f"{tenth}"
-        path.write_bytes(whole[: len(whole) * tenth // 10])
-        pixels, cause = read_image(str(path))
-        assert IMAGE_STATUS[cause] in ("truncated", "unreadable")
-        if IMAGE_STATUS[cause] == "truncated":
+        path.write_bytes(intact[: len(intact) * tenth // 10])
+        pixels, status = read_image(str(path))
+        assert IMAGE_STATUS[status] in ("truncated", "unreadable")
+        if IMAGE_STATUS[status] == "truncated":
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
                 expected = np.array(Image.open(path).convert("RGB"))
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = False
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
-        black, again = read_image(str(path), "black")
-        assert again == cause and not black.any()
+        black, black_status = read_image(str(path), "black")
+        assert black_status == status and not black.any()
     cases(20)
 
 
@@ -154,13 +154,13 @@ def test_cut_short(tmp_path: Path, cases: Cases, kind: str) -> None:
 @pytest.mark.parametrize("flips", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
     generator, path, tried = torch.Generator().manual_seed(0), tmp_path / "flipped", 0
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
-        whole = bytearray(encoded(RGB, kind))
-        places = torch.randint(8 * len(whole), (flips // 6,), generator=generator).tolist()
-        places += range(0, 8 * 60, 8 * 60 // (flips // 6) + 1)  # headers
-        for place in places:
-            damaged = bytearray(whole)
-            damaged[place // 8] ^= 1 << place % 8
+    for image_format in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+        intact = bytearray(encoded(RGB, image_format))
+        bits = torch.randint(8 * len(intact), (flips // 6,), generator=generator).tolist()
+        bits += range(0, 8 * 60, 8 * 60 // (flips // 6) + 1)  # in the headers
+        for bit in bits:
+            damaged = bytearray(intact)
+            damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
             pixels, _ = read_image(str(path))
             assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3
@@ -169,38 +169,38 @@ def test_flipped_bits(tmp_path: Path, cases: Cases, flips: int) -> None:
 
 
 @pytest.mark.fault("damaged images decoded by four threads: the same results as one at a time")
-def test_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_threads(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    whole = encoded(Image.fromarray(noise), "PNG", compress_level=1)
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0x55  # a wrong checksum, which Pillow's switch for truncated files would pass over
-    kinds = [(whole, ""), (whole[: len(whole) * 4 // 5], "truncated"), (bytes(flipped), "unreadable")]
-    alone = [decode_picture(data, 0) for data, _ in kinds]
-    assert [IMAGE_STATUS[cause] for _, cause in alone] == [expected for _, expected in kinds]
+    intact = encoded(Image.fromarray(noise), "PNG", compress_level=1)
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 0x55  # a wrong checksum, which Pillow ignores if LOAD_TRUNCATED_IMAGES is set
+    files = [(intact, ""), (intact[: len(intact) * 4 // 5], "truncated"), (bytes(flipped), "unreadable")]
+    alone = [decode_picture(data, 0) for data, _ in files]
+    assert [IMAGE_STATUS[status] for _, status in alone] == [expected for _, expected in files]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda kind: decode_picture(kind[0], 0), kinds * 60))
-    for (pixels, cause), (expected_pixels, expected) in zip(found, alone * 60, strict=True):
-        assert cause == expected and torch.equal(pixels, expected_pixels)
+        decoded = list(threads.map(lambda file: decode_picture(file[0], 0), files * 60))
+    for (pixels, status), (expected_pixels, expected) in zip(decoded, alone * 60, strict=True):
+        assert status == expected and torch.equal(pixels, expected_pixels)
     begun, go, open_file = threading.Event(), threading.Event(), Image.open
 
-    def waits(*arguments: Any, **named: Any) -> Image.Image:
+    def waiting_open(*arguments: Any, **named: Any) -> Image.Image:
         if threading.current_thread() is decoding:
             begun.set()
             go.wait()
         return open_file(*arguments, **named)
 
-    monkeypatch.setattr(Image, "open", waits)
-    decoding = threading.Thread(target=decode_picture, args=(kinds[1][0], 0))
+    monkeypatch.setattr(Image, "open", waiting_open)
+    decoding = threading.Thread(target=decode_picture, args=(files[1][0], 0))
     decoding.start()
-    assert begun.wait(20)  # it is in the middle of decoding now
+    assert begun.wait(20)  # the fork happens while the thread decodes
     child = os.fork()
     if not child:
         signal.alarm(20)
-        os._exit(IMAGE_STATUS[decode_picture(kinds[1][0], 0)[1]] != "truncated")
+        os._exit(IMAGE_STATUS[decode_picture(files[1][0], 0)[1]] != "truncated")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     go.set()
     decoding.join()
-    cases(len(found) + 1)
+    cases(len(decoded) + 1)
 
 
 MEMORY = f"""
@@ -229,44 +229,44 @@ def test_memory_of_bombs(tmp_path: Path, cases: Cases) -> None:
 
 
 def bad_graph(folder: Path) -> tuple[Path, Counter[str]]:
-    """A graph whose nodes have all of these images, some twice; and how many there are of each cause."""
+    """Write a graph whose nodes have all of these images. Return its folder, and the number of images by status."""
     graph_files(folder)
     nodes = pd.read_csv(folder / "nodes.csv", dtype=str, keep_default_na=False)
-    files = {**{name: (content, "") for name, content in WHOLE.items()}, **BLACK}
-    paths, causes = [], Counter[str]()
-    for row, (name, (content, cause)) in enumerate(files.items()):
+    files = {**{name: (content, "") for name, content in INTACT.items()}, **BLACK}
+    paths, statuses = [], Counter[str]()
+    for row, (name, (content, status)) in enumerate(files.items()):
         (folder / "images" / f"{row}-{name}").write_bytes(content)
         paths.append(f"images/{row}-{name}")
-        causes[cause] += 1
+        statuses[status] += 1
     os.mkfifo(folder / "images/pipe.png")
     paths += ["images/pipe.png", "images/missing.png", "", "images", "../outside.png"]
-    causes += Counter({"file not found": 3, "no image path": 1, "": 1})
-    (folder.parent / "outside.png").write_bytes(WHOLE["alpha.png"])
+    statuses += Counter({"file not found": 3, "no image path": 1, "": 1})
+    (folder.parent / "outside.png").write_bytes(INTACT["alpha.png"])
     paths += ["images/16.png"] * (len(nodes) - len(paths))
     nodes["image_path"] = paths
     nodes.to_csv(folder / "nodes.csv", index=False)
-    ends = [(nodes["node_id"][i % 40], nodes["node_id"][(i * 7 + 3) % 40]) for i in range(200)]  # of all nodes
+    ends = [(nodes["node_id"][i % 40], nodes["node_id"][(i * 7 + 3) % 40]) for i in range(200)]  # over all nodes
     pd.DataFrame(ends, columns=["src_id", "dst_id"]).to_csv(folder / "edges.csv", index=False)
-    return folder, causes
+    return folder, statuses
 
 
 @pytest.mark.fault(
     "a run on a graph with all of these images: the same losses on one and two ranks, stored and live; all counted"
 )
-def test_a_run_over_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
-    bad, causes = bad_graph(tmp_path / "bad")
+def test_run_on_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    bad, statuses = bad_graph(tmp_path / "bad")
     (bad / "towers").symlink_to(graph / "towers")
-    causes.pop("")
+    statuses.pop("")
     losses = []
     live, threads = ["--tower_cache=off"], ["--num_workers=4", f"--tower_cache={tmp_path / 'another'}"]
     for name, ranks, flags in (("stored", 1, []), ("two", 2, []), ("live", 1, live), ("threads", 1, threads)):
         output = tmp_path / name
         ended = run(brief(bad, output, *flags), ranks=ranks)
         assert ended.codes == [0] * ranks, ended.said
-        told = line_with(ended.said, f"{causes['unreadable']} unreadable")
-        for cause, count in causes.items():
-            assert lines_with(told, f"{count} {cause}"), (cause, count, told)
-        losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
+        line = line_with(ended.said, f"{statuses['unreadable']} unreadable")
+        for status, count in statuses.items():
+            assert lines_with(line, f"{count} {status}"), (status, count, line)
+        losses.append([json.loads(row)["loss"] for row in (output / "metrics.jsonl").read_text().splitlines()])
     for other in losses[1:]:
         assert np.allclose(other, losses[0], rtol=0, atol=1e-5)
     cases(4)
@@ -287,7 +287,7 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
               "folder\\..\\in.png"]  # fmt: skip
     leaving = ["../outside/out.png", str(outside / "out.png"), "link.png", "linked/out.png", "..\\outside\\out.png",
                "../root-too.png", "/etc/passwd", "nul\0.png", "../root", "linked/missing.png"]  # fmt: skip
-    monkeypatch.chdir(tmp_path)  # below which paths are looked up too, without a root
+    monkeypatch.chdir(tmp_path)  # without an image root, paths are also searched below the working directory
     for confined in (ImagePaths("x/nodes.csv", root, True), ImagePaths(root / "nodes.csv", None, True),
                      ImagePaths("x", tmp_path / "alias", True)):  # fmt: skip
         assert not [path for path in inside if confined.resolve(path) == OUTSIDE]
@@ -300,7 +300,8 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
     cases(3 * (len(inside) + len(leaving)))
 
     bad, _ = bad_graph(tmp_path / "bad")
-    for flags in ([], ["--tower_cache=off"]):  # a cache that an unconfined run has filled tells nothing of outside
+    # The confined run must not use cached tokens of the image outside, which the unconfined run has stored.
+    for flags in ([], ["--tower_cache=off"]):
         output = tmp_path / f"run{len(flags)}"
         flags = [*brief(graph, output, *flags), f"--nodes={bad / 'nodes.csv'}", f"--edges={bad / 'edges.csv'}"]
         assert "outside the image root" not in run(flags).said
@@ -317,7 +318,7 @@ def test_mostly_bad_images(graph: Path, tmp_path: Path, cases: Cases) -> None:
     for ranks in (1, 2):
         flags = [*brief(graph, tmp_path / f"run{ranks}", "--tower_cache=off"), *more]
         ended = run([*flags, "--max_bad_images=0.3"], ranks=ranks)
-        told = lines_with(ended.said, "mmgraph: error:", "4 too many pixels", "--max_bad_images", 0.3)
-        assert ended.codes == [2] * ranks and len(told) == ranks and "Traceback" not in ended.said, ended.said
+        errors = lines_with(ended.said, "mmgraph: error:", "4 too many pixels", "--max_bad_images", 0.3)
+        assert ended.codes == [2] * ranks and len(errors) == ranks and "Traceback" not in ended.said, ended.said
         assert run([*flags, "--max_bad_images=0.6"], ranks=ranks).codes == [0] * ranks
     cases(4)

@@ -1,4 +1,4 @@
-"""Node and edge tables of every bad kind: one line that says where, or exactly the join that they say."""
+"""Unusual and invalid node and edge tables: the correct join, or an error of one line that names the place."""
 
 import csv
 import io
@@ -39,7 +39,10 @@ IDS = st.one_of(
 
 @st.composite
 def graphs(draw: st.DrawFn) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of a node and an edge table, headers first, in any order of columns and with more of them."""
+    """Draw the rows of a node and an edge table, with headers.
+
+    The node table has an extra column and its columns in any order. The edge table may have a third column.
+    """
     ids = draw(st.lists(IDS, min_size=1, max_size=8))
     columns = draw(st.permutations(["node_id", "short_name", "summary", "image_path", "more"]))
     nodes = [columns] + [[name if column == "node_id" else draw(IDS) for column in columns] for name in ids]
@@ -51,7 +54,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[list[str]], list[list[str]]]:
 
 @st.composite
 def dialects(draw: st.DrawFn) -> tuple[str, int, bool, bool]:
-    """Line ends, quoting, a byte-order mark, no line end at the end."""
+    """Draw a CSV dialect: line end, quoting, with a byte-order mark, without a line end after the last row."""
     return (
         draw(st.sampled_from(["\n", "\r\n"])),
         draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
@@ -61,19 +64,19 @@ def dialects(draw: st.DrawFn) -> tuple[str, int, bool, bool]:
 
 
 def csv_bytes(rows: list[list[str]], dialect: tuple[str, int, bool, bool]) -> bytes:
-    ends, quoting, mark, open_end = dialect
+    line_end, quoting, byte_order_mark, open_end = dialect
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator=ends, quoting=quoting).writerows(rows)  # type: ignore[arg-type]
+    csv.writer(text, lineterminator=line_end, quoting=quoting).writerows(rows)  # type: ignore[arg-type]
     data = text.getvalue().encode()
-    return (b"\xef\xbb\xbf" if mark else b"") + (data.removesuffix(ends.encode()) if open_end else data)
+    return (b"\xef\xbb\xbf" if byte_order_mark else b"") + (data.removesuffix(line_end.encode()) if open_end else data)
 
 
 def joined(folder: Path, suffix: str) -> tuple[list[dict[str, str]], list[tuple[int, int]]]:
-    """What mmgraph makes of the tables in a folder: nodes, and edges as rows."""
+    """Return the nodes that mmgraph reads from the tables in a folder, and the edges as pairs of node rows."""
     paths = [folder / f"{name}.{suffix}" for name in ("nodes", "edges")]
-    prints = [fingerprint(path) for path in paths]
-    nodes = open_nodes(str(paths[0]), prints[0])
-    edges = open_edges(str(paths[1]), prints[1], nodes, prints[0])
+    fingerprints = [fingerprint(path) for path in paths]
+    nodes = open_nodes(str(paths[0]), fingerprints[0])
+    edges = open_edges(str(paths[1]), fingerprints[1], nodes, fingerprints[0])
     rows = edges.rows[pd.RangeIndex(len(edges.rows)).to_numpy()]
     ids = map(str, nodes.ids(range(len(nodes))))
     return [{"node_id": name, **nodes[row]} for row, name in enumerate(ids)], [tuple(row) for row in rows.tolist()]
@@ -82,7 +85,11 @@ def joined(folder: Path, suffix: str) -> tuple[list[dict[str, str]], list[tuple[
 def expected(
     nodes: list[list[str]], edges: list[list[str]]
 ) -> tuple[list[dict[str, str]], list[tuple[int, int]]] | None:
-    """The same by dicts; None where it is to be refused."""
+    """Join the rows with dicts.
+
+    Returns:
+        The nodes, and the edges as pairs of node rows (None if there are no edges). None if the tables are invalid.
+    """
     rows = [dict(zip(nodes[0], row, strict=True)) for row in nodes[1:]]
     index = {row["node_id"]: number for number, row in enumerate(rows)}
     ends = [row[:2] for row in edges[1:]]
@@ -92,21 +99,21 @@ def expected(
 
 
 def parsed(path: Path) -> list[list[str]] | None:
-    """A CSV table's rows by the csv module; None where they are not of one length."""
+    """Return the rows of a CSV table, read with the csv module, or None if their lengths differ."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = [row for row in csv.reader(file) if row and (len(row) > 1 or row[0].strip())]
     return rows if {len(row) for row in rows} == {len(rows[0])} else None
 
 
 def check(folder: Path, suffix: str, nodes: list[list[str]] | None, edges: list[list[str]] | None) -> None:
-    """Insist that tables are joined as their rows say, or refused where they can't be."""
-    wanted = None if nodes is None or edges is None else expected(nodes, edges)
+    """Check that mmgraph joins the tables in a folder correctly, or refuses them if they are invalid."""
+    correct = None if nodes is None or edges is None else expected(nodes, edges)
     try:
-        found = joined(folder, suffix)
+        result = joined(folder, suffix)
     except UserError as error:
-        assert wanted is None or wanted[1] is None, (str(error), nodes, edges)
+        assert correct is None or correct[1] is None, (str(error), nodes, edges)
     else:
-        assert wanted is not None and found == wanted
+        assert correct is not None and result == correct
 
 
 @pytest.mark.fault("generated CSV tables in any dialect (hypothesis): the correct join, or one line")
@@ -141,15 +148,15 @@ def test_generated_parquet_tables(cases: Cases, examples: int) -> None:
     def tables(graph: tuple[list[list[str]], list[list[str]]], ids: list[int] | None) -> None:
         nodes, edges = graph
         if ids is not None:
-            place = nodes[0].index("node_id")
-            nodes = [nodes[0], *([*nodes[1][:place], str(name), *nodes[1][place + 1 :]] for name in ids)]
+            column = nodes[0].index("node_id")
+            nodes = [nodes[0], *([*nodes[1][:column], str(name), *nodes[1][column + 1 :]] for name in ids)]
             edges = [["src_id", "dst_id"], *([str(a), str(b)] for a, b in zip(ids, reversed(ids), strict=True))]
         with tempfile.TemporaryDirectory() as name:
             for table, rows in (("nodes", nodes), ("edges", edges)):
                 frame = pd.DataFrame(rows[1:], columns=rows[0])
-                for column in ("node_id", "src_id", "dst_id") if ids is not None else ():
-                    if column in frame:
-                        frame[column] = frame[column].astype("int64")
+                for key in ("node_id", "src_id", "dst_id") if ids is not None else ():
+                    if key in frame:
+                        frame[key] = frame[key].astype("int64")
                 frame.to_parquet(Path(name) / f"{table}.parquet")
             check(Path(name), "parquet", nodes, edges)
         tried[0] += 1
@@ -161,7 +168,7 @@ def test_generated_parquet_tables(cases: Cases, examples: int) -> None:
 NODES = "node_id,short_name,summary,image_path\n"
 EDGES = "src_id,dst_id\n"
 GOOD = NODES + "a,x,,\nb,y,,\n", EDGES + "a,b\nb,a\n"
-TABLES: list[tuple[str | bytes, str | bytes, tuple[object, ...]]] = [  # nodes, edges, what the error has to name
+TABLES: list[tuple[str | bytes, str | bytes, tuple[object, ...]]] = [  # nodes, edges, what the error must contain
     ("", GOOD[1], ("nodes.csv",)),
     (NODES, GOOD[1], ("nodes.csv",)),
     (GOOD[0], EDGES, ("edges.csv",)),
@@ -189,8 +196,8 @@ TABLES: list[tuple[str | bytes, str | bytes, tuple[object, ...]]] = [  # nodes, 
 
 
 @pytest.mark.fault("invalid tables: one line with file and line number, exit code 2, nothing written")
-def test_tables_that_cannot_be_used(graph: Path, tmp_path: Path, cases: Cases) -> None:
-    def look(number: int) -> None:
+def test_invalid_tables(graph: Path, tmp_path: Path, cases: Cases) -> None:
+    def check_error(number: int) -> None:
         folder = tmp_path / f"{number}"
         folder.mkdir()
         *tables, facts = TABLES[number]
@@ -200,7 +207,7 @@ def test_tables_that_cannot_be_used(graph: Path, tmp_path: Path, cases: Cases) -
         assert ended.code == 2 and error_of(ended.said, *facts)
         assert not (folder / "run").exists()
 
-    cases(each(range(len(TABLES)), look))
+    cases(each(range(len(TABLES)), check_error))
 
 
 FLIPS = (
@@ -261,7 +268,9 @@ def test_damaged_converted_tables(graph: Path, tmp_path: Path, cases: Cases) -> 
         ranks = 1 + (damage == "half")
         ended = run(brief(graph, copy / "run"), ranks=ranks, environment={"MMGRAPH_CACHE": str(copy)})
         assert ended.codes == [0] * ranks, ended.said
-        assert path.read_bytes() == before or pattern.startswith("images")  # made anew; images also hold times
+        assert path.read_bytes() == before or pattern.startswith(
+            "images"
+        )  # rebuilt; images-*.npy also holds file times
         losses = [[row["loss"] for row in read_metrics(folder)] for folder in (copy / "run", tmp_path / "whole")]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5) if ranks > 1 else losses[0] == losses[1]
 
@@ -270,7 +279,7 @@ def test_damaged_converted_tables(graph: Path, tmp_path: Path, cases: Cases) -> 
 
 
 @pytest.mark.fault("unusual tables that train: self-loops, repeated edges, isolated nodes, empty nodes")
-def test_odd_tables_that_train(graph: Path, tmp_path: Path, cases: Cases) -> None:
+def test_unusual_tables_that_train(graph: Path, tmp_path: Path, cases: Cases) -> None:
     plain = "".join(f"{row},node {row},,\n" for row in range(20))
     ring = "".join(f"{row},{(row + 1) % 10}\n" for row in range(10)) * 5
     tables = {

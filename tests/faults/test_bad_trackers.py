@@ -1,4 +1,4 @@
-"""Trackers that raise, hang, or cannot write: training goes on, with one line about it."""
+"""Trackers that raise, hang or cannot write: training continues, and the log has one line about the failure."""
 
 import errno
 import itertools
@@ -15,14 +15,15 @@ from runs import Fault, brief, check_same, each, run
 Cases = Callable[[int], None]
 
 
-def off_line(said: str) -> str:
-    """The one line about wandb, but for the one that says where the run is shown."""
+def failure_line(said: str) -> str:
+    """Return the only line about wandb, apart from the line with the address of the run."""
     [line] = [line for line in lines_with(said, "wandb") if "https://wandb.example" not in line]
     return line
 
 
 @pytest.fixture(scope="module")
 def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a run without a tracker."""
     output = tmp_path_factory.mktemp("reference") / "run"
     assert run(brief(graph, output)).code == 0
     return output
@@ -33,38 +34,38 @@ def test_wandb_that_raises_or_hangs(graph: Path, reference: Path, tmp_path: Path
     def check(case: tuple[str, str]) -> None:
         where, action = case
         output = tmp_path / f"{where}-{action}"
-        begun = time.monotonic()
+        start = time.monotonic()
         faults = [("bad_wandb", {"where": where, "action": action}), ("slow_steps", {"seconds": 0.4})]
         ended = run(brief(graph, output, "--report_to=wandb"), *faults, timeout=60)
         assert ended.code == 0, ended.said
-        told = off_line(ended.said)
+        line = failure_line(ended.said)
         assert "Traceback" not in ended.said, ended.said
-        assert ("ValueError: injected by the test" in told) == (action == "raise"), told
-        assert bool(lines_with(told, "2 s")) == (action == "sleep"), told  # of patience
-        assert time.monotonic() - begun < 40
+        assert ("ValueError: injected by the test" in line) == (action == "raise"), line
+        assert bool(lines_with(line, "2 s")) == (action == "sleep"), line  # the time limit
+        assert time.monotonic() - start < 40
         check_same(output, reference)
 
     cases(each(itertools.product(("init", "log", "finish"), ("raise", "sleep")), check))
 
 
 @pytest.mark.fault("wandb hangs at init, longer than another rank waits: training continues")
-def test_wandb_that_hangs_beside_a_rank(graph: Path, tmp_path: Path) -> None:
+def test_wandb_that_hangs_while_another_rank_waits(graph: Path, tmp_path: Path) -> None:
     fault: Fault = ("bad_wandb", {"where": "init", "action": "sleep", "patience": 90, "rank": 0})
     flags = brief(graph, tmp_path / "run", "--report_to=wandb", "--collective_timeout=8")
     ended = run(flags, fault, ranks=2, timeout=60)
-    assert ended.codes == [0, 0] and lines_with(off_line(ended.said), "4 s"), ended
+    assert ended.codes == [0, 0] and lines_with(failure_line(ended.said), "4 s"), ended
 
 
 @pytest.mark.fault("wandb hangs at exit: DataLoader workers still end, and temporary folders are removed")
-def test_what_is_to_be_done_at_the_exit(graph: Path, tmp_path: Path) -> None:
+def test_cleanup_if_wandb_hangs_at_exit(graph: Path, tmp_path: Path) -> None:
     def folders() -> set[Path]:
         return set(Path(tempfile.gettempdir()).glob("mmgraph_tables_*"))
 
     before = folders()
     flags = brief(graph, tmp_path / "run", "--report_to=wandb", "--tower_cache=off", "--num_workers=2")
-    cache = {"MMGRAPH_CACHE": "/proc/none"}  # so converted tables are in a temporary folder
+    cache = {"MMGRAPH_CACHE": "/proc/none"}  # not writable, so the converted tables are in a temporary folder
     ended = run(flags, ("bad_wandb", {"where": "init", "action": "sleep"}), timeout=60, environment=cache)
-    assert ended.code == 0 and lines_with(off_line(ended.said), "2 s"), ended
+    assert ended.code == 0 and lines_with(failure_line(ended.said), "2 s"), ended
     assert lines_with(ended.said, "/proc/none") and folders() == before
 
 

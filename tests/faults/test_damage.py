@@ -52,8 +52,8 @@ def flip(data: bytes, offset: int, bit: int) -> bytes:
 
 
 @pytest.mark.fault("a file of a resume state truncated, or one of its bits flipped: detected")
-@pytest.mark.parametrize("offsets", [50, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_states_are_logged_and_skipped(done: Path, tmp_path: Path, cases: Cases, offsets: int) -> None:
+@pytest.mark.parametrize("places", [50, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_states_are_logged_and_skipped(done: Path, tmp_path: Path, cases: Cases, places: int) -> None:
     output = tmp_path / "run"
     shutil.copytree(done, output)
     newest, older = state_folders(output / "state")
@@ -61,7 +61,7 @@ def test_damaged_states_are_logged_and_skipped(done: Path, tmp_path: Path, cases
     for name in FILES:
         path = newest / name
         intact = path.read_bytes()
-        drawn = torch.randint(len(intact), (offsets,), generator=generator).tolist()
+        drawn = torch.randint(len(intact), (places,), generator=generator).tolist()
         ends = [0, 1, 7, 8, len(intact) - 1]
         damaged = [intact[:offset] for offset in [*ends, *drawn]]
         damaged += [flip(intact, offset, offset % 8) for offset in [*ends[:-2], *drawn, len(intact) - 1]]

@@ -1,4 +1,7 @@
-"""Disks that are full, over a quota, or broken: nothing is lost, one line says so, and the run goes on after it."""
+"""Disks that are full, over a quota, or broken.
+
+The run ends with one error line, keeps what it has saved, and can be resumed once the disk works again.
+"""
 
 import errno
 import itertools
@@ -26,11 +29,11 @@ Cases = Callable[[int], None]
 
 @contextmanager
 def tmpfs(folder: Path, size: int) -> Iterator[Path]:
-    """A disk of ``size`` bytes at ``folder``."""
+    """Mount a disk of ``size`` bytes at ``folder`` while the block runs."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a tmpfs needs root")
     try:
         yield folder
     finally:
@@ -39,7 +42,7 @@ def tmpfs(folder: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def filled(disk: Path, free: int) -> Iterator[None]:
-    """Leave ``free`` bytes of a disk to others while the block runs."""
+    """Fill a disk while the block runs, so that only ``free`` bytes are left."""
     filler = disk / "filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(disk).free - free))
@@ -49,45 +52,46 @@ def filled(disk: Path, free: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of one and two ranks that nothing happens to."""
+    """Output folders of runs on one and two ranks without faults."""
     outputs = {ranks: tmp_path_factory.mktemp("reference") / f"{ranks}" for ranks in (1, 2)}
     for ranks, output in outputs.items():
         assert run(brief(graph, output), ranks=ranks).codes == [0] * ranks
     return outputs
 
 
-def one_line(said: str) -> str:
-    """The error, which stands once (other ranks repeat it, each with its number), without a traceback."""
-    assert "Traceback" not in said, said
-    [line] = [line for line in said.splitlines() if "error:" in line and "rank" not in line]
+def one_line(text: str) -> str:
+    """Return the only error line of rank 0, and check that there is no traceback. Lines of other ranks say "rank"."""
+    assert "Traceback" not in text, text
+    [line] = [line for line in text.splitlines() if "error:" in line and "rank" not in line]
     return line
 
 
 @pytest.mark.fault("a full disk (tmpfs) during a save of an epoch file, a state, or metrics")
 @pytest.mark.parametrize("sizes", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_full_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
-    whole = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
+def test_full_disk_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
+    run_size = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
 
     def check(number: int) -> None:
         ranks = 1 + number % 2
-        with tmpfs(tmp_path / f"{number}", 2 * whole) as disk:
+        with tmpfs(tmp_path / f"{number}", 2 * run_size) as disk:
             output = disk / "run"
-            begun = run(brief(graph, output), ("after_step", {"step": 5, "action": "SIGTERM"}), ranks=ranks)
-            assert begun.codes == [143] * ranks, begun.said
+            interrupted = run(brief(graph, output), ("after_step", {"step": 5, "action": "SIGTERM"}), ranks=ranks)
+            assert interrupted.codes == [143] * ranks, interrupted.said
             states = valid_steps(output)
             files = {path: path.read_bytes() for path in (output / "checkpoints").iterdir()}
-            # The room that the start insists on, and up to the whole run's.
-            with filled(disk, 4_700_000 + number * (whole - 9_000_000) // sizes):
+            # From the free space that the check at the start requires, up to 4.3 MB less than a complete run needs.
+            with filled(disk, 4_700_000 + number * (run_size - 9_000_000) // sizes):
                 stopped = run(brief(graph, output), ranks=ranks)
                 assert all(code in (1, 2) for code in stopped.codes), stopped
-                told = one_line(stopped.said)  # by the check at the start, or by the disk
-                known = NO_SPACE in told or re.search(r"--output_dir .*\d MB|\.pt\.", told)  # torch.save knows no errno
-                assert str(output) in told and known, told
+                error_line = one_line(stopped.said)  # of the check at the start, or of a write
+                # PyTorch's error for a full disk has no errno: torch.save's file is recognized by its name.
+                has_reason = NO_SPACE in error_line or re.search(r"--output_dir .*\d MB|\.pt\.", error_line)
+                assert str(output) in error_line and has_reason, error_line
                 assert set(valid_steps(output)) & set(states) or max(valid_steps(output)) > max(states)
                 assert all(path.read_bytes() == content for path, content in files.items())
                 assert not list(output.rglob("*.tmp*"))
-            went_on = run(brief(graph, output), ranks=ranks)
-            assert went_on.codes == [0] * ranks, went_on.said
+            resumed = run(brief(graph, output), ranks=ranks)
+            assert resumed.codes == [0] * ranks, resumed.said
             check_same(output, reference[ranks])
 
     cases(each(range(sizes), check))
@@ -101,19 +105,19 @@ def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Pat
         action = ("full", "quota", "broken")[number % 3]
         call = {"inside": SAVING, "number": number, "action": action, "rank": 0}
         stopped = run(brief(graph, output), ("at_file_call", call), ranks=ranks)
-        if stopped.codes != [0] * ranks:  # an error in reading metadata alone is none
+        if stopped.codes != [0] * ranks:  # an error while metadata is read does not end the run
             assert stopped.codes == [1] * ranks, stopped.said
             assert str(output) in one_line(stopped.said)
         assert not list(output.rglob("*.tmp*"))
-        went_on = run(brief(graph, output), ranks=ranks)
-        assert went_on.codes == [0] * ranks, went_on.said
+        resumed = run(brief(graph, output), ranks=ranks)
+        assert resumed.codes == [0] * ranks, resumed.said
         check_same(output, reference[ranks], was_done=True)
 
     cases(each(range(1, count(graph, tmp_path, SAVING) + 1, every), check))
 
 
 @pytest.mark.fault("a full disk while metrics and log lines are written")
-def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+def test_full_disk_while_logging(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
     def check(number: int) -> None:
         output, ranks = tmp_path / f"{number}", 1 + number % 2
         call = {"inside": LOGGING, "number": number, "action": "full", "rank": 0}
@@ -132,11 +136,11 @@ def test_full_while_logging(graph: Path, reference: dict[int, Path], tmp_path: P
 
 
 @pytest.mark.fault("a text log on a full disk: no line twice, no partial line")
-def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
+def test_log_has_no_partial_line(tmp_path: Path) -> None:
     from mmgraph.utils.log import flush_log, log, log_file
 
     with log_file(tmp_path / "earlier.txt"):
-        pass  # takes what waits from other tests
+        pass  # takes the buffered lines of earlier tests
     with tmpfs(tmp_path / "disk", 64 << 10) as disk, log_file(disk / "log.txt", size=1):
         log("first")
         with filled(disk, 4096):
@@ -151,7 +155,7 @@ def test_a_line_is_not_written_in_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("a full disk while the tower store is built")
-def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+def test_full_disk_in_the_store_build(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
     tried = 0
     for ranks in (1, 2):
         for free in (0, 100_000, 300_000):
@@ -169,23 +173,23 @@ def test_full_in_the_build(graph: Path, reference: dict[int, Path], tmp_path: Pa
 
 
 @pytest.mark.fault("a full disk while embeddings are written: shards, then each file format")
-def test_full_in_encode(
+def test_full_disk_in_encode(
     graph: Path, reference: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], cases: Cases
 ) -> None:
     tried = 0
-    for kind in FORMATS:
-        with tmpfs(tmp_path / kind, 1_000_000) as disk:
-            command = ["encode", str(reference[1]), f"--format={kind}", f"--output_dir={disk}/features"]
+    for file_format in FORMATS:
+        with tmpfs(tmp_path / file_format, 1_000_000) as disk:
+            command = ["encode", str(reference[1]), f"--format={file_format}", f"--output_dir={disk}/features"]
             for free in (0, 20_000, 60_000, 100_000):
                 with filled(disk, free):
                     code = main(command)
-                    said = capsys.readouterr().err
-                    assert code == 1 or (code == 0 and free == 100_000), said
-                    assert code == 0 or f"{disk}/features: " in one_line(said), said
+                    stderr = capsys.readouterr().err
+                    assert code == 1 or (code == 0 and free == 100_000), stderr
+                    assert code == 0 or f"{disk}/features: " in one_line(stderr), stderr
                     assert not list(disk.rglob("*.tmp*"))
                 tried += 1
             assert main(command) == 0
-            assert read_features(disk / f"features/features_fused.{kind}")[0].shape == (40, 16)
+            assert read_features(disk / f"features/features_fused.{file_format}")[0].shape == (40, 16)
     cases(tried)
 
 
@@ -206,7 +210,7 @@ def test_lost_output(graph: Path, reference: dict[int, Path], tmp_path: Path, ca
 
 
 @pytest.mark.fault("a full disk at the start of a run: one line, nothing written")
-def test_no_room_at_the_start(graph: Path, tmp_path: Path) -> None:
+def test_full_disk_at_the_start(graph: Path, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", 4_000_000) as disk:
         refused = run(brief(graph, disk / "run"))
         assert refused.code == 2 and lines_with(one_line(refused.said), "--output_dir", disk / "run", "4 MB")

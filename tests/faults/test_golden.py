@@ -1,6 +1,7 @@
-"""The losses of 100 steps, kept: whatever changes them is seen.
+"""The losses of 100 steps are equal to the stored ones in golden.json.
 
-``python tests/faults/test_golden.py`` writes golden.json anew: with a reason, and a comparison of before and after.
+``python tests/faults/test_golden.py`` rewrites golden.json. This needs a reason, and a comparison of the losses
+before and after.
 """
 
 import json
@@ -26,7 +27,7 @@ STEPS = 100
 
 
 def environment() -> dict[str, str]:
-    """What the last bits of a float32 sum depend on."""
+    """Return the package versions and the CPU, which the last bits of a float32 sum depend on."""
     packages = {
         name: version(name) for name in ("torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
     }
@@ -38,7 +39,7 @@ def environment() -> dict[str, str]:
 
 
 def losses(graph: Path, output: Path, ranks: int = 1, **more: str) -> list[list[float]]:
-    """Loss, text-image loss, graph loss and gradient norm of each of the first 100 steps, float32, one thread."""
+    """Return the total, text-image and graph loss and the gradient norm of each of 100 steps (float32, one thread)."""
     flags = brief(graph, output, f"--max_steps={STEPS}", "--epochs=100", "--save_every=0", "--learning_rate=5e-5")
     ended = run(flags, ranks=ranks, environment=more)
     assert ended.codes == [0] * ranks, ended.said
@@ -48,23 +49,24 @@ def losses(graph: Path, output: Path, ranks: int = 1, **more: str) -> list[list[
 @pytest.mark.fault(
     "a code change that alters the losses of 100 steps: detected by stored losses (to the bit with their versions)"
 )
-def test_losses_are_the_golden_ones(graph: Path, tmp_path: Path) -> None:
+def test_losses_equal_the_stored_ones(graph: Path, tmp_path: Path) -> None:
     golden: dict[str, Any] = json.loads(GOLDEN.read_text())
-    found = losses(graph, tmp_path / "run")
-    assert len(found) == STEPS
+    computed = losses(graph, tmp_path / "run")
+    assert len(computed) == STEPS
     if environment() == golden["environment"]:
-        assert found == golden["losses"]
-    assert np.abs(np.array(found) - np.array(golden["losses"])).max() < 1e-5
+        assert computed == golden["losses"]
+    assert np.abs(np.array(computed) - np.array(golden["losses"])).max() < 1e-5
     two = losses(graph, tmp_path / "two", ranks=2)
     assert np.abs(np.array(two) - np.array(golden["losses"]))[:, :3].max() < 1e-5
 
 
 def main() -> None:
+    """Write golden.json."""
     with tempfile.TemporaryDirectory() as name:
         graph = graph_files(Path(name) / "graph")
         build_towers(graph / "towers", [*WORDS, "node 0 1 2 3 4 5 6 7 8 9"])
-        kept = {"environment": environment(), "losses": losses(graph, Path(name) / "run")}
-    GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
+        golden = {"environment": environment(), "losses": losses(graph, Path(name) / "run")}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""kill -9 and power cuts, wherever they may come: the same command goes on, and ends as if nothing had been."""
+"""kill -9 and power cuts at any point: the same command resumes, with the result of an uninterrupted run."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ Cases = Callable[[int], None]
 
 @pytest.fixture(scope="module")
 def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happens to."""
+    """The output folder of a run without faults."""
     output = tmp_path_factory.mktemp("reference") / "run"
     assert run(brief(graph, output)).code == 0
     return output
@@ -28,7 +28,7 @@ def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with evaluations."""
+    """The output folder of a run without faults, with evaluations."""
     output = tmp_path_factory.mktemp("reference") / "evaluated"
     assert run(brief(graph, output, *EVALUATED)).code == 0
     return output
@@ -36,23 +36,25 @@ def evaluated(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def all_states(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All states of the run that nothing happens to."""
+    """The folder with all states of a run without faults."""
     output = tmp_path_factory.mktemp("reference") / "states"
     assert run(brief(graph, output, "--keep_last=99")).code == 0
     return output / "state"
 
 
 def after(step: int) -> Fault:
+    """Return the fault that kills a run after a step."""
     return "after_step", {"step": step, "action": "SIGKILL"}
 
 
 def log_of(output: Path) -> str:
+    """Return the text log of a run; empty if it does not exist."""
     path = output / "training_log.txt"
     return path.read_text() if path.exists() else ""
 
 
 def check_resumed(graph: Path, output: Path, reference: Path, *more: str) -> None:
-    """Insist that the same command goes on to the same end, and that the log says where it went on."""
+    """Run the same command again. Check that its result equals ``reference``, and that the log names the state."""
     before, steps = log_of(output), valid_steps(output)
     ended = run(brief(graph, output, *more))
     assert ended.code == 0, ended.said
@@ -85,29 +87,29 @@ def test_three_kills_in_an_epoch(graph: Path, reference: Path, tmp_path: Path, c
     def check(steps: tuple[int, int, int]) -> None:
         output = tmp_path / "-".join(map(str, steps))
         for step in steps:
-            run(brief(graph, output), after(step))  # it is past the step already where a state was written at it
+            run(brief(graph, output), after(step))  # completes without a kill if it resumes at or after this step
         check_resumed(graph, output, reference)
 
     cases(each(random.Random(0).sample(triples, count), check))
 
 
 @pytest.mark.fault("kill -9 at the end of an epoch: before its file, between file and state, after the state")
-def test_at_an_epochs_end(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
-    places = [
+def test_at_the_end_of_an_epoch(graph: Path, reference: Path, tmp_path: Path, cases: Cases) -> None:
+    points = [  # function, number of its call, whether the kill is after the call
         (targets.WRITE_CHECKPOINT, 1, False),
         (targets.WRITE_CHECKPOINT, 1, True),
         (targets.WRITE_STATE, 2, False),
         (targets.WRITE_STATE, 2, True),
     ]
 
-    def check(place: tuple[str, int, bool]) -> None:
-        target, number, done = place
-        output = tmp_path / f"{target}-{done}"
-        fault = ("at_call", {"target": target, "number": number, "action": "SIGKILL", "after": done})
+    def check(point: tuple[str, int, bool]) -> None:
+        target, number, after_call = point
+        output = tmp_path / f"{target}-{after_call}"
+        fault = ("at_call", {"target": target, "number": number, "action": "SIGKILL", "after": after_call})
         assert run(brief(graph, output), fault).code == -signal.SIGKILL
         check_resumed(graph, output, reference)
 
-    cases(each(places, check))
+    cases(each(points, check))
 
 
 @pytest.mark.fault("kill -9 or a power cut before each write, sync and rename during saves")
@@ -125,7 +127,7 @@ def test_in_a_save(
                 folder = f"step-{step:08d}"
                 assert (output / "state" / folder / name).read_bytes() == (all_states / folder / name).read_bytes()
         if (output / "checkpoints" / "multimodal_encoder_epoch_1.pt").exists():
-            assert valid_steps(output)  # written before; never pruned without a newer one
+            assert valid_steps(output)  # the newest earlier state is kept until a newer one is complete
         check_resumed(graph, output, reference)
 
     cases(each(range(1, count(graph, tmp_path, SAVING) + 1, every), check))
@@ -145,7 +147,7 @@ def test_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, cases: C
 
 @pytest.mark.fault("kill -9 while tables are converted and the tower store is built")
 @pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
-def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
+def test_in_the_store_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     def check(number: int) -> None:
         output, cache = tmp_path / f"{number}", {"MMGRAPH_CACHE": str(tmp_path / f"cache-{number}")}
         fault = ("at_file_call", {"inside": PREPARING, "number": number, "action": "SIGKILL"})
@@ -153,7 +155,7 @@ def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases
         ended = run(brief(graph, output), environment=cache)
         assert ended.code == 0, ended.said
         check_same(output, reference)
-        # Of small files, any process may be writing one under a random name: those are left where they are.
+        # Small temporary files may remain: their names are random, and another process may still be writing them.
         leftovers = [path for path in Path(cache["MMGRAPH_CACHE"]).rglob(".*") if path.stat().st_size > 10_000]
         assert not leftovers
 
@@ -164,17 +166,18 @@ def test_in_the_build(graph: Path, reference: Path, tmp_path: Path, cases: Cases
 @pytest.mark.fault("kill -9 of both ranks after a step, and of the main process during a save")
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases, every: int) -> None:
-    whole = tmp_path / "whole"
-    assert run(brief(graph, whole), ranks=2).codes == [0, 0]
+    uninterrupted = tmp_path / "whole"
+    assert run(brief(graph, uninterrupted), ranks=2).codes == [0, 0]
 
-    def check(place: int) -> None:
-        output = tmp_path / f"{place}"
-        fault = after(place)
-        if place > STEPS:  # a call that changes files; only the main process makes any
-            fault = ("at_file_call", {"inside": SAVING, "number": place, "action": "SIGKILL", "rank": 0})
-        ended = run(brief(graph, output), fault, ranks=2, timeout=60)  # not --collective_timeout, which is 600 s
+    def check(number: int) -> None:
+        output = tmp_path / f"{number}"
+        fault = after(number)
+        if number > STEPS:  # the number of a call that changes files; only the main process makes such calls
+            fault = ("at_file_call", {"inside": SAVING, "number": number, "action": "SIGKILL", "rank": 0})
+        ended = run(brief(graph, output), fault, ranks=2, timeout=60)  # shorter than --collective_timeout (600 s)
         assert -signal.SIGKILL in ended.codes and None not in ended.codes, ended.said
         assert run(brief(graph, output), ranks=2).codes == [0, 0]
-        check_same(output, whole)
+        check_same(output, uninterrupted)
 
+    # Numbers up to STEPS are steps, larger ones file calls.
     cases(each([2, 4, 7, 11, 40, 60, 80, 100, 120, 140][1::every], check))

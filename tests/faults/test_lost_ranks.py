@@ -1,4 +1,7 @@
-"""Ranks and workers that die, raise or hang, and signals at any time: all end soon, say why, and the run goes on."""
+"""Ranks and workers that die, raise or hang, and signals at any time.
+
+All ranks end within seconds, the reason is printed, and the run can be resumed.
+"""
 
 import json
 import os
@@ -18,10 +21,10 @@ from runs import STEPS, Fault, brief, check_same, each, run, valid_steps
 Cases = Callable[[int], None]
 LIVE = ("--tower_cache=off", "--num_workers=2")
 FLAGS = ("--eval_fraction=0.1", "--eval_every=4", "--batch_size=44")
-# Seconds for --collective_timeout=8. Where rank 0 ends before it opens its store, PyTorch tries to connect twice, with
-# a random delay between: that alone takes 8 to 24 s.
+# Seconds, with --collective_timeout=8. If rank 0 ends before it opens its store, PyTorch on rank 1 tries to connect
+# twice, with a random delay between the attempts. This alone takes 8 to 24 s.
 ENDS_WITHIN = 60
-PLACES = {  # function, number of its call
+PLACES = {  # place: function, number of its call
     "dataset": (targets.EDGE_ROWS, 3),
     "collator": (targets.COLLATE_EDGES, 3),
     "forward": (targets.FORWARD, 3),
@@ -38,13 +41,14 @@ RAISING = [(place, rank) for place in PLACES for rank in (0, 1) if rank == 0 or 
 
 @pytest.fixture(scope="module")
 def reference(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks that nothing happens to."""
+    """The output folder of a run of two ranks without faults."""
     output = tmp_path_factory.mktemp("reference") / "run"
     assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
     return output
 
 
 def shared_memory() -> set[str]:
+    """Return the names of PyTorch's files in /dev/shm."""
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("torch")}
 
 
@@ -60,14 +64,16 @@ def test_a_rank_that_raises(
         target, number = PLACES[place]
         output = tmp_path / f"{place}-{rank}".replace(" ", "")
         fault = ("at_call", {"target": target, "number": number, "action": "raise", "rank": rank})
-        # A launcher would end the other rank at once; here it has to find out by itself.
+        # A launcher would end the other rank immediately. Here it must detect the error itself.
         flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
         ended = run(flags, fault, ranks=2, timeout=ENDS_WITHIN)
         assert all(code in (1, 2) for code in ended.codes), (place, rank, ended)
         assert "ValueError: injected by the test" in ended.said
-        # The other one's: whom it has lost or waited for, or what the first one has told it.
-        [told] = [line for line in ended.said.splitlines() if "mmgraph: error: " in line]
-        assert lines_with(told, f"rank {1 - rank}") or lines_with(told, f"rank {rank}", "ValueError: injected"), told
+        # The other rank's error line: it lost a rank, waited for it until the timeout, or got its error message.
+        [error_line] = [line for line in ended.said.splitlines() if "mmgraph: error: " in line]
+        assert lines_with(error_line, f"rank {1 - rank}") or lines_with(
+            error_line, f"rank {rank}", "ValueError: injected"
+        ), error_line
         assert not list(output.rglob("*.tmp*"))
         assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
         check_same(output, reference)
@@ -78,7 +84,7 @@ def test_a_rank_that_raises(
 
 
 @pytest.mark.fault("the launcher's SIGTERM to a remaining rank before it printed its error: the error is still printed")
-def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> None:
+def test_error_is_printed_after_the_launchers_sigterm(graph: Path, tmp_path: Path) -> None:
     killed = ("after_step", {"step": 5, "action": "SIGKILL", "rank": 1})
     signalled = ("at_call", {"target": targets.FAIL, "number": 1, "action": "SIGTERM", "rank": 0})
     ended = run(brief(graph, tmp_path / "run"), killed, signalled, ranks=2)
@@ -87,7 +93,7 @@ def test_the_launchers_signal_cuts_no_word_off(graph: Path, tmp_path: Path) -> N
 
 @pytest.mark.fault("a DataLoader worker that is killed, runs out of memory, raises or hangs")
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
+def test_lost_workers(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
     whole = tmp_path / "whole"
     assert run(brief(graph, whole, *LIVE), ranks=ranks).codes == [0] * ranks
     error, rank = "mmgraph: error:", ranks - 1
@@ -104,10 +110,10 @@ def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks:
         flags = brief(graph, output, *LIVE)
         fault = ("in_a_worker", {"action": action, "rank": rank})
         timeout = ["--collective_timeout=3"] if action == "sleep" else []
-        begun = time.monotonic()
+        start = time.monotonic()
         ended = run([*flags, *timeout], fault, ranks=ranks, timeout=40)
         assert all(code == 1 for code in ended.codes), (action, ended)
-        assert time.monotonic() - begun < 40 and lines_with(ended.said, *facts[action]), (action, ended.said)
+        assert time.monotonic() - start < 40 and lines_with(ended.said, *facts[action]), (action, ended.said)
         assert ("Traceback" in ended.said) == (action in ("memory", "raise")), ended.said
         assert run(flags, ranks=ranks).codes == [0] * ranks
         check_same(output, whole)
@@ -117,7 +123,7 @@ def test_a_worker_that_is_lost(graph: Path, tmp_path: Path, cases: Cases, ranks:
     assert shared_memory() == before
 
 
-SIGNAL_PLACES = {
+SIGNAL_PLACES = {  # place: function of injection.py, and its settings
     "start": ("at_call", {"target": targets.OPEN_GRAPH, "number": 1}),
     "build": ("at_call", {"target": targets.BUILD_STORE, "number": 1}),
     "first evaluation": ("at_call", {"target": targets.RANK_HELD_OUT, "number": 1}),
@@ -151,12 +157,12 @@ def test_signals(
         place, ranks = case
         output = tmp_path / f"{place}-{len(ranks)}{ranks[0]}".replace(" ", "")
         cache = {"MMGRAPH_CACHE": str(tmp_path / f"cache-{output.name}")} if place == "build" else {}
-        kind, settings = SIGNAL_PLACES[place]
-        faults: list[Fault] = [(kind, {**settings, "action": name, "rank": rank}) for rank in ranks]
+        function, settings = SIGNAL_PLACES[place]
+        faults: list[Fault] = [(function, {**settings, "action": name, "rank": rank}) for rank in ranks]
         flags = brief(graph, output, *FLAGS, "--collective_timeout=8")
         ended = run(flags, *faults, ranks=2, timeout=ENDS_WITHIN, environment=cache)
         assert None not in ended.codes and "Traceback" not in ended.said, (case, ended)
-        if place in ("start", "build"):  # nothing to write yet
+        if place in ("start", "build"):  # there is no state to write yet
             assert -getattr(signal, name) in ended.codes and 0 not in ended.codes, (case, ended)
         elif place == "last step":
             assert ended.codes == [0, 0], (case, ended)
@@ -169,12 +175,18 @@ def test_signals(
     cases(each(some, check))
 
 
-def launched(*flags: str, faults: list[Fault], within: float) -> subprocess.CompletedProcess[str]:
-    """A real launch of two ranks with faults (``rank`` as text); within so many seconds nothing of it is left."""
+def launch_with_faults(*flags: str, faults: list[Fault], within: float) -> subprocess.CompletedProcess[str]:
+    """Launch two ranks with ``accelerate launch`` and faults.
+
+    Check that they end within ``within`` seconds, and that no process is left 5 s later.
+
+    Args:
+        faults: faults to inject. Their setting ``rank`` is a string.
+    """
     command = launch_command("cpu_2proc.yaml")[:-1]
     script = str(Path(__file__).parent / "launched.py")
-    marked = {**os.environ, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script, *flags], env=marked, capture_output=True, text=True, timeout=within)
+    environment = {**os.environ, "FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, *flags], env=environment, capture_output=True, text=True, timeout=within)
     for _ in range(50):
         left = [process for process in psutil.process_iter() if script in _command(process)]
         if not left:
@@ -205,14 +217,14 @@ def test_real_launches(graph: Path, reference: Path, tmp_path: Path, cases: Case
     ]  # fmt: skip
     for number, (rank, fault) in enumerate(kills):
         output = tmp_path / f"{number}"
-        done = launched(*brief(graph, output, *FLAGS), faults=[fault], within=40)
+        done = launch_with_faults(*brief(graph, output, *FLAGS), faults=[fault], within=40)
         assert done.returncode == 1 and "exitcode  : -9" in done.stderr and f"rank      : {rank}" in done.stderr
-        assert PACKAGE not in done.stderr  # no traceback of ours
+        assert PACKAGE not in done.stderr  # no traceback from this package
         assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
         check_same(output, reference)
     output = tmp_path / "asleep"
     fault = ("after_step", {"step": 6, "action": "sleep", "rank": "1"})
-    done = launched(*brief(graph, output, *FLAGS, "--collective_timeout=4"), faults=[fault], within=60)
+    done = launch_with_faults(*brief(graph, output, *FLAGS, "--collective_timeout=4"), faults=[fault], within=60)
     assert done.returncode == 1 and line_with(done.stderr, "mmgraph: error:", "rank 0", "--collective_timeout")
     assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
     check_same(output, reference)
