@@ -1,8 +1,8 @@
-"""A run under load, watched: memory of every process, open files and /dev/shm, as a curve.
+"""Measure a long run: the memory and open files of each process, and the use of /dev/shm over time.
 
     python tests/faults/load.py FOLDER --nodes 200000 --edges 2000000 --minutes 30
 
-makes a graph of generated texts and pictures with small towers, builds its store and trains on it, on two processes.
+generates a graph with texts and images, and small towers. It then builds the tower store and trains on two processes.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from mmgraph.demo.towers import build_towers
 
 
 class Sample(NamedTuple):
-    """Of the processes of a run, at one moment."""
+    """Memory and open files of the processes of a run at one time."""
 
     seconds: float  # since the first step
-    resident: list[float]  # MB, of each process, the launcher's first
-    files: list[int]  # open ones of each
+    resident: list[float]  # MB of each process, the launcher first
+    files: list[int]  # open files of each process
     shared: float  # MB in use in /dev/shm
 
 
 def make_graph(folder: Path, nodes: int, edges: int) -> None:
+    """Write a random graph with a fixed seed, its images, and towers."""
     generator = np.random.default_rng(0)
     for part in range((nodes + 999) // 1000):
         (folder / f"images/{part}").mkdir(parents=True)
@@ -59,8 +60,15 @@ def make_graph(folder: Path, nodes: int, edges: int) -> None:
     build_towers(folder / "towers", [*WORDS, "node 0 1 2 3 4 5 6 7 8 9"])
 
 
-def watched(command: list[str], output: Path, minutes: float, every: float) -> Iterator[Sample]:
-    """Run a command for so many minutes from its first step, then stop it; samples from the first step on."""
+def sampled(command: list[str], output: Path, minutes: float, every: float) -> Iterator[Sample]:
+    """Yield samples of a run from its first step on, and stop the run at the end.
+
+    Args:
+        command: the command of the run.
+        output: the run's output folder.
+        minutes: time from the first step to the stop.
+        every: seconds between samples.
+    """
     with (output.parent / "load.out").open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,14 +77,14 @@ def watched(command: list[str], output: Path, minutes: float, every: float) -> I
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None, (output.parent / "load.out").read_text()[-3000:]
         time.sleep(0.2)
-    begun = time.monotonic()
+    start = time.monotonic()
     launcher = psutil.Process(process.pid)
-    while (seconds := time.monotonic() - begun) < 60 * minutes:
+    while (seconds := time.monotonic() - start) < 60 * minutes:
         assert process.poll() is None, (output.parent / "load.out").read_text()[-3000:]
         family = [launcher, *sorted(launcher.children(recursive=True), key=lambda child: child.pid)]
         shared = psutil.disk_usage("/dev/shm").used / 1e6
         yield Sample(
-            seconds, [one.memory_info().rss / 1e6 for one in family], [one.num_fds() for one in family], shared
+            seconds, [each.memory_info().rss / 1e6 for each in family], [each.num_fds() for each in family], shared
         )
         time.sleep(every)
     for rank in launcher.children():
@@ -85,12 +93,13 @@ def watched(command: list[str], output: Path, minutes: float, every: float) -> I
 
 
 def growth(values: list[float]) -> float:
-    """By how much the last third of a curve is above the third before it: medians."""
+    """Return the median of the last third of a curve minus the median of the third before it."""
     third = len(values) // 3
     return float(np.median(values[-third:]) - np.median(values[-2 * third : -third]))
 
 
 def load(folder: Path, nodes: int, edges: int, minutes: float, every: float) -> list[Sample]:
+    """Train on a generated graph for some minutes, and return a sample of every ``every`` seconds."""
     if not (folder / "edges.csv").exists():
         make_graph(folder, nodes, edges)
     output = folder / f"run-{time.time_ns()}"
@@ -100,7 +109,7 @@ def load(folder: Path, nodes: int, edges: int, minutes: float, every: float) -> 
         "--save_every=200", "--log_every=200", "--num_workers=1", f"--tower_cache={folder / 'store'}",
         "--report_to=none",
     ]  # fmt: skip
-    samples = list(watched(launch_command("cpu_2proc.yaml", *flags), output, minutes, every))
+    samples = list(sampled(launch_command("cpu_2proc.yaml", *flags), output, minutes, every))
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     print(f"{steps[-1]:,} steps, {len(samples)} samples")
     return samples
@@ -109,14 +118,14 @@ def load(folder: Path, nodes: int, edges: int, minutes: float, every: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, kind in (("nodes", int), ("edges", int), ("minutes", float)):
-        parser.add_argument(f"--{name}", type=kind, required=True)
-    given = parser.parse_args()
-    samples = load(given.folder, given.nodes, given.edges, given.minutes, every=5)
+    for name, number_type in (("nodes", int), ("edges", int), ("minutes", float)):
+        parser.add_argument(f"--{name}", type=number_type, required=True)
+    arguments = parser.parse_args()
+    samples = load(arguments.folder, arguments.nodes, arguments.edges, arguments.minutes, every=5)
     print("minute, resident MB of launcher and ranks, open files of each, MB in /dev/shm")
     step = max(1, len(samples) // 20)
     for sample in [*samples[::step], samples[-1]]:
-        resident = " ".join(f"{one:,.1f}" for one in sample.resident)
+        resident = " ".join(f"{megabytes:,.1f}" for megabytes in sample.resident)
         print(f"{sample.seconds / 60:5.1f}   {resident}   {' '.join(map(str, sample.files))}   {sample.shared:.2f}")
     columns = list(zip(*(sample.resident for sample in samples), strict=True))
     print("growth of the last third, MB:", " ".join(f"{growth(list(column)):.2f}" for column in columns))

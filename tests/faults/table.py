@@ -1,7 +1,7 @@
-"""Run the fault tests, and print what they tried as the README's table.
+"""Run the fault tests, and print the table in README.md: the number of cases for each fault.
 
-Arguments are pytest's: ``python tests/faults/table.py`` runs the core, ``-m "slow or not slow" -k "not flat"`` the
-sweeps too, ten minutes more; without the ``-k``, half an hour under load as well.
+Arguments are passed to pytest. Without arguments, only the core runs. ``-m "slow or not slow" -k "not flat"`` also runs
+the sweeps. Without ``-k "not flat"``, the run of 30 minutes under load is included too.
 """
 
 import sys
@@ -12,18 +12,18 @@ import pytest
 
 
 class Table:
-    """A pytest plugin: cases and outcomes by the ``fault`` marker's text."""
+    """Pytest plugin that counts the cases and failures of each ``fault`` marker."""
 
     def __init__(self) -> None:
-        self.faults: dict[str, str] = {}  # by test
-        self.tried: dict[str, int] = defaultdict(int)
-        self.lost: dict[str, int] = defaultdict(int)
+        self.faults: dict[str, str] = {}  # text of the marker, by test
+        self.tried: dict[str, int] = defaultdict(int)  # number of cases, by fault
+        self.lost: dict[str, int] = defaultdict(int)  # number of failures, by fault
         self.skipped: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             marker = item.get_closest_marker("fault")
-            assert marker is not None, f"{item.nodeid} says of no fault"
+            assert marker is not None, f"{item.nodeid} has no fault marker"
             self.faults[item.nodeid] = marker.args[0]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

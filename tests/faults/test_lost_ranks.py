@@ -70,10 +70,8 @@ def test_a_rank_that_raises(
         assert all(code in (1, 2) for code in ended.codes), (place, rank, ended)
         assert "ValueError: injected by the test" in ended.said
         # The other rank's error line: it lost a rank, waited for it until the timeout, or got its error message.
-        [error_line] = [line for line in ended.said.splitlines() if "mmgraph: error: " in line]
-        assert lines_with(error_line, f"rank {1 - rank}") or lines_with(
-            error_line, f"rank {rank}", "ValueError: injected"
-        ), error_line
+        [line] = [line for line in ended.said.splitlines() if "mmgraph: error: " in line]
+        assert lines_with(line, f"rank {1 - rank}") or lines_with(line, f"rank {rank}", "ValueError: injected"), line
         assert not list(output.rglob("*.tmp*"))
         assert run(brief(graph, output, *FLAGS), ranks=2).codes == [0, 0]
         check_same(output, reference)

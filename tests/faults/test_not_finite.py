@@ -1,4 +1,4 @@
-"""NaN and infinity on one rank: no rank makes the update, and which edges it was is written down."""
+"""NaN and infinity in a loss or gradient on one rank: no rank applies the update, and the edges are recorded."""
 
 import itertools
 import json
@@ -17,10 +17,11 @@ from mmgraph.checkpoints.resume_state import read_record
 from mmgraph.data.sampler import GlobalBatchSampler
 
 Cases = Callable[[int], None]
-STEP = 6  # the second of the second epoch
+STEP = 6  # the second step of the second epoch
 
 
 def zero(stage: int, precision: str) -> dict[str, str]:
+    """Return the environment of a launch with ZeRO."""
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(REPOSITORY / f"ds_configs/zero{stage}.json"),
@@ -28,25 +29,26 @@ def zero(stage: int, precision: str) -> dict[str, str]:
     }
 
 
-SCALED = "fp16, scaled"
+SCALED = "fp16, scaled"  # with a loss scaler, as on a GPU
 PRECISIONS = {name: {"ACCELERATE_MIXED_PRECISION": name} for name in ("no", "bf16", "fp16")}
 PRECISIONS[SCALED] = PRECISIONS["fp16"]
 ZERO = {f"ZeRO-{stage} {precision}": zero(stage, precision) for stage in (1, 2, 3) for precision in ("no", "bf16")}
 LAUNCHES = PRECISIONS | ZERO
-CORE = {"no": 5, SCALED: 5, "ZeRO-3 no": 1}  # every which case
+CORE = {"no": 5, SCALED: 5, "ZeRO-3 no": 1}  # launch: n, if every n-th of its cases is tried
 
 
 def fault(what: str, value: str, rank: int) -> Fault:
+    """Return the fault that makes the loss or gradient of step ``STEP`` nan or inf on a rank."""
     return "not_finite", {"step": STEP, "what": what, "value": value, "rank": rank}
 
 
 def batch_of(graph: Path, step: int) -> list[list[str]]:
-    """The ids of the edges of a global batch of a brief run."""
+    """Return the node ids of the edges in the global batch of a step of a run with the flags of ``brief``."""
     edges = pd.read_csv(graph / "edges.csv", dtype=str)
     sampler = GlobalBatchSampler(len(edges), 48, 42)
-    epoch, place = divmod(step - 1, len(sampler))
+    epoch, index = divmod(step - 1, len(sampler))
     sampler.begin(epoch + 1)
-    return edges.iloc[list(sampler)[place]][["src_id", "dst_id"]].to_numpy().tolist()
+    return edges.iloc[list(sampler)[index]][["src_id", "dst_id"]].to_numpy().tolist()
 
 
 @pytest.mark.fault("NaN or infinity in a loss or gradient, on one of one or two ranks: the run ends, or skips the step")
@@ -54,33 +56,34 @@ def batch_of(graph: Path, step: int) -> list[list[str]]:
     ("launch", "every"),
     [*CORE.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in LAUNCHES)],
 )
-def test_no_rank_makes_the_update(graph: Path, tmp_path: Path, cases: Cases, launch: str, every: int) -> None:
+def test_no_rank_applies_the_update(graph: Path, tmp_path: Path, cases: Cases, launch: str, every: int) -> None:
     environment = LAUNCHES[launch]
-    kinds = list(itertools.product(("loss", "gradient"), ("nan", "inf"), ((1, 0), (2, 0), (2, 1))))
-    kinds = [kind for kind in kinds if kind[2][0] == 2 or launch in PRECISIONS]
+    # what is not finite, its value, (number of ranks, rank of the fault)
+    faults = list(itertools.product(("loss", "gradient"), ("nan", "inf"), ((1, 0), (2, 0), (2, 1))))
+    faults = [case for case in faults if case[2][0] == 2 or launch in PRECISIONS]
     if launch not in PRECISIONS:
-        kinds = [kinds[0], kinds[-1]]  # each of these imports DeepSpeed
+        faults = [faults[0], faults[-1]]  # only two, because each run imports DeepSpeed
 
-    def check(kind: tuple[str, str, tuple[int, int]]) -> None:
-        what, value, (ranks, rank) = kind
+    def check(case: tuple[str, str, tuple[int, int]]) -> None:
+        what, value, (ranks, rank) = case
         output = tmp_path / f"{what}-{value}-{ranks}-{rank}"
         flags = brief(graph, output, "--save_every=1", "--keep_last=99")
         scaler: list[Fault] = [("loss_scaler", {})] if launch == SCALED else []
-        scaled = launch == SCALED and what == "gradient"  # what fp16 looks for its loss scale by
-        if not scaled:
+        finding_scale = launch == SCALED and what == "gradient"  # the scaler skips such a step to lower its loss scale
+        if not finding_scale:
             ended = run(flags, fault(what, value, rank), *scaler, ranks=ranks, environment=environment)
             assert ended.codes == [1] * ranks, ended.said
             assert "Traceback" not in ended.said, ended.said
             errors = [line for line in ended.said.splitlines() if line.startswith("mmgraph: error: ")]
             named = [f"rank {rank}"] if ranks > 1 and what == "loss" else []
-            for line in errors:  # each rank's
+            for line in errors:  # one line from each rank
                 line = line.removeprefix("mmgraph: error: ").removeprefix("rank 1: ")
                 assert lines_with(line, "step 6", what, *named, "not_finite.jsonl"), line
                 assert named == re.findall(r"rank \d", line), line
             assert len(errors) == ranks, ended.said
-            [told] = [json.loads(line) for line in (output / "not_finite.jsonl").read_text().splitlines()]
-            assert told["edges"] == batch_of(graph, STEP) and told["step"] == STEP
-            assert told["ranks"] == ([rank] if what == "loss" else [])
+            [entry] = [json.loads(line) for line in (output / "not_finite.jsonl").read_text().splitlines()]
+            assert entry["edges"] == batch_of(graph, STEP) and entry["step"] == STEP
+            assert entry["ranks"] == ([rank] if what == "loss" else [])
             assert [row["step"] for row in read_metrics(output)] == [1, 2, 3, 4, 5]
             assert sorted(path.name for path in (output / "state").iterdir())[-1] == "step-00000005"
         limit = "--max_skipped_steps=1"
@@ -93,20 +96,20 @@ def test_no_rank_makes_the_update(graph: Path, tmp_path: Path, cases: Cases, lau
         assert rows[STEP]["skipped"] and rows[STEP]["grad_norm"] is None and list(rows) == list(range(1, 13))
         assert (rows[STEP]["loss"] is None) == (what == "loss")
         assert all(rows[step]["loss"] is not None for step in rows if step != STEP)
-        assert read_record(after)["components"].get("not_finite_steps") == (None if scaled else 1)
+        assert read_record(after)["components"].get("not_finite_steps") == (None if finding_scale else 1)
 
-    cases(each(kinds[::every], check))
+    cases(each(faults[::every], check))
 
 
 @pytest.mark.fault("a run killed after it skipped a step: resumes with the same result")
-def test_left_out_steps_are_counted_over_starts(graph: Path, tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_across_resumes(graph: Path, tmp_path: Path) -> None:
     flags, bad = ("--max_skipped_steps=1", "--save_every=1"), fault("loss", "nan", 0)
-    whole, output = tmp_path / "whole", tmp_path / "run"
-    assert run(brief(graph, whole, *flags), bad).code == 0
+    reference, output = tmp_path / "whole", tmp_path / "run"
+    assert run(brief(graph, reference, *flags), bad).code == 0
     kill = ("after_step", {"step": STEP + 2, "action": "SIGKILL"})
     assert run(brief(graph, output, *flags), bad, kill).code == -signal.SIGKILL
     assert run(brief(graph, output, *flags)).code == 0
-    check_same(output, whole)
+    check_same(output, reference)
     again = fault("gradient", "inf", 0)
     again[1]["step"] = 13
     ended = run(brief(graph, output, *flags, "--max_steps=14"), again)
@@ -114,7 +117,7 @@ def test_left_out_steps_are_counted_over_starts(graph: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.fault("gradients that overflow fp16 at every loss scale: the run ends instead of scaling down forever")
-def test_a_loss_scale_that_leads_nowhere(graph: Path, tmp_path: Path) -> None:
+def test_gradients_that_overflow_at_every_loss_scale(graph: Path, tmp_path: Path) -> None:
     every_step = [("not_finite", {"step": step, "what": "gradient", "value": "inf"}) for step in range(1, 40)]
     ended = run(
         brief(graph, tmp_path / "run", "--max_steps=40"),
