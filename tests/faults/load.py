@@ -81,10 +81,13 @@ def sampled(command: list[str], output: Path, minutes: float, every: float) -> I
     launcher = psutil.Process(process.pid)
     while (seconds := time.monotonic() - start) < 60 * minutes:
         assert process.poll() is None, (output.parent / "load.out").read_text()[-3000:]
-        family = [launcher, *sorted(launcher.children(recursive=True), key=lambda child: child.pid)]
+        processes = [launcher, *sorted(launcher.children(recursive=True), key=lambda child: child.pid)]
         shared = psutil.disk_usage("/dev/shm").used / 1e6
         yield Sample(
-            seconds, [each.memory_info().rss / 1e6 for each in family], [each.num_fds() for each in family], shared
+            seconds,
+            [each.memory_info().rss / 1e6 for each in processes],
+            [each.num_fds() for each in processes],
+            shared,
         )
         time.sleep(every)
     for rank in launcher.children():
@@ -99,7 +102,10 @@ def growth(values: list[float]) -> float:
 
 
 def load(folder: Path, nodes: int, edges: int, minutes: float, every: float) -> list[Sample]:
-    """Train on a generated graph for some minutes, and return a sample of every ``every`` seconds."""
+    """Train on a generated graph for ``minutes`` minutes, and return samples taken every ``every`` seconds.
+
+    A graph that already exists in the folder is reused.
+    """
     if not (folder / "edges.csv").exists():
         make_graph(folder, nodes, edges)
     output = folder / f"run-{time.time_ns()}"

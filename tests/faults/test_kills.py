@@ -166,8 +166,8 @@ def test_in_the_store_build(graph: Path, reference: Path, tmp_path: Path, cases:
 @pytest.mark.fault("kill -9 of both ranks after a step, and of the main process during a save")
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases, every: int) -> None:
-    uninterrupted = tmp_path / "whole"
-    assert run(brief(graph, uninterrupted), ranks=2).codes == [0, 0]
+    without_faults = tmp_path / "whole"
+    assert run(brief(graph, without_faults), ranks=2).codes == [0, 0]
 
     def check(number: int) -> None:
         output = tmp_path / f"{number}"
@@ -177,7 +177,7 @@ def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases, every: int) -> Non
         ended = run(brief(graph, output), fault, ranks=2, timeout=60)  # shorter than --collective_timeout (600 s)
         assert -signal.SIGKILL in ended.codes and None not in ended.codes, ended.said
         assert run(brief(graph, output), ranks=2).codes == [0, 0]
-        check_same(output, uninterrupted)
+        check_same(output, without_faults)
 
     # Numbers up to STEPS are steps, larger ones file calls.
     cases(each([2, 4, 7, 11, 40, 60, 80, 100, 120, 140][1::every], check))

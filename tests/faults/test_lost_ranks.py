@@ -92,8 +92,8 @@ def test_error_is_printed_after_the_launchers_sigterm(graph: Path, tmp_path: Pat
 @pytest.mark.fault("a DataLoader worker that is killed, runs out of memory, raises or hangs")
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_lost_workers(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> None:
-    whole = tmp_path / "whole"
-    assert run(brief(graph, whole, *LIVE), ranks=ranks).codes == [0] * ranks
+    without_faults = tmp_path / "whole"
+    assert run(brief(graph, without_faults, *LIVE), ranks=ranks).codes == [0] * ranks
     error, rank = "mmgraph: error:", ranks - 1
     facts = {
         "SIGKILL": (error, f"rank {rank}", "DataLoader", "--num_workers", "--cache_size"),
@@ -114,7 +114,7 @@ def test_lost_workers(graph: Path, tmp_path: Path, cases: Cases, ranks: int) -> 
         assert time.monotonic() - start < 40 and lines_with(ended.said, *facts[action]), (action, ended.said)
         assert ("Traceback" in ended.said) == (action in ("memory", "raise")), ended.said
         assert run(flags, ranks=ranks).codes == [0] * ranks
-        check_same(output, whole)
+        check_same(output, without_faults)
 
     before = shared_memory()
     cases(each(facts, check))
