@@ -39,7 +39,7 @@ class Table:
 
 def main() -> int:
     table = Table()
-    code = pytest.main([str(Path(__file__).parent), "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[table])
+    code = pytest.main([str(Path(__file__).parent), "-n0", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[table])
     print("\n| fault | cases | lost |\n| --- | --- | --- |")
     for fault in table.tried:
         print(f"| {fault} | {table.tried[fault]:,} | {table.lost[fault]} |")

@@ -1,4 +1,4 @@
-"""The tower store: exact tokens, each text and image once, never a stale one, whoever builds it and however it ends."""
+"""The tower store: exact tokens, one entry for each text and image, no stale entries, and interrupted builds."""
 
 import errno
 import itertools
@@ -43,39 +43,42 @@ from mmgraph.training.build import build_run
 
 @pytest.fixture
 def own_graph(graph: Path, tmp_path: Path) -> Path:
-    """A copy of the graph that a test may change, without a cache."""
+    """A copy of the graph that a test may change. It has no cache."""
     folder = graph_files(tmp_path / "graph")
     shutil.copytree(graph / "towers", folder / "towers")
     return folder
 
 
 def flags(graph: Path, *more: str) -> list[str]:
+    """Return the flags of ``mmgraph cache``."""
     return [f"--nodes={graph / 'nodes.csv'}", f"--edges={graph / 'edges.csv'}", f"--model_name={graph / 'towers'}",
             "--num_workers=2", *more]  # fmt: skip
 
 
 def store_of(graph: Path) -> Path:
+    """Return the folder of the only store in the graph's cache folder."""
     (folder,) = (graph / "mmgraph_cache").glob("towers-*")
     return folder
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command which failed has said."""
+    """Return the only error line that a failed command printed."""
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmgraph: error: ")]
     return line
 
 
-def age(graph: Path) -> None:
-    """Let images be older than the time in which a change might not show in their times."""
+def wait_for_stable_images(graph: Path) -> None:
+    """Wait until no image changed in the last 2 s. More recently changed images are read at every start."""
     time.sleep(max(0, 2.1 - (time.time() - max(path.stat().st_ctime for path in (graph / "images").iterdir()))))
 
 
-def test_tokens_are_the_towers(own_graph: Path) -> None:
-    """Each node's, against the towers of transformers on the plain inputs of that node alone."""
+def test_stored_tokens_match_the_towers(own_graph: Path) -> None:
+    """Each node's stored tokens match the output of transformers' CLIP models on the inputs of this node alone."""
     from mmgraph import InferenceCollator, NodesDataset
     from mmgraph.data.tables import read_nodes
     from mmgraph.towers.clip import load_tokenizer_and_processor
@@ -101,10 +104,12 @@ def test_tokens_are_the_towers(own_graph: Path) -> None:
         assert torch.allclose(tokens.patches[i], vision.last_hidden_state[0, 1:], atol=2e-5)
         assert torch.allclose(tokens.text_pooled[i], text.pooler_output[0], atol=2e-5)
         assert torch.allclose(tokens.image_pooled[i], vision.pooler_output[0], atol=2e-5)
-    assert tokens.text_mask.shape[1] == int(tokens.text_mask.sum(dim=1).max())  # no wider than the longest of the batch
+    # The texts are padded to the longest text of the batch.
+    assert tokens.text_mask.shape[1] == int(tokens.text_mask.sum(dim=1).max())
 
 
 def open_stored(graph: Path, *more: str) -> CachedTowers:
+    """Return the token source of a run that reads the store."""
     config = parse_config(settings(graph, graph / "run", *more))
     source = build_run(config, build_accelerator(), load_graph(config)).train_step.source
     assert isinstance(source, CachedTowers)
@@ -112,8 +117,8 @@ def open_stored(graph: Path, *more: str) -> CachedTowers:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float16", 2e-4)])
-def test_losses_are_those_of_live_towers(graph: Path, tmp_path: Path, dtype: str, bound: float) -> None:
-    """60 steps at the default rate, one process, float32."""
+def test_same_losses_as_with_live_towers(graph: Path, tmp_path: Path, dtype: str, bound: float) -> None:
+    """The losses of 60 steps at the default learning rate, on one process in float32."""
     for name, more in (("live", ["--tower_cache=off"]), ("stored", [f"--tower_cache_dtype={dtype}"])):
         flags = settings(graph, tmp_path / name, "--max_steps=60", "--learning_rate=5e-5", *more)
         assert train_main(flags) == 0
@@ -129,12 +134,12 @@ def test_two_ranks_build_and_read_one_store(own_graph: Path, tmp_path: Path) -> 
     assert len(TowerStore(store_of(own_graph)).texts.files) == 1
 
 
-def test_no_tower_is_loaded_where_the_store_is_whole(
+def test_no_tower_is_loaded_with_a_complete_store(
     own_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", *flags(own_graph)]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if str(store_of(own_graph)) in line]
-    assert any(re.search(r"\b80\b", line) for line in told)  # texts and images
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(store_of(own_graph)) in line]
+    assert any(re.search(r"\b80\b", line) for line in lines)  # 40 texts and 40 images
 
     def refuse(_: str) -> None:
         raise AssertionError("a tower is loaded")
@@ -149,26 +154,26 @@ def test_no_tower_is_loaded_where_the_store_is_whole(
     assert towers_fingerprint(towers) == towers_fingerprint(read_tower_state(str(own_graph / "towers")))
 
 
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Filled with (kind, node) of each entry that is computed from here."""
-    seen: list[tuple[str, int]] = []
+def record_computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return a list to which each entry that is computed from now on is added, as (modality, row of the node)."""
+    computed: list[tuple[str, int]] = []
     make = pkgutil.resolve_name(targets.MAKE_SHARD)
 
     def record(self: Any, shard: tower_plan.Shard) -> Generator[int, None, bytes]:
-        seen.extend((shard.modality, row) for row in shard.rows.tolist())
+        computed.extend((shard.modality, row) for row in shard.rows.tolist())
         return make(self, shard)
 
     monkeypatch.setattr(targets.MAKE_SHARD, record)
-    return seen
+    return computed
 
 
-def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_entries_are_computed_again(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["cache", *flags(own_graph)]) == 0
-    age(own_graph)
-    assert main(["cache", *flags(own_graph)]) == 0  # now all images are known by their times
+    wait_for_stable_images(own_graph)
+    assert main(["cache", *flags(own_graph)]) == 0  # stores the times of all images
     before = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
-    seen = computed(monkeypatch)
-    assert main(["cache", *flags(own_graph)]) == 0 and seen == []
+    computed = record_computed(monkeypatch)
+    assert main(["cache", *flags(own_graph)]) == 0 and computed == []
     nodes = pd.read_csv(own_graph / "nodes.csv", dtype=str, keep_default_na=False)
     nodes.loc[7, "summary"] = "an old bright square of blue"
     nodes.to_csv(own_graph / "nodes.csv", index=False)
@@ -176,23 +181,24 @@ def test_only_what_changed_is_computed_again(own_graph: Path, monkeypatch: pytes
     status = path.stat()
     Image.effect_noise((71, 50), 90).convert("RGB").save(path)
     os.truncate(path, max(status.st_size, path.stat().st_size))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a time of change that says nothing
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the mtime does not show the change
     assert main(["cache", *flags(own_graph)]) == 0
-    assert sorted(seen) == [("image", 11), ("text", 7)]
+    assert sorted(computed) == [("image", 11), ("text", 7)]
     after = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
     changed_texts = [i for i in range(40) if not torch.equal(before.text_pooled[i], after.text_pooled[i])]
     changed_images = [i for i in range(40) if not torch.equal(before.patches[i], after.patches[i])]
     assert changed_texts == [7] and changed_images == [11]
-    rows = nodes.sample(frac=1, random_state=0)  # another order is nothing new
+    rows = nodes.sample(frac=1, random_state=0)  # reordered rows need no new entries
     rows.to_csv(own_graph / "nodes.csv", index=False)
-    seen.clear()
-    assert main(["cache", *flags(own_graph)]) == 0 and seen == []
+    computed.clear()
+    assert main(["cache", *flags(own_graph)]) == 0 and computed == []
     moved = open_stored(own_graph).pooled_tokens(np.arange(40), np.arange(40))
     assert torch.equal(moved.patches, after.patches[rows.index.tolist()])
 
 
 @pytest.mark.parametrize("what", ["towers", "truncated", "dtype"])
-def test_what_tokens_depend_on_makes_another_store(own_graph: Path, what: str) -> None:
+def test_other_settings_build_another_store(own_graph: Path, what: str) -> None:
+    """Other tower weights, --truncated_images or --tower_cache_dtype do not reuse the entries of a store."""
     assert main(["cache", *flags(own_graph)]) == 0
     more = {"towers": [], "truncated": ["--truncated_images=black"], "dtype": ["--tower_cache_dtype=float16"]}[what]
     if what == "towers":
@@ -205,13 +211,13 @@ def test_what_tokens_depend_on_makes_another_store(own_graph: Path, what: str) -
 
 
 def build(graph: Path, *faults: Fault) -> Ended:
-    """Build the store, in shards of 3 entries, in a process of its own."""
+    """Build the store in another process, in shards of 3 entries."""
     small_shards = ("put", {"target": targets.SHARD_ENTRIES, "value": 3})
     return run_warm(["-m", "mmgraph", "cache", *flags(graph, "--num_workers=0")], faults=[small_shards, *faults])
 
 
-def shards_made(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which shards are there, and which file each is: another, or written again, where it was made anew."""
+def shard_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the inode and mtime of each shard, by name. They differ if a shard was rebuilt."""
     paths = folder.glob("*.safetensors")
     return {path.name: ((status := path.stat()).st_ino, status.st_mtime_ns) for path in paths}
 
@@ -224,10 +230,10 @@ def test_killed_and_resumed_builds_leave_the_same_bytes(graph: Path, tmp_path: P
     for kills in range(1, 4):
         ended = build(killed, ("at_call", {"target": targets.MAKE_SHARD, "number": 4, "action": "SIGKILL"}))
         assert ended.code == -signal.SIGKILL, ended
-        before = shards_made(store_of(killed))
+        before = shard_files(store_of(killed))
         assert len(before) == 3 * kills
     assert build(killed).code == 0
-    after = shards_made(store_of(killed))
+    after = shard_files(store_of(killed))
     assert before == {name: after[name] for name in before}  # no shard was built again
     assert files_of(store_of(killed)) == files_of(store_of(complete))
 
@@ -241,6 +247,7 @@ def test_two_runs_build_one_store(graph: Path, own_graph: Path, tmp_path: Path) 
     assert files_of(store_of(own_graph)) == files_of(store_of(alone))
 
 
+# launch.py with a separate cache folder for each rank
 HOSTS = """
 import os, sys
 os.environ["MMGRAPH_CACHE"] = sys.argv[1] + os.environ["RANK"]
@@ -250,7 +257,7 @@ leave(train_main(sys.argv[2:]))
 
 
 def test_hosts_without_a_shared_file_system(own_graph: Path, tmp_path: Path) -> None:
-    """Each rank has a cache of its own: built, found again, and mended where one has lost a file."""
+    """Each rank has its own cache. It is built, reused, and repaired after a rank has lost a shard."""
     (tmp_path / "host.py").write_text(HOSTS)
     program = [str(tmp_path / "host.py"), str(tmp_path / "cache")]
     for steps in (8, 16, 24):
@@ -266,10 +273,10 @@ def test_hosts_without_a_shared_file_system(own_graph: Path, tmp_path: Path) -> 
     assert loss_difference(tmp_path / "run", tmp_path / "live", 24) < 1e-5
 
 
-def test_a_file_that_could_not_be_read_once_is_read_again(
+def test_an_image_is_read_again_after_a_read_error(
     own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    age(own_graph)
+    wait_for_stable_images(own_graph)
     read = pkgutil.resolve_name(targets.READ_FILE)
     failed = iter([(None, IMAGE_STATUS.index("unreadable"))])
     monkeypatch.setattr(targets.READ_FILE, lambda file: next(failed, None) or read(file))
@@ -280,14 +287,18 @@ def test_a_file_that_could_not_be_read_once_is_read_again(
     assert not open_stored(own_graph).image_status.any() and IMAGE_STATUS[3] not in capsys.readouterr().out
 
 
-def test_a_text_is_never_kept_as_another(
+def test_texts_that_change_while_a_command_runs(
     own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nodes are hashed, and read again to be built; encode hashes them under the digest that it opened them with."""
+    """No tokens are stored under the hash of another text.
+
+    A build reads each text twice: to hash it, and to compute its tokens. If the hashes differ, the build fails.
+    If the node table changes while encode loads the weights, the next build computes the entry of the changed text.
+    """
     monkeypatch.setattr(targets.BUILD_TEXT_HASH, lambda text: bytes(16))
     assert main(["cache", *flags(own_graph)]) == 2
     assert ".png" not in error_line(capsys)
-    assert {name.split("-")[0] for name in shards_made(store_of(own_graph))} == {"image"}  # of texts there is none
+    assert {name.split("-")[0] for name in shard_files(store_of(own_graph))} == {"image"}  # no text shard was written
     monkeypatch.undo()
     assert main(["cache", *flags(own_graph)]) == 0
     assert train_main(settings(own_graph, own_graph / "run", "--max_steps=2")) == 0
@@ -302,11 +313,11 @@ def test_a_text_is_never_kept_as_another(
     monkeypatch.setattr(targets.LOAD_ENCODER, edit_and_load)
     assert main(["encode", str(own_graph / "run")]) == 0
     monkeypatch.undo()
-    seen = computed(monkeypatch)
-    assert main(["cache", *flags(own_graph)]) == 0 and seen == [("text", 7)]
+    computed = record_computed(monkeypatch)
+    assert main(["cache", *flags(own_graph)]) == 0 and computed == [("text", 7)]
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
+def test_build_resumes_after_a_full_disk(
     own_graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace = Path.replace
@@ -318,17 +329,17 @@ def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on(
 
     monkeypatch.setattr(Path, "replace", no_room)
     assert main(["cache", *flags(own_graph)]) == 1
-    said = error_line(capsys)
-    assert os.strerror(errno.ENOSPC) in said and "--tower_cache off" in said and str(store_of(own_graph)) in said
+    error = error_line(capsys)
+    assert os.strerror(errno.ENOSPC) in error and "--tower_cache off" in error and str(store_of(own_graph)) in error
     monkeypatch.undo()
     assert not [name for name in files_of(store_of(own_graph)) if name.endswith(".tmp")]
-    seen = computed(monkeypatch)
+    computed = record_computed(monkeypatch)
     assert main(["cache", *flags(own_graph)]) == 0
-    assert {kind for kind, _ in seen} == {"text"}  # the images were kept
+    assert {modality for modality, _ in computed} == {"text"}  # the image shards are reused
 
 
-def test_a_rank_works_in_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a shard takes, ranks meet; and one that has nothing to do says so at once."""
+def test_ranks_sync_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank syncs during a long shard, and immediately if it has nothing to do."""
     now, done = itertools.count(), [0]
 
     def work() -> Iterator[int]:
@@ -337,36 +348,38 @@ def test_a_rank_works_in_strides(monkeypatch: pytest.MonkeyPatch) -> None:
             yield count
 
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    met = [done[0] for _ in work_on_all_ranks(build_accelerator(), work())]
+    done_at_sync = [done[0] for _ in work_on_all_ranks(build_accelerator(), work())]
     monkeypatch.undo()
-    assert met[-3:] == [20 * 64, 20 * 64 + 3, 20 * 64 + 3]  # the 0, what is left, and that there is no more
-    counts = np.diff([0, *met[:-1]])
+    # The last three syncs are at the count of 0, with the remaining 3 items, and at the end of the work.
+    assert done_at_sync[-3:] == [20 * 64, 20 * 64 + 3, 20 * 64 + 3]
+    counts = np.diff([0, *done_at_sync[:-1]])
     assert 4 < len(counts) < 8 and counts.max() <= 64 * (SYNC_SECONDS + 1)
 
 
-def test_a_store_that_lacks_entries_is_not_read(own_graph: Path, tmp_path: Path) -> None:
+def test_a_store_that_lacks_entries_is_refused(own_graph: Path, tmp_path: Path) -> None:
     assert main(["cache", *flags(own_graph)]) == 0
     for resident in (False, True):
         with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(str(tmp_path))}\b[^\n]*$"):
             CachedTowers(TowerStore(tmp_path), load_content_hashes(own_graph), torch.device("cpu"), resident)
 
 
-def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
+def test_auto_runs_live_towers_if_a_store_is_not_worth_it_or_not_writable(
     own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With an explicit --tower_cache, a folder that cannot be written is an error."""
     assert train_main(settings(own_graph, tmp_path / "one", "--max_steps=1")) == 0
     cache = own_graph / "mmgraph_cache"
     assert re.search(r"\b24 nodes\b", capsys.readouterr().out) and not list(cache.glob("towers-*"))
     blocked = tmp_path / "blocked"
-    blocked.write_text("a file where a folder is wanted")
+    blocked.write_text("a file, not a folder")
     monkeypatch.setenv("MMGRAPH_CACHE", str(blocked))
     assert train_main(settings(own_graph, tmp_path / "two", "--max_steps=16")) == 0
-    [told] = [line for line in capsys.readouterr().out.splitlines() if f"{blocked}/towers-" in line]
-    assert os.strerror(errno.ENOTDIR) in told and not list(cache.glob("towers-*"))
-    asked = f"--tower_cache={blocked}"
-    assert train_main(settings(own_graph, tmp_path / "three", "--max_steps=16", asked)) == 2
-    told = error_line(capsys)
-    assert f"--tower_cache {blocked}" in told and os.strerror(errno.ENOTDIR) in told
+    [line] = [line for line in capsys.readouterr().out.splitlines() if f"{blocked}/towers-" in line]
+    assert os.strerror(errno.ENOTDIR) in line and not list(cache.glob("towers-*"))
+    explicit = f"--tower_cache={blocked}"
+    assert train_main(settings(own_graph, tmp_path / "three", "--max_steps=16", explicit)) == 2
+    line = error_line(capsys)
+    assert f"--tower_cache {blocked}" in line and os.strerror(errno.ENOTDIR) in line
     monkeypatch.delenv("MMGRAPH_CACHE")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
@@ -377,28 +390,29 @@ def test_auto_stays_live_where_it_does_not_pay_or_cannot_write(
 def test_flags_of_the_store(
     own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of one's own, a copy on the host's disk, and a device that is not there."""
+    """--tower_cache with a folder, --tower_cache_local, and --tower_cache_device with a missing device."""
     here, local = tmp_path / "here", tmp_path / "local"
     more = (f"--tower_cache={here}", f"--tower_cache_local={local}")
     assert train_main(settings(own_graph, tmp_path / "a", "--max_steps=3", *more)) == 0
     assert not list((own_graph / "mmgraph_cache").glob("towers-*"))
     (store,), (copy,) = here.iterdir(), local.iterdir()
     assert {n: b for n, b in files_of(store).items() if n != "store.json"} == files_of(copy)
-    assert str(copy) in capsys.readouterr().out  # the store that is read
+    assert str(copy) in capsys.readouterr().out  # the log names the store that is read
     local.joinpath("file").write_text("")
     more = (f"--tower_cache={here}", f"--tower_cache_local={local / 'file'}")
     assert train_main(settings(own_graph, tmp_path / "b", "--max_steps=3", *more)) == 0
-    said = capsys.readouterr().out
-    [told] = [line for line in said.splitlines() if f"--tower_cache_local {local / 'file'}" in line]
-    assert os.strerror(errno.ENOTDIR) in told or os.strerror(errno.EEXIST) in told
-    assert str(store) in said and str(copy) not in said  # it is read where it is
+    output = capsys.readouterr().out
+    [line] = [line for line in output.splitlines() if f"--tower_cache_local {local / 'file'}" in line]
+    assert os.strerror(errno.ENOTDIR) in line or os.strerror(errno.EEXIST) in line
+    assert str(store) in output and str(copy) not in output  # the store is read without a copy
     if not torch.cuda.is_available():
         more = (f"--tower_cache={here}", "--tower_cache_device=cuda")
         assert train_main(settings(own_graph, tmp_path / "c", *more)) == 2
         assert "--tower_cache_device cuda" in error_line(capsys) and not (tmp_path / "c/metrics.jsonl").exists()
 
 
-def test_a_damaged_shard_is_told(own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_a_damaged_shard(own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the shard is removed, the next run rebuilds it."""
     assert main(["cache", *flags(own_graph)]) == 0
     shard = next(store_of(own_graph).glob("text-*"))
     os.truncate(shard, shard.stat().st_size // 2)
@@ -408,10 +422,10 @@ def test_a_damaged_shard_is_told(own_graph: Path, tmp_path: Path, capsys: pytest
     assert train_main(settings(own_graph, tmp_path / "run", "--max_steps=16")) == 0
 
 
-def shard_tensors(kind: str) -> dict[str, torch.Tensor]:
-    """Two entries."""
+def shard_tensors(modality: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard of two entries."""
     hashes, pooled = torch.arange(32, dtype=torch.uint8).view(2, 16), torch.zeros(2, 8)
-    if kind == "text":
+    if modality == "text":
         return {"hashes": hashes, "pooled": pooled, "tokens": torch.zeros(5, 8), "offsets": torch.tensor([0, 2, 5])}
     return {"hashes": hashes, "pooled": pooled, "patches": torch.zeros(2, 4, 8), "causes": torch.zeros(2).byte()}
 
@@ -439,21 +453,23 @@ def shard_tensors(kind: str) -> dict[str, torch.Tensor]:
         ("more", torch.zeros(2)),
     ],
 )
-def test_a_strangers_shard_is_told(tmp_path: Path, name: str, tensor: torch.Tensor | None) -> None:
-    for kind in ("text", "image"):
-        save_file(shard_tensors(kind), tmp_path / f"{kind}-0.safetensors", {"format": "pt"})
+def test_error_names_a_shard_with_wrong_tensors(tmp_path: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """One tensor of the shard is missing (None), has a wrong dtype, shape or value, or is not part of the format."""
+    for modality in ("text", "image"):
+        save_file(shard_tensors(modality), tmp_path / f"{modality}-0.safetensors", {"format": "pt"})
     assert TowerStore(tmp_path).texts.starts[-1] == TowerStore(tmp_path).images.starts[-1] == 2
-    kind = "image" if name in ("patches", "causes") else "text"
-    tensors = {**shard_tensors(kind), name: tensor}
-    path = tmp_path / f"{kind}-1.safetensors"
+    modality = "image" if name in ("patches", "causes") else "text"
+    tensors = {**shard_tensors(modality), name: tensor}
+    path = tmp_path / f"{modality}-1.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(str(path))}\b[^\n]*$") as caught:
         TowerStore(tmp_path)
-    text = str(caught.value)  # not that it cannot be mapped, nor that two shards are of different towers
-    assert "--tower_cache" not in text and f"{kind}-0" not in text
+    # Not the errors for a shard that cannot be mapped or is from other towers.
+    message = str(caught.value)
+    assert "--tower_cache" not in message and f"{modality}-0" not in message
 
 
-def test_shards_of_different_towers_are_told(tmp_path: Path) -> None:
+def test_error_names_shards_of_different_towers(tmp_path: Path) -> None:
     tensors = shard_tensors("image")
     save_file(tensors, tmp_path / "image-0.safetensors")
     save_file({**tensors, "patches": torch.zeros(2, 4, 6)}, tmp_path / "image-1.safetensors")
@@ -462,19 +478,20 @@ def test_shards_of_different_towers_are_told(tmp_path: Path) -> None:
 
 
 def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies in a device's memory whole (here, the CPU's) gives what is read from the shards."""
+    """Tokens from the memory of a device (here the CPU) equal tokens read from the shards."""
     monkeypatch.setattr(targets.SHARD_ENTRIES, 7)
     assert main(["cache", *flags(own_graph)]) == 0
     stored = open_stored(own_graph)
     resident = CachedTowers(stored.store, load_content_hashes(own_graph), torch.device("cpu"), resident=True)
     assert isinstance(resident.resident, ResidentTokens)
     for rows in (np.array([5]), np.array([39, 0, 7, 8, 6, 20]), np.arange(40)):
-        found = zip(resident.pooled_tokens(rows, rows)[:3], stored.pooled_tokens(rows, rows)[:3], strict=True)
-        for ours, theirs in found:
+        pairs = zip(resident.pooled_tokens(rows, rows)[:3], stored.pooled_tokens(rows, rows)[:3], strict=True)
+        for ours, theirs in pairs:
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
 def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
+    """Return the content hashes of the texts and images of all nodes."""
     config = parse_config(flags(graph))
     data = load_graph(config)
     return tower_cache.read_content_hashes(
@@ -482,16 +499,16 @@ def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
     )
 
 
-def test_images_that_are_not_whole_are_counted(
+def test_missing_and_unreadable_images_are_counted(
     own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (own_graph / "images/1.png").unlink()
     (own_graph / "images/2.png").write_bytes(b"no picture")
     assert main(["cache", *flags(own_graph)]) == 0
-    told = capsys.readouterr().out
-    assert all(re.search(rf"\b1 {cause}\b", told) for cause in (IMAGE_STATUS[2], IMAGE_STATUS[3]))
+    output = capsys.readouterr().out
+    assert all(re.search(rf"\b1 {status}\b", output) for status in (IMAGE_STATUS[2], IMAGE_STATUS[3]))
     shards = TowerStore(store_of(own_graph)).images
-    assert int(shards.starts[-1]) == 40  # 38 pictures, a file that is none, and no file
+    assert int(shards.starts[-1]) == 40  # 38 images, an unreadable file, a missing file
     assert sorted(load_file(shards.files[0])["causes"].tolist())[-2:] == [2, 3]
 
 
@@ -506,48 +523,51 @@ def test_encode_reads_the_store(
     assert main(["encode", str(tmp_path / "run"), "--output_dir", str(tmp_path / "live")]) == 0
     assert "towers-" not in capsys.readouterr().out
     for name in ("fused", "text_only", "image_only", "concat"):
-        stored, live = (torch.load(tmp_path / f"{kind}/features_{name}.pt") for kind in ("stored", "live"))
+        stored, live = (torch.load(tmp_path / f"{towers}/features_{name}.pt") for towers in ("stored", "live"))
         assert torch.allclose(stored, live, atol=1e-5)
 
 
 def test_a_store_is_not_held_in_memory(tmp_path: Path) -> None:
-    """Each entry of 110 MB is read, bit by bit equal to what was written, and the process does not grow by as much."""
+    """The process grows by less than 40 MB while it reads all entries of a store of 110 MB, equal to the bit."""
     generator = torch.Generator().manual_seed(0)
-    made = {}
-    for kind, name, shape in (("text", "tokens", (512, 8)), ("image", "patches", (512, 1, 13_000))):
+    written = {}
+    for modality, name, shape in (("text", "tokens", (512, 8)), ("image", "patches", (512, 1, 13_000))):
         for shard in range(8):
             tensors = {
                 "hashes": torch.randint(256, (512, 16), dtype=torch.uint8, generator=generator),
                 "pooled": torch.zeros(512, 8),
                 name: torch.randn(shape, generator=generator).half(),
-                **({"offsets": torch.arange(513)} if kind == "text" else {"causes": torch.zeros(512).byte()}),
+                **({"offsets": torch.arange(513)} if modality == "text" else {"causes": torch.zeros(512).byte()}),
             }
-            save_file(tensors, tmp_path / f"{kind}-{shard}.safetensors", {"format": "pt"})
-            made[kind, shard] = tensors
+            save_file(tensors, tmp_path / f"{modality}-{shard}.safetensors", {"format": "pt"})
+            written[modality, shard] = tensors
     store, before = TowerStore(tmp_path), resident_mb()
-    for places in np.random.default_rng(0).permutation(8 * 512).reshape(-1, 64):
-        tokens = store.tokens(places, places)
-        for i, place in enumerate(places.tolist()):
-            assert torch.equal(tokens.text[i], made["text", place // 512]["tokens"][place % 512, None])
-            assert torch.equal(tokens.patches[i], made["image", place // 512]["patches"][place % 512])
+    for indices in np.random.default_rng(0).permutation(8 * 512).reshape(-1, 64):
+        tokens = store.tokens(indices, indices)
+        for i, index in enumerate(indices.tolist()):
+            assert torch.equal(tokens.text[i], written["text", index // 512]["tokens"][index % 512, None])
+            assert torch.equal(tokens.patches[i], written["image", index // 512]["patches"][index % 512])
     print(f"grown by {resident_mb() - before:.1f} MB")
     assert resident_mb() - before < 40
 
 
 @pytest.mark.slow
-def test_the_first_step_comes_soon(own_graph: Path, tmp_path: Path) -> None:
-    """Within 15 s of the launch, where the store is there; the better of two launches, for machines are shared."""
+def test_time_to_the_first_step(own_graph: Path, tmp_path: Path) -> None:
+    """With a complete store, the first step ends within 15 s of the launch.
+
+    The faster of two launches counts, because other processes may slow the machine down.
+    """
     assert main(["cache", *flags(own_graph)]) == 0
     seconds = []
     for name in ("one", "two"):
-        begun = time.time()
+        start = time.time()
         accelerate_launch("cpu.yaml", *settings(own_graph, tmp_path / name, "--max_steps=1"))
-        seconds.append((tmp_path / name / "metrics.jsonl").stat().st_mtime - begun)
+        seconds.append((tmp_path / name / "metrics.jsonl").stat().st_mtime - start)
     print(f"first step after {min(seconds):.1f} s")
     assert min(seconds) < 15
 
 
-def test_cache_is_told_of_wrong_flags(own_graph: Path) -> None:
+def test_cache_with_a_wrong_flag_prints_one_error_line(own_graph: Path) -> None:
     done = run_warm(["-m", "mmgraph", "cache", "--nodez=1"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("mmgraph: error: ")
     assert re.search(r"--nodez\b.*--nodes\b", done.stderr)

@@ -1,4 +1,4 @@
-"""The towers' seam: which implementation a model has, what towers answer without weights, and workers that hang."""
+"""Choice of the tower implementation by model type, shapes of towers without weights, and hanging loader workers."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from mmgraph.towers.load import empty_towers, load_towers, tower_shapes
 
 
 def model_of_type(model_type: str | None, towers: Path, folder: Path) -> str:
-    """A copy of a model whose configuration says another ``model_type``, or none."""
+    """Copy a model, set ``model_type`` in its config.json (None removes it), and return the copy's path."""
     shutil.copytree(towers, folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("model_type")
@@ -27,12 +27,13 @@ def model_of_type(model_type: str | None, towers: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("model_type", ["clip", None])
-def test_a_clip_has_clips_towers(model_type: str | None, graph: Path, tmp_path: Path) -> None:
+def test_clip_models_have_clip_towers(model_type: str | None, graph: Path, tmp_path: Path) -> None:
+    """A model without a ``model_type`` is loaded as CLIP."""
     text, image = load_towers(model_of_type(model_type, graph / "towers", tmp_path / "towers"))
     assert isinstance(text, CLIPTextTower) and isinstance(image, CLIPImageTower)
 
 
-def test_a_model_without_an_implementation_is_one_line(
+def test_unsupported_model_type_prints_one_error_line(
     graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = model_of_type("bert", graph / "towers", tmp_path / "towers")
@@ -42,16 +43,17 @@ def test_a_model_without_an_implementation_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_error_for_a_missing_model(tmp_path: Path) -> None:
     for load in (load_towers, tower_shapes, empty_towers):
         with pytest.raises(UserError, match=r"--model_name .*nowhere: no CLIP model, tokenizer or image processor"):
             load(str(tmp_path / "nowhere"))
 
 
-def test_shapes_are_the_loaded_towers_and_draw_no_random_numbers(graph: Path) -> None:
+def test_tower_shapes_match_loaded_towers(graph: Path) -> None:
+    """The towers on the meta device have the shapes of the loaded towers. Building them draws no random numbers."""
     before = torch.get_rng_state()
     shapes = tower_shapes(str(graph / "towers"))
-    assert torch.equal(torch.get_rng_state(), before)  # a run builds its module after it, from the seed
+    assert torch.equal(torch.get_rng_state(), before)  # a run then builds its module from the seed
     assert all(tensor.is_meta for tower in shapes for tensor in tower.model.state_dict().values())
     loaded = load_towers(str(graph / "towers"))
     for meta, real in zip(shapes, loaded, strict=True):
@@ -62,7 +64,7 @@ def test_shapes_are_the_loaded_towers_and_draw_no_random_numbers(graph: Path) ->
 
 
 @torch.no_grad()
-def test_outputs_have_the_shapes_that_the_towers_tell() -> None:
+def test_outputs_have_the_shapes_in_the_tower_attributes() -> None:
     towers = random_towers(*tiny_configs())
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     text = towers.text.tokens(torch.tensor([[0, 5, 1, 1], [0, 5, 6, 1]]), mask)
@@ -74,19 +76,23 @@ def test_outputs_have_the_shapes_that_the_towers_tell() -> None:
     assert image.pooled.shape == (2, towers.image.width)
 
 
-def test_an_encoder_runs_the_modules_that_it_has_now() -> None:
+def test_an_encoder_uses_replaced_tower_modules() -> None:
+    """After a tower module of an encoder is assigned, ``towers`` returns the new module."""
     encoder = MultimodalGraphEncoder.from_towers(random_towers(*tiny_configs()), 16, 8)
     encoder.text_model, encoder.vision_model = (tower.model for tower in random_towers(*tiny_configs()))
     assert encoder.towers.text_model is encoder.text_model and encoder.towers.vision_model is encoder.vision_model
 
 
-def test_a_worker_that_hangs_in_an_evaluation_ends_the_run(
+def test_a_hanging_worker_in_an_evaluation_ends_the_run(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Workers are forked, so they have the replaced method, too; the main process does not call it."""
+    """The run ends with an error after ``--collective_timeout``.
+
+    Workers are forked, so the replaced method hangs in them. The main process does not call it.
+    """
     monkeypatch.setattr(NodeInputs, "pictures", lambda *_: time.sleep(600))
     flags = ["--tower_cache=off", "--eval_fraction=0.2", "--collective_timeout=3", "--num_workers=1"]
-    begun = time.monotonic()
+    start = time.monotonic()
     assert train_main(settings(graph, tmp_path / "run", *flags)) == 1
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - start < 60
     assert "timed out after --collective_timeout: a DataLoader worker hangs" in capsys.readouterr().err

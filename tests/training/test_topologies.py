@@ -1,4 +1,4 @@
-"""Every topology: the same training on each, in micro batches too, and one state that resumes under any other."""
+"""Equal training on every topology, with and without micro batches, and resume on another topology."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 FLOAT32 = "--mixed_precision no"
 ONE_MACHINE = "--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1"
-CONFIGS = {  # every file that starts several processes, with the flags that its user gives
+# Every accelerate config that starts several processes, with the flags that a user adds.
+CONFIGS = {
     "cpu_2proc": "",
     "multi_gpu": "--num_processes 2",
     "deepspeed_zero1": "--num_processes 2",
@@ -23,7 +24,9 @@ CONFIGS = {  # every file that starts several processes, with the flags that its
     "multi_node_zero2": f"--num_processes 2 {ONE_MACHINE}",
     "multi_node_zero3": f"--num_processes 2 {ONE_MACHINE}",
 }
-BF16 = 0.05  # of a loss of 3 to 6, in 30 steps: activations, and under ZeRO also weights, have 8 bits of mantissa
+# Bound on the loss difference in 30 steps, for losses of 3 to 6. In bf16, activations have 8 bits of mantissa; under
+# ZeRO, weights do too.
+BF16 = 0.05
 TOPOLOGIES = {
     "1 process": "cpu.yaml",
     "DDP-2": "cpu_2proc.yaml",
@@ -34,13 +37,17 @@ TOPOLOGIES = {
 }
 
 
-def test_every_config_is_here() -> None:
+def test_configs_are_complete() -> None:
+    """``CONFIGS`` has every accelerate config except those of one process."""
     files = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
     assert files - {"cpu", "single_gpu"} == CONFIGS.keys()
 
 
-def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    """One process, then ZeRO-3, ZeRO-1, DDP-3, ZeRO-2: six steps on each, as if nothing had happened."""
+def test_resume_on_five_topologies(graph: Path, one_process: Path, tmp_path: Path) -> None:
+    """Losses, weights and moments match a run on one process.
+
+    The run makes six steps on each topology: one process, ZeRO-3, ZeRO-1, DDP-3, ZeRO-2.
+    """
     output = tmp_path / "run"
     for i, name in enumerate(["1 process", "ZeRO-3", "ZeRO-1", "DDP-3", "ZeRO-2"]):
         launch(TOPOLOGIES[name], *settings(graph, output, f"--max_steps={6 * (i + 1)}"))
@@ -49,10 +56,12 @@ def test_a_run_wanders_through_topologies(graph: Path, one_process: Path, tmp_pa
         ours, theirs = load_file(newest(output) / file), load_file(newest(one_process) / file)
         assert ours.keys() == theirs.keys()
         for key in theirs:
-            if "in_proj_bias" not in key:  # of the keys' bias, which has no true gradient, Adam amplifies rounding
+            # The exact gradient of the keys' bias is zero, and Adam amplifies its rounding errors.
+            if "in_proj_bias" not in key:
                 assert (ours[key] - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
 
 
+# Prints how many parameters ZeRO-3 keeps complete on each rank, instead of partitioned.
 PERSISTENT = """
 import sys
 from mmgraph.arguments import parse_config
@@ -67,14 +76,18 @@ if accelerator.is_main_process:
 """
 
 
-def test_zero3_is_tested_with_partitions(graph: Path, tmp_path: Path) -> None:
-    """The tests' ZeRO-3 keeps no parameter whole on a rank."""
+def test_zero3_partitions_every_parameter(graph: Path, tmp_path: Path) -> None:
+    """The ZeRO-3 config of the tests sets no parameter as persistent.
+
+    By default, DeepSpeed would keep small parameters complete on every rank, and the tests would not cover partitions.
+    """
     (tmp_path / "launch.py").write_text(PERSISTENT)
     done = run_warm([str(tmp_path / "launch.py"), *settings(graph, tmp_path / "run")], ZERO3)
     assert "0 of 32 whole" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
-def test_zero3_resumes_to_the_bit(graph: Path, one_process: Path, zero3: Path, tmp_path: Path) -> None:
+def test_zero3_resumes_bit_for_bit(graph: Path, one_process: Path, zero3: Path, tmp_path: Path) -> None:
+    """A ZeRO-3 run that is resumed at step 13 equals an uninterrupted one, which matches a run on one process."""
     assert loss_difference(zero3, one_process, 30) < 1e-5
     for steps in (13, 30):
         launch(TOPOLOGIES["ZeRO-3"], *settings(graph, tmp_path / "run", f"--max_steps={steps}"))
@@ -82,8 +95,11 @@ def test_zero3_resumes_to_the_bit(graph: Path, one_process: Path, zero3: Path, t
     assert same_state(tmp_path / "run", zero3)
 
 
-def test_files_written_under_zero3_are_the_originals(graph: Path, zero3: Path, one_process: Path) -> None:
-    """Names, order, dtypes and values; torch's own AdamW takes the optimizer's part and goes on with it."""
+def test_zero3_writes_the_original_file_format(graph: Path, zero3: Path, one_process: Path) -> None:
+    """The epoch and final files match those of one process: names, order, dtypes and values.
+
+    torch's AdamW can load the optimizer state.
+    """
     from mmgraph import load_pretrained_encoder
 
     epoch, final = (f"checkpoints/multimodal_encoder_{name}.pt" for name in ("epoch_1", "final"))
@@ -110,15 +126,15 @@ def test_files_written_under_zero3_are_the_originals(graph: Path, zero3: Path, o
 
 @pytest.mark.parametrize("name", ["DDP-2", "ZeRO-2"])
 def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, name: str) -> None:
-    """Halves, quarters and eighths of a process's 16 edges, over two processes."""
+    """Gradients in 2, 4 and 8 micro batches match those of one batch of 16 edges, on each of two processes."""
     script, target = str(Path(__file__).parent / "micro_batch_gradients.py"), str(tmp_path / "gradients.pt")
     done = run_warm([script, target, *settings(graph, tmp_path / "run", "--batch_size=32")], TOPOLOGIES[name])
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, *parts = torch.load(target)
-    norm = torch.cat([gradient.flatten() for gradient in whole]).norm()
+    reference, *parts = torch.load(target)
+    norm = torch.cat([gradient.flatten() for gradient in reference]).norm()
     assert norm > 0.1
     for number, gradients in zip((2, 4, 8), parts, strict=True):
-        difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, whole, strict=True)]).norm() / norm
+        difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, reference, strict=True)]).norm() / norm
         print(f"1/{number}: {float(difference):.1e}")
         assert 0 <= difference < 1e-5
 
@@ -127,41 +143,48 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("1 process", "DD
 
 
 @pytest.mark.parametrize("name", ["ZeRO-3", *SLOW])
-def test_a_run_in_micro_batches(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
-    """Ranks have different numbers of distinct nodes, and must still make the same number of parts under ZeRO-3."""
+def test_micro_batches_have_the_same_losses(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
+    """The losses of 30 steps match a run on one process without micro batches.
+
+    Ranks have different numbers of unique nodes. Under ZeRO-3 they must still run the same number of micro batches.
+    """
     launch(TOPOLOGIES[name], *settings(graph, tmp_path / "run", "--max_steps=30", "--micro_batch_size=1"))
     assert loss_difference(tmp_path / "run", one_process, 30) < 1e-5
 
 
 @pytest.mark.slow
 def test_table_of_all_configs(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    """Prints the README's table."""
+    """Check the losses of 30 steps with every config, in float32 and bf16, and print the table in the README."""
     print("\n| config | float32 | bf16 |\n| --- | --- | --- |")
     for name, flags in CONFIGS.items():
-        worst = []
+        differences = []
         for precision in ("no", "bf16"):
             output = tmp_path / f"{name}_{precision}"
             launch(f"{name}.yaml {flags} --mixed_precision {precision}", *settings(graph, output, "--max_steps=30"))
-            worst.append(loss_difference(output, one_process, 30))
-        print(f"| `{name}.yaml` | {worst[0]:.1e} | {worst[1]:.1e} |", flush=True)
-        assert worst[0] < 1e-5 and worst[1] < BF16, name
+            differences.append(loss_difference(output, one_process, 30))
+        print(f"| `{name}.yaml` | {differences[0]:.1e} | {differences[1]:.1e} |", flush=True)
+        assert differences[0] < 1e-5 and differences[1] < BF16, name
 
 
 @pytest.mark.slow
 def test_resume_matrix(graph: Path, one_process: Path, tmp_path: Path) -> None:
-    """12 steps on each, 12 more on each, against 24 in one go on one process; on the same one, to the bit."""
+    """A run makes 12 steps on one topology and 12 more on another, for all pairs of topologies.
+
+    The losses match an uninterrupted run on one process. If both topologies are the same, losses and state equal an
+    uninterrupted run on it to the bit.
+    """
     print("\n| from \\ to | " + " | ".join(TOPOLOGIES) + " |\n|" + " --- |" * (len(TOPOLOGIES) + 1))
     for first, config in TOPOLOGIES.items():
-        begun, row = tmp_path / f"{first} begun", []
-        launch(config, *settings(graph, begun, "--max_steps=12"))
+        started, row = tmp_path / f"{first} begun", []
+        launch(config, *settings(graph, started, "--max_steps=12"))
         for second, other in TOPOLOGIES.items():
             output = tmp_path / f"{first} to {second}"
-            shutil.copytree(begun, output)
+            shutil.copytree(started, output)
             launch(other, *settings(graph, output, "--max_steps=24"))
             row.append(loss_difference(output, one_process, 24))
             if first == second:
-                whole = tmp_path / f"{first} whole"
-                launch(config, *settings(graph, whole, "--max_steps=24"))
-                assert loss_difference(output, whole, 24) == 0.0 and same_state(output, whole), first
-        print(f"| {first} | " + " | ".join(f"{worst:.0e}" for worst in row) + " |", flush=True)
+                uninterrupted = tmp_path / f"{first} whole"
+                launch(config, *settings(graph, uninterrupted, "--max_steps=24"))
+                assert loss_difference(output, uninterrupted, 24) == 0.0 and same_state(output, uninterrupted), first
+        print(f"| {first} | " + " | ".join(f"{difference:.0e}" for difference in row) + " |", flush=True)
         assert max(row) < 1e-5, first
