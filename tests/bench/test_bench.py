@@ -1,4 +1,4 @@
-"""mmgraph bench: each kind measures, prints and writes what it says; the plain step is the original's."""
+"""mmgraph bench: the results of each benchmark, and the plain step, which equals that of the original trainer."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from mmgraph.towers.tokens import Tokens
 
 
 def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[str, float]]:
+    """Run a benchmark, check that it creates no output folder, and return the content of its JSON file."""
     path = tmp_path / f"{what}.json"
     assert main(["bench", what, f"--json={path}", *settings(graph, tmp_path / "unused"), *more]) == 0
     assert not (tmp_path / "unused").exists()
@@ -28,33 +29,33 @@ def bench(graph: Path, tmp_path: Path, what: str, *more: str) -> dict[str, dict[
 
 
 def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench(graph, tmp_path, "step", "--repeats=3")
-    rows = {row["step"]: row for row in found["rows"]}
+    content = bench(graph, tmp_path, "step", "--repeats=3")
+    rows = {row["step"]: row for row in content["rows"]}
     assert list(rows) == ["float32, plain", "float32, live", "float32, stored"]
     for row in rows.values():
         phases = [row[phase] for phase in ("data", "towers", "forward", "backward", "optimizer")]
         assert min(phases) > 0 and sum(phases) == pytest.approx(row["whole"], rel=0.5)
-    assert found["figures"]["float32: stored against plain in float32"] > 1
-    assert 12 < found["figures"]["float32: distinct nodes a step"] < 24
-    assert shown(rows["float32, plain"]["whole"]) in (said := capsys.readouterr().out) and "edges/s" in said
+    assert content["figures"]["float32: stored against plain in float32"] > 1
+    assert 12 < content["figures"]["float32: distinct nodes a step"] < 24
+    assert shown(rows["float32, plain"]["whole"]) in (output := capsys.readouterr().out) and "edges/s" in output
 
 
-def test_step_in_bf16_is_measured_beside_float32(graph: Path, tmp_path: Path) -> None:
+def test_step_measures_bf16_and_float32(graph: Path, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     command = ["-m", "mmgraph", "bench", "step", f"--json={path}", "--repeats=2", *settings(graph, tmp_path / "unused")]
     done = run_warm(command, "cpu.yaml --mixed_precision bf16")
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(path.read_text())
-    rows = {row["step"]: row["whole"] for row in found["rows"]}
+    content = json.loads(path.read_text())
+    rows = {row["step"]: row["whole"] for row in content["rows"]}
     assert len(rows) == 6
-    for name in ("float32", "bf16"):  # medians of two are means of two
-        ratio = found["figures"][f"bf16: stored against plain in {name}"]
+    for name in ("float32", "bf16"):  # with --repeats=2, the median is the mean
+        ratio = content["figures"][f"bf16: stored against plain in {name}"]
         assert ratio == pytest.approx(rows[f"{name}, plain"] / rows["bf16, stored"], rel=0.5)
-    assert "float32: stored against plain in bf16" not in found["figures"]
+    assert "float32: stored against plain in bf16" not in content["figures"]
 
 
-def test_the_plain_module_is_the_original() -> None:
-    """Its results are those of the trained module, by torch's own attention and a layer on each token."""
+def test_plain_module_matches_the_trained_module() -> None:
+    """The plain module uses torch's attention and applies every layer to every token, as the original trainer does."""
     torch.manual_seed(0)
     trained = TrainedModule(24, 40, 32, 16)
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
@@ -64,25 +65,25 @@ def test_the_plain_module_is_the_original() -> None:
 
 
 def test_data(graph: Path, tmp_path: Path) -> None:
-    found = bench(graph, tmp_path, "data", "--image_cache_gb=1")
-    figures = found["figures"]
+    content = bench(graph, tmp_path, "data", "--image_cache_gb=1")
+    figures = content["figures"]
     assert figures["nodes"] == 40 and figures["edges"] == 200
     assert figures["epoch 2: lookups that decode nothing"] == 1
-    # 16 steps of 12 edges look 384 pictures up, of which each is decoded once.
+    # 16 steps of 12 edges look up 384 images. Each of the 40 images is decoded once.
     assert figures["epoch 1: lookups that decode nothing"] == pytest.approx(1 - 40 / 384, abs=0.02)
-    assert {row["what"] for row in found["rows"]} >= {"tokenise a text", "decode and resize it"}
+    assert {row["what"] for row in content["rows"]} >= {"tokenise a text", "decode and resize it"}
 
 
 def test_loss(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOGIT_CHUNK, 4096)
-    found = bench(graph, tmp_path, "loss", "--sizes", "64", "300", "--repeats=2")
-    assert [row["edges"] for row in found["rows"]] == [64, 300]
-    assert all(row["difference"] < 1e-5 and row["time ratio"] > 0 for row in found["rows"])
+    content = bench(graph, tmp_path, "loss", "--sizes", "64", "300", "--repeats=2")
+    assert [row["edges"] for row in content["rows"]] == [64, 300]
+    assert all(row["difference"] < 1e-5 and row["time ratio"] > 0 for row in content["rows"])
     assert resolve_name(LOGIT_CHUNK) == 4096
 
 
 class WarmRun:
-    """A run of a benchmark in warm processes, in place of ``mmgraph.bench.runs.launch``."""
+    """Runs a benchmark's command in warm processes. Replaces ``mmgraph.bench.runs.launch``."""
 
     def __init__(self, folder: Path, name: str, arguments: list[str], processes: int, threads: int | None):
         config = "cpu.yaml" if processes == 1 else f"cpu_2proc.yaml --num_processes {processes}"
@@ -101,14 +102,14 @@ POOL = ThreadPoolExecutor(2)
 
 @pytest.mark.slow
 def test_scale(graph: Path, tmp_path: Path) -> None:
-    found = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=6")
-    assert [row["processes"] for row in found["rows"]] == [1, 2]
-    assert all(row["efficiency"] > 0.1 for row in found["rows"])
+    content = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=6")
+    assert [row["processes"] for row in content["rows"]] == [1, 2]
+    assert all(row["efficiency"] > 0.1 for row in content["rows"])
 
 
 @pytest.mark.slow
 def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and baselines on one split."""
+    """A study trains runs and baselines on one split of the edges."""
     monkeypatch.setattr(STUDY_LAUNCH, WarmRun)
     edges = pd.read_csv(graph / "edges.csv", dtype=str)
     edges["rel_id"] = ["likes", "eats", "is"] * 66 + ["is"] * 2
@@ -116,8 +117,8 @@ def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     edges[::-1][:30].to_csv(tmp_path / "eval.csv", index=False)
     more = [f"--edges={tmp_path / 'edges.csv'}", f"--eval_edges={tmp_path / 'eval.csv'}", "--epochs=1"]
     more += [f"--folder={tmp_path / 'runs'}", "--batch_sizes", "85", "--seeds=1", "--variant=--temperature=0.2"]
-    found = bench(graph, tmp_path, "study", *more)
-    rows = {row[""]: row for row in found["rows"]}
+    content = bench(graph, tmp_path, "study", *more)
+    rows = {row[""]: row for row in content["rows"]}
     assert len(rows) == 5 + 3 + 2 + 3 + 3 + 1
     names = ("batch 85, mask_neighbors", "batch 85, keep, --temperature=0.2", "MLP on random, batch 85, keep")
     assert all(0 < float(rows[name]["z_graph MRR"].split(" ± ")[0]) < 1 for name in names)
@@ -128,7 +129,8 @@ def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert table["step"] == 2 and "resumed" not in log and not list(run_folder.glob("checkpoints/*_epoch_*.pt"))
 
 
-def test_a_graph_to_measure_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``bench graph`` generates a graph on given edges or on random ones, and overwrites no existing graph."""
     build = resolve_name(TOWERS_OF_BENCH_GRAPH)
     monkeypatch.setattr(TOWERS_OF_BENCH_GRAPH, lambda folder, texts, real_size: build(folder, texts))
     pd.DataFrame({"src_id": ["x", "y", "x"], "dst_id": ["y", "z", "x"]}).to_csv(tmp_path / "edges.csv", index=False)
@@ -143,13 +145,13 @@ def test_a_graph_to_measure_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_large_batches_in_little_memory() -> None:
-    """8,192 edges in parts against the plain loss."""
+def test_loss_in_chunks_needs_little_memory() -> None:
+    """For 8,192 edges, InfoNCE in chunks needs less than 0.6 GB and less than 1.3 times the time of plain InfoNCE."""
     row = compare_losses(8192, 256, torch.device("cpu"), repeats=3)
     assert row["parts GB"] < 0.6 and row["time ratio"] < 1.3 and row["difference"] < 1e-6
 
 
-def test_wrong_flags_are_one_line() -> None:
+def test_wrong_flags_print_one_error_line() -> None:
     for arguments in (["bench"], ["bench", "speed"], ["bench", "step", "--nodez=1"], ["bench", "graph"]):
         done = run_warm(["-m", "mmgraph", *arguments])
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,4 +1,4 @@
-"""The demo graph: real relations, texts that give nothing away, the same bytes each time."""
+"""The demo graph: tables, held-out edges, summaries that do not reveal edges, images, towers, and equal rebuilds."""
 
 import json
 import re
@@ -24,16 +24,18 @@ RELATIONS = {
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo graph."""
     folder = tmp_path_factory.mktemp("demo") / "graph"
     assert main(["demo", str(folder)]) == 0
     return folder
 
 
 def all_edges(demo: Path) -> pd.DataFrame:
+    """Return the training edges and the held-out edges."""
     return pd.concat([read_edges(demo / name) for name in ("edges.csv", "eval_edges.csv")], ignore_index=True)
 
 
-def test_its_tables(demo: Path) -> None:
+def test_tables(demo: Path) -> None:
     assert {path.name for path in demo.iterdir()} == {
         "nodes.csv", "edges.csv", "eval_edges.csv", "relations.csv", "images", "towers", "README",
     }  # fmt: skip
@@ -44,17 +46,18 @@ def test_its_tables(demo: Path) -> None:
     counts = Counter(edges["rel_id"])
     assert 12_000 < len(edges) < 15_000 and len(counts) == 9 and min(counts.values()) > 90
     names = dict(zip(nodes["node_id"], nodes["short_name"], strict=True))
-    of = {row.relation: edges[edges["rel_id"] == str(row.rel_id)] for row in relations.itertuples()}
+    edges_of = {row.relation: edges[edges["rel_id"] == str(row.rel_id)] for row in relations.itertuples()}
     pairs = {
-        relation: {(names[a], names[b]) for a, b in zip(some["src_id"], some["dst_id"], strict=True)}
-        for relation, some in of.items()
+        relation: {(names[a], names[b]) for a, b in zip(table["src_id"], table["dst_id"], strict=True)}
+        for relation, table in edges_of.items()
     }
     assert ("flag: Austria", "flag: Switzerland") in pairs["borders"] | {(b, a) for a, b in pairs["borders"]}
     assert ("firefighter", "fire engine") in pairs["composed_of"]
     assert ("person running", "woman running") in pairs["gender_variant"]
 
 
-def test_a_tenth_is_held_out_and_no_node_left_alone(demo: Path) -> None:
+def test_held_out_edges(demo: Path) -> None:
+    """A tenth of the edges is held out. Each of their nodes has training edges, and no node pair is in both tables."""
     train, held_out = read_edges(demo / "edges.csv"), read_edges(demo / "eval_edges.csv")
     assert len(held_out) / (len(train) + len(held_out)) == pytest.approx(0.1, abs=0.001)
 
@@ -65,26 +68,27 @@ def test_a_tenth_is_held_out_and_no_node_left_alone(demo: Path) -> None:
     assert set(held_out["src_id"]) | set(held_out["dst_id"]) <= set(train["src_id"]) | set(train["dst_id"])
 
 
-def test_summaries_do_not_tell_what_edges_are_to_predict(demo: Path) -> None:
+def test_summaries_do_not_reveal_edges(demo: Path) -> None:
+    """A summary has no name of a neighbor, no subregion of its country, and no keyword that 2 to 10 nodes share."""
     nodes = read_nodes(demo / "nodes.csv").set_index("node_id")
     for edge in all_edges(demo).itertuples():
-        for one, other in ((edge.src_id, edge.dst_id), (edge.dst_id, edge.src_id)):
-            name = nodes.at[other, "short_name"].removeprefix("flag: ")
-            summary = nodes.at[one, "summary"]
+        for node_id, neighbor in ((edge.src_id, edge.dst_id), (edge.dst_id, edge.src_id)):
+            name = nodes.at[neighbor, "short_name"].removeprefix("flag: ")
+            summary = nodes.at[node_id, "summary"]
             assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", summary, re.IGNORECASE), (summary, name)
     sources = read_nodes_of_packages()
     counts = Counter(word.lower() for node in sources for word in set(node.keywords))
     for node in sources:
         summary = nodes.at[node.node_id, "summary"]
-        assert len(summary.split()) > 3  # or the name would be the text
+        assert len(summary.split()) > 3  # more text than the name
         if node.country:
             assert node.country["subregion"] not in summary or not node.country["subregion"]
         keywords = {word for word in node.keywords if 2 <= counts[word.lower()] <= 10}
-        told = [word for word in keywords if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", summary, re.IGNORECASE)]
-        assert not told, (summary, told)
+        revealed = [word for word in keywords if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", summary, re.IGNORECASE)]
+        assert not revealed, (summary, revealed)
 
 
-def test_pictures_and_their_licence(demo: Path) -> None:
+def test_images_and_their_license(demo: Path) -> None:
     nodes = read_nodes(demo / "nodes.csv")
     modes = Counter(Image.open(demo / path).mode for path in nodes["image_path"])
     assert sum(modes.values()) == 1906 and {"P", "RGBA"} <= set(modes)
@@ -92,15 +96,15 @@ def test_pictures_and_their_licence(demo: Path) -> None:
     assert "CC-BY 4.0" in (demo / "README").read_text()
 
 
-def test_the_same_bytes_at_every_build(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_build_has_the_same_bytes(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", str(tmp_path / "again")]) == 0
     assert tree(tmp_path / "again") == tree(demo)
     before = (demo / "nodes.csv").stat().st_mtime_ns
-    assert main(["demo", str(demo)]) == 0  # there already
+    assert main(["demo", str(demo)]) == 0  # an existing graph is not rebuilt
     assert (demo / "nodes.csv").stat().st_mtime_ns == before
 
 
-def test_towers_are_a_clip_like_any_other(demo: Path) -> None:
+def test_towers_are_a_standard_clip_model(demo: Path) -> None:
     towers = load_towers(str(demo / "towers"))
     tokenizer, processor = load_tokenizer_and_processor(str(demo / "towers"))
     ids = tokenizer("Grinning CAT")["input_ids"]
@@ -116,20 +120,24 @@ def test_towers_are_a_clip_like_any_other(demo: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole demo: the last epoch's mean loss at least 20 % below the first's, and held-out edges rank higher."""
+    """A full demo run lowers the loss and ranks held-out edges higher.
+
+    The mean loss of the last epoch is at least 20 % below that of the first. The MRR of ``z_graph`` more than doubles,
+    and is more than twice that of the best baseline.
+    """
     monkeypatch.chdir(tmp_path)
     assert train_main(["--demo"]) == 0
     losses: dict[int, list[float]] = {}
-    found: dict[int, dict[str, float]] = {}
+    rows: dict[int, dict[str, float]] = {}  # by step
     for line in (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if row["step"] > 0:  # the row before it is of the evaluation alone
+        if row["step"] > 0:  # the row of step 0 has only the first evaluation
             losses.setdefault(row["epoch"], []).append(row["loss"])
-        found[row["step"]] = row
+        rows[row["step"]] = row
     means = [sum(values) / len(values) for _, values in sorted(losses.items())]
     print("mean losses:", [round(mean, 3) for mean in means])
     assert means[-1] < 0.8 * means[0]
-    before, after = found[0], found[max(found)]
+    before, after = rows[0], rows[max(rows)]
     baseline = max(after[f"eval/{name}/mrr"] for name in ("text_only", "image_only", "concat", "random"))
     mrr = before["eval/z_graph/mrr"], after["eval/z_graph/mrr"]
     print(f"MRR of z_graph: {mrr[0]:.3f} before, {mrr[1]:.3f} after; the best baseline: {baseline:.3f}")

@@ -53,7 +53,7 @@ def test_tower_shapes_match_loaded_towers(graph: Path) -> None:
     """The towers on the meta device have the shapes of the loaded towers. Building them draws no random numbers."""
     before = torch.get_rng_state()
     shapes = tower_shapes(str(graph / "towers"))
-    assert torch.equal(torch.get_rng_state(), before)  # a run then builds its module from the seed
+    assert torch.equal(torch.get_rng_state(), before)  # else the initial weights of a run would change
     assert all(tensor.is_meta for tower in shapes for tensor in tower.model.state_dict().values())
     loaded = load_towers(str(graph / "towers"))
     for meta, real in zip(shapes, loaded, strict=True):
