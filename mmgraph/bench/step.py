@@ -74,7 +74,7 @@ def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: 
 def _row(precision: str, variant: str, edges: int, seconds: list[dict[str, float]]) -> dict[str, Any]:
     phases = {phase: 1000 * median(t[phase] for t in seconds) for phase in PHASES}
     total = median(_totals(seconds))
-    return {"step": f"{_name(precision)}, {variant}", **phases, "whole": 1000 * total, "edges/s": edges / total}
+    return {"step": f"{_name(precision)}, {variant}", **phases, "total": 1000 * total, "edges/s": edges / total}
 
 
 def _name(precision: str) -> str:
@@ -102,7 +102,7 @@ def _figures(steps_by_precision: dict[str, Steps], times: Times, precision: str)
         for variant in VARIANTS[1:]:
             ratios = (p / v for p, v in zip(plain, _totals(times[precision, variant]), strict=True))
             figures[f"{variant} against plain in {_name(other)}"] = median(ratios)
-        epochs = f"{config.epochs} epochs, building the store ({build_seconds:,.0f} s) included, against plain"
+        epochs = f"{config.epochs} epochs, including {build_seconds:,.0f} s to build the store, against plain"
         figures[f"{epochs} in {_name(other)}"] = (
             num_steps * median(plain) / (num_steps * median(_totals(stored)) + build_seconds)
         )
@@ -110,14 +110,14 @@ def _figures(steps_by_precision: dict[str, Steps], times: Times, precision: str)
     speed = matmul_flops_per_s(steps.accelerator.device, steps.dtype)
     flops = 3 * unique_nodes * estimate.shape(tower_shapes(config.model_name), config).fusion_flops
     figures |= {
-        "share of fusion and optimizer in the stored step": median(
+        "fraction of the stored step: fusion and optimizer": median(
             f / w for f, w in zip(fusion, _totals(stored), strict=True)
         ),
-        "share of waiting for data in the stored step": median(
+        "fraction of the stored step: waiting for data": median(
             t["data"] / w for t, w in zip(stored, _totals(stored), strict=True)
         ),
-        "distinct nodes a step": unique_nodes,
+        "unique nodes per step": unique_nodes,
         "matrix product, GFLOP/s": speed / 1e9,
-        "of which the fusion reaches": flops / median(fusion) / speed,
+        "fraction that the fusion reaches": flops / median(fusion) / speed,
     }
     return {f"{_name(precision)}: {name}": value for name, value in figures.items()}

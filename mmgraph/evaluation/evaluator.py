@@ -133,7 +133,7 @@ class Evaluation:
         Texts and images are those of all nodes that have words and an image. Without such nodes the table is empty.
         """
         z_text, z_vis = (round_to_grid(self._gathered(shard.pop(name))) for name in ALIGNED)
-        rows = self._gathered(shard.pop("whole")).nonzero().flatten()  # (C,)
+        rows = self._gathered(shard.pop("complete")).nonzero().flatten()  # (C,)
         if not len(rows):
             return {}
         drawn = np.sort(np.random.default_rng(self.seed).permutation(len(rows))[:MAX_TEXTS])

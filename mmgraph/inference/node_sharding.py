@@ -44,7 +44,7 @@ def embed_shard(
         image_rows: as in :meth:`NodeOutputs.of`.
 
     Returns:
-        By name: each embedding, (n, d) float32; ``whole``, (n,) uint8, 1 for nodes that have words and an image; and
+        By name: each embedding, (n, d) float32; ``complete``, (n,) uint8, 1 for nodes that have words and an image; and
         ``image_status``, (n,) uint8 indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
     """
     rows, parts = rank_range(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
@@ -52,7 +52,7 @@ def embed_shard(
         embedded = embeddings(batch.tokens)
         has_words = (batch.tokens.text_mask.sum(1) > NO_WORDS).cpu()
         has_picture = torch.from_numpy(~is_black(batch.image_status, outputs.inputs.truncated_images))
-        parts.setdefault("whole", []).append((has_words & has_picture).to(torch.uint8))
+        parts.setdefault("complete", []).append((has_words & has_picture).to(torch.uint8))
         parts.setdefault("image_status", []).append(torch.from_numpy(batch.image_status.astype(np.uint8)))
         for name in kinds:
             parts.setdefault(name, []).append(embedded[name].float().cpu())

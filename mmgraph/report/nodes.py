@@ -213,7 +213,7 @@ def _status_counts(run_nodes: NodesOfRun) -> list[StatusCount]:
         rows = np.flatnonzero(image_status == number)
         if len(rows):
             examples = [_example(run_nodes, int(row)) for row in rows[:EXAMPLES]] if number else []
-            counts.append(StatusCount(name or "whole", len(rows), examples))
+            counts.append(StatusCount(name or "complete", len(rows), examples))
     return counts
 
 

@@ -34,10 +34,10 @@ def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(rows) == ["float32, plain", "float32, live", "float32, stored"]
     for row in rows.values():
         phases = [row[phase] for phase in ("data", "towers", "forward", "backward", "optimizer")]
-        assert min(phases) > 0 and sum(phases) == pytest.approx(row["whole"], rel=0.5)
+        assert min(phases) > 0 and sum(phases) == pytest.approx(row["total"], rel=0.5)
     assert content["figures"]["float32: stored against plain in float32"] > 1
-    assert 12 < content["figures"]["float32: distinct nodes a step"] < 24
-    assert shown(rows["float32, plain"]["whole"]) in (output := capsys.readouterr().out) and "edges/s" in output
+    assert 12 < content["figures"]["float32: unique nodes per step"] < 24
+    assert shown(rows["float32, plain"]["total"]) in (output := capsys.readouterr().out) and "edges/s" in output
 
 
 def test_step_measures_bf16_and_float32(graph: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_step_measures_bf16_and_float32(graph: Path, tmp_path: Path) -> None:
     done = run_warm(command, "cpu.yaml --mixed_precision bf16")
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads(path.read_text())
-    rows = {row["step"]: row["whole"] for row in content["rows"]}
+    rows = {row["step"]: row["total"] for row in content["rows"]}
     assert len(rows) == 6
     for name in ("float32", "bf16"):  # with --repeats=2, the median is the mean
         ratio = content["figures"][f"bf16: stored against plain in {name}"]

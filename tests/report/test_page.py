@@ -87,7 +87,7 @@ def test_bad_images_are_told_by_cause(graph: Path, browser: Browser, tmp_path: P
     with Opened(browser, tmp_path / "run/report.html") as opened:
         found = {row[0]: row[1:] for row in opened.table("images")}
         assert {name: cells[0] for name, cells in found.items()} == {
-            "whole": "37", "file not found": "1", "unreadable": "1", "truncated": "1",
+            "complete": "37", "file not found": "1", "unreadable": "1", "truncated": "1",
         }  # fmt: skip
         assert found["file not found"][1] == "003: images\\3.png"
         opened.check()

@@ -387,9 +387,7 @@ def test_auto_runs_live_towers_if_a_store_is_not_worth_it_or_not_writable(
     assert tower_plan.refusal(tmp_path / "small", 900) is None
 
 
-def test_flags_of_the_store(
-    own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flags_of_the_store(own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--tower_cache with a folder, --tower_cache_local, and --tower_cache_device with a missing device."""
     here, local = tmp_path / "here", tmp_path / "local"
     more = (f"--tower_cache={here}", f"--tower_cache_local={local}")
@@ -499,9 +497,7 @@ def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
     )
 
 
-def test_missing_and_unreadable_images_are_counted(
-    own_graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_and_unreadable_images_are_counted(own_graph: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own_graph / "images/1.png").unlink()
     (own_graph / "images/2.png").write_bytes(b"no picture")
     assert main(["cache", *flags(own_graph)]) == 0
