@@ -29,10 +29,13 @@ class ImageSource(Protocol):
     location: str
 
     def locate(self, node: Mapping[str, Any]) -> Hashable:
-        """Return the reference of a row's image; None if it has no image. Caches use the reference as a key."""
+        """Return the reference of a row's image; None if it has no image.
+
+        Rows with the same image have equal references, because caches use the reference as a key.
+        """
 
     def describe(self, node: Mapping[str, Any]) -> str:
-        """Return a description of a row's image for messages; empty if it has no image."""
+        """Return a description of a row's image for the report; empty if it has no image."""
 
     def read(self, reference: Any) -> tuple[bytes | None, int]:
         """Return the encoded image or None, and an index into ``images.IMAGE_STATUS``. Never raises."""
@@ -98,4 +101,4 @@ def read_file(path: str | None) -> tuple[bytes | None, int]:
         return None, IMAGE_STATUS.index("unreadable")
 
 
-UNRESOLVED_FILES = ImageFiles()  # of the public collators
+UNRESOLVED_FILES = ImageFiles()  # used by the public collators

@@ -48,7 +48,7 @@ class _Switch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        with self._begin, self._changed:  # held until the end: no thread starts, so the wait ends
+        with self._begin, self._changed:  # _begin stays locked: no other decoding starts, so the wait ends
             self._changed.wait_for(lambda: not self._decoding)
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
@@ -154,8 +154,8 @@ class ImageCounter:
 
     Attributes:
         image_status: (nodes,) int8, indices into ``IMAGE_STATUS``; 0 if the node was not read.
-        read: number of image files read, each counted once.
-        bad: number of these that are missing or incomplete.
+        read: number of nodes with an image path so far, each counted once.
+        bad: number of these whose image status was not 0 when the node was first read.
     """
 
     def __init__(self, nodes: int):

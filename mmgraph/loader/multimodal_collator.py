@@ -18,7 +18,7 @@ class MultimodalCollator:
     Args:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
-        cache_size: number of decoded images in the least-recently-used cache.
+        cache_size: maximum number of decoded images in the least-recently-used cache.
     """
 
     def __init__(self, tokenizer: Any, processor: Any, cache_size: int = 128):

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 class NodesDataset(Dataset[dict[str, Any]]):
     """The nodes in the order of the table.
 
-    ``ds[i]`` is a dict of row i's columns without ``node_id``. It is built on access. The table's columns are stored
-    unchanged (with pandas 3, text is Arrow-backed).
+    ``ds[i]`` is a dict of row i's columns without ``node_id``. It is built on access: dicts of the complete table would
+    need much more memory. The table's columns are stored unchanged (with pandas 3, text is Arrow-backed).
 
     Args:
         nodes_df: node table with the column ``node_id`` and any other columns.
@@ -25,5 +25,5 @@ class NodesDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         if not -self._length <= row < self._length:
-            raise IndexError(f"row {row} of a table of {self._length} nodes")
+            raise IndexError(f"row {row} is out of range: the table has {self._length} nodes")
         return {name: values[row] for name, values in self._columns.items()}
