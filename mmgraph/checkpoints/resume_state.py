@@ -31,7 +31,7 @@ WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "st
 
 
 class StateNotReadableError(UserError):
-    """A state from a newer mmgraph, or one that cannot be read now. It must never be skipped or removed."""
+    """A state from a newer mmgraph, or one that cannot be read now. A run must not skip it or treat it as invalid."""
 
 
 def compute_run_fingerprint(config: Config, nodes: str, edges: str) -> dict[str, Any]:
@@ -73,13 +73,14 @@ def write_state(
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
     try:
         hashes = _fill(temporary, progress, trained, run_fingerprint, config)
-        if target.exists() and _same_tensors(target, hashes):  # same step: after an evaluation, or raised limits
+        # The tensors of a step that was saved before are equal; the record differs after an evaluation, for example.
+        if target.exists() and _same_tensors(target, hashes):
             (temporary / RECORD).replace(target / RECORD)
         else:
-            _remove(target)  # an invalid state, if any
+            _remove(target)  # may exist, invalid or with other tensors
             temporary.rename(target)
     finally:
-        _remove(temporary)  # left by an error or a replaced record; takes up disk space
+        _remove(temporary)  # still exists after an error, or if only the record was moved
     sync(target)
     sync(folder)
     try:
@@ -97,7 +98,7 @@ def _fill(
     moments = {f"exp_avg.{name}": tensor for name, tensor in trained.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in trained.exp_avg_sq.items()}
     for name, tensors in ((WEIGHTS, trained.weights), (MOMENTS, moments)):
-        (folder / name).write_bytes(save(tensors))  # not save_file: only the owner may read its files
+        (folder / name).write_bytes(save(tensors))  # save_file would create files that only the owner can read
     record: dict[str, Any] = {
         "format": FORMAT,
         **progress.to_record(),
@@ -126,8 +127,8 @@ def _same_tensors(path: Path, hashes: dict[str, str]) -> bool:
 def _prune(folder: Path, newest: Path, keep_last: int) -> None:
     """Remove all states but ``newest`` and the valid ones before it, ``keep_last`` in total.
 
-    States with a higher number than ``newest`` are removed too: they are invalid, or the run would have resumed from
-    them. Until ``keep_last`` states are found, a state that cannot be read now is kept and not counted.
+    States with a higher number than ``newest`` are removed too. They are invalid; otherwise the run would have resumed
+    from them. Until ``keep_last`` states are found, a state that cannot be read now is kept and not counted.
     """
     kept = 0
     for path in state_folders(folder):
@@ -161,7 +162,7 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
     """Return the newest valid state, or None. Call ``on_invalid`` with a message for each newer state that is invalid.
 
     Raises:
-        StateNotReadableError: a newer mmgraph wrote one of these states, or it cannot be read now.
+        StateNotReadableError: one of these states is from a newer mmgraph, or cannot be read now.
     """
     for path in state_folders(folder):
         try:
@@ -175,7 +176,7 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
 
 
 def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | None:
-    """Return the newest valid state if another process has written it since this run read its state, else None.
+    """Return the newest valid state if another process wrote it after this run read ``start``, else None.
 
     Args:
         folder: folder of the states.
@@ -200,7 +201,8 @@ def read_record(path: Path) -> dict[str, Any]:
         text = _read(path / RECORD, Path.read_bytes).decode()
         record = json.loads(text)
         hashes = record["sha256"]
-        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):  # checked in every format
+        # Before the check of the format, because this hash is the same in all formats.
+        if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):
             raise UserError(f"{path / RECORD}: damaged, its content does not match its own SHA-256")
         if record["format"] > FORMAT:
             raise StateNotReadableError(
@@ -208,9 +210,9 @@ def read_record(path: Path) -> dict[str, Any]:
                 f"format {FORMAT}; update mmgraph"
             )
         if not {WEIGHTS, MOMENTS} <= hashes.keys() <= {WEIGHTS, MOMENTS, RECORD}:
-            raise ValueError(f"unexpected files in sha256: {', '.join(hashes)}")
+            raise ValueError(f"sha256 lists {', '.join(hashes)} instead of {WEIGHTS} and {MOMENTS}")
         if not isinstance(record["identity"], dict):
-            raise ValueError(f"invalid identity: {record['identity']!r}")
+            raise ValueError(f"invalid run fingerprint (identity): {record['identity']!r}")
         Progress.from_record(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / RECORD}: damaged ({type(error).__name__}: {error})") from None

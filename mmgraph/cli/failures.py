@@ -15,7 +15,7 @@ from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
 OTHERS_WAIT_SECONDS = 5  # most errors occur on all ranks: rank 0 prints first, and the launcher ends the others
-# Errors of the machine. Any other OSError is a bug, such as EBADF, or ENOENT for a path that no user passed.
+# Errors of the machine. Other OSErrors, such as EBADF and ENOENT, are bugs: a missing file of a user is a UserError.
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no disk space
     errno.EACCES, errno.EPERM, errno.EROFS,  # no permission
@@ -39,7 +39,7 @@ def run(action: Callable[[], int]) -> int:
         if code is None:
             if not hooks_may_hang():
                 raise
-            traceback.print_exc()  # not raise: the interpreter would run the exit hooks
+            traceback.print_exc()  # raise would run the exit hooks; the caller ends with leave(), which does not
             return 1
         return code
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def _report(error: Exception) -> int | None:
 def end_workers() -> None:
     """Kill the DataLoader workers.
 
-    They ignore SIGTERM, which is a stop request to the ranks. Without this, Python would wait for them forever at exit.
+    They ignore SIGTERM, which is a stop request to the ranks, so Python would wait for them forever at exit.
     """
     workers = multiprocessing.active_children()
     if not workers:
@@ -99,7 +99,9 @@ def _lost_contact(error: RuntimeError) -> str | None:
     from torch.distributed import DistError
 
     reason = " ".join(str(error).split())
-    if not isinstance(error, DistError) and "gloo" not in reason:  # gloo's RuntimeErrors contain its file names
+    if (
+        not isinstance(error, DistError) and "gloo" not in reason
+    ):  # gloo raises RuntimeErrors that contain paths of its source
         return None
     reason = re.sub(r"\[\S+:\d+\] ", "", reason).split(". ")[0][:200]
     if "timed out" in reason.lower() or "timeout" in reason.lower():

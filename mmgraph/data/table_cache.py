@@ -42,7 +42,7 @@ FORMAT = 2  # version of the conversion; increase it if the same table is conver
 RELATION = "rel_id"
 ATTEMPTS = 3  # to open a converted table
 ROW_CHUNK = 1 << 16  # rows in memory at a time, and in a record batch
-EDGE_CHUNK = 1 << 20  # minimum number of edges per look-up
+EDGE_CHUNK = 1 << 20  # minimum number of edges whose node ids are looked up at a time
 
 
 class Edges(NamedTuple):
@@ -100,7 +100,10 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
 def _open(
     table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], load: Callable[[Path], Opened]
 ) -> Opened:
-    """Open the file of :func:`convert_once` with ``load``. Create it again if it is damaged: truncated or replaced."""
+    """Convert a table if needed (see :func:`convert_once`), and open the result with ``load``.
+
+    If the result is damaged, the table is converted again.
+    """
     for _ in range(ATTEMPTS):
         path = convert_once(table, name, write)
         identity = _identity(path)
@@ -155,7 +158,7 @@ def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
 
 
 def _release_memory() -> None:
-    """Free the memory of a conversion, which allocators would keep. It is more than a run needs for its tables."""
+    """Return the memory of a conversion to the system. The process would keep it, though the run needs less later."""
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):  # malloc_trim exists only in glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -172,7 +175,10 @@ os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent 
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
-    """Open a user's Arrow file. Return None if it must be converted; the conversion reports a damaged file."""
+    """Open a user's Arrow file. Return None if it must be converted, or if it is damaged.
+
+    The conversion reports the damage.
+    """
     try:
         table = NodeTable(path)
         types = {field.name: field.type for field in table.schema}
@@ -212,7 +218,10 @@ def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
 
 
 def _plain(path: str | Path, table: pa.Table) -> pa.Table:
-    """Return a chunk without pandas' index, with large_string for texts, and without dictionaries, which may differ."""
+    """Return a chunk without pandas' index, with texts as large_string.
+
+    Dictionary encoding is removed, because dictionaries may differ between chunks.
+    """
     fields = []
     for field in table.schema:
         data_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
@@ -269,8 +278,8 @@ class _Relations:
         except pa.ArrowException:
             if not self.codes:
                 log(
-                    f"{path}: column '{RELATION}' has type {column.type}, which cannot be converted to text; the edges "
-                    "have no relations"
+                    f"{path}: column '{RELATION}' has type {column.type}, which cannot be converted to text; relations "
+                    "are ignored"
                 )
             text = pa.array([""] * len(column), pa.large_string())
             self.usable = False
@@ -280,7 +289,7 @@ class _Relations:
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Yield the edge columns of the tables, joined to chunks of at least ``rows`` rows. The last may have fewer."""
+    """Yield the edge columns of the tables, joined into chunks of at least ``rows`` rows. The last may have fewer."""
     pending: list[pa.Table] = []
     for table in tables:
         pending.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))

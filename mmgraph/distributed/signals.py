@@ -25,12 +25,11 @@ class StopRequest:
     ``stop_agreed`` becomes true when all ranks know of the request; they stop after the same step.
 
     A rank never finishes its step if the other ranks are gone. A watchdog therefore ends a process that has received a
-    stop signal, but neither finishes a step in time nor starts to stop with the other ranks (see :meth:`disarm`). It
-    prints the reason.
+    stop signal and does not finish its step in time, unless :meth:`disarm` was called. It prints the reason.
 
     Args:
-        grace: seconds that the watchdog waits beyond the usual time of a step. A launcher kills the remaining processes
-            30 s after it has forwarded a signal.
+        grace: seconds that the watchdog waits beyond the usual time of a step. Less than 30, because a launcher kills
+            the remaining processes 30 s after it has forwarded a signal.
     """
 
     def __init__(self, grace: float):
@@ -56,7 +55,8 @@ class StopRequest:
         try:
             yield
         except Exception:
-            if "RANK" in os.environ:  # the launcher sends it if a rank is lost, but this rank must still report
+            # The launcher sends SIGTERM if a rank is lost. Keep ignoring it, so that this rank can print its error.
+            if "RANK" in os.environ:
                 del before[signal.SIGTERM]
             raise
         finally:
@@ -64,14 +64,14 @@ class StopRequest:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             self._stopping.set()
-            # Closing this end is not enough to end the reader: DataLoader workers inherited it.
+            # Closing the write end would not end the thread, because DataLoader workers hold copies of it.
             os.write(write, bytes([NO_SIGNAL]))
             watcher.join()
             os.close(read)
             os.close(write)
 
     def step_finished(self) -> None:
-        """Record a finished step. The losses of the previous step have arrived, so the other ranks are alive."""
+        """Record a finished step. Called when its predecessor's losses have arrived, so the other ranks are alive."""
         now = time.monotonic()
         if math.isfinite(self._last_step):
             self._step_seconds = max(now - self._last_step, 0.9 * self._step_seconds)
@@ -130,8 +130,8 @@ class StopRequest:
             if late:
                 rank = os.environ.get("RANK", "0")
                 print(
-                    f"mmgraph: rank {rank} received a stop signal and did not finish its step within {self._grace:g} s "
-                    "(--stop_grace) beyond the usual time: it exits without a new resume state; the last one is intact",
+                    f"mmgraph: rank {rank} received a stop signal, and its step takes more than {self._grace:g} s "
+                    "(--stop_grace) longer than usual: it exits without a new resume state; the last one is intact",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -141,6 +141,9 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Receive SIGTERM when ``accelerate launch`` dies of a signal that it does not forward, to leave no orphans."""
+    """Let the kernel send SIGTERM to this process if ``accelerate launch`` dies without forwarding its signal.
+
+    Otherwise the ranks would outlive a launcher that is killed.
+    """
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # always set by the launcher
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

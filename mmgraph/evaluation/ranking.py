@@ -1,8 +1,9 @@
 """Exact ranks by cosine similarity. Summation order, chunk sizes and the number of processes do not change them.
 
 The values of unit vectors are rounded to multiples of 2^-24, which float32 represents exactly. A product of two values
-is then a multiple of 2^-48. The sums over two unit vectors are about 1 at most, so float64 adds these products without
-rounding, in any order. Equal vectors have equal scores to the bit, so ties are exact.
+is then a multiple of 2^-48. Partial sums of a dot product of unit vectors stay near 1, so they need about 49 bits.
+float64 has 53, so it adds these products without rounding, in any order. Equal vectors have equal scores to the bit, so
+ties are exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from mmgraph.errors import UserError
 
 GRID = 2.0**24
 QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of float64 scores takes 32 MB
-VALUE_CHUNK = 1 << 22  # float64 values of the negatives' vectors in a chunk, 32 MB
+VALUE_CHUNK = 1 << 22  # values in a chunk of negatives' vectors; 32 MB in float64
 SAMPLED = 100  # random negatives per positive, as in the original trainer
 NEGATIVE_CHUNK = 1024  # positives whose negatives are drawn from one generator
 
@@ -111,12 +112,13 @@ def sampled_ranks(
 ) -> torch.Tensor:
     """Return the rank of each target among itself and 100 random nodes, unfiltered: (Q,) float64.
 
-    This is the protocol of the original trainer. The nodes are drawn uniformly from all nodes but the target, by the
-    seed and the positive's number.
+    This is the protocol of the original trainer. The nodes are drawn uniformly from all nodes but the target. The
+    draw depends only on the seed and on the positive's index.
 
     Args:
         vectors, queries, targets: as in :func:`filtered_ranks`.
-        first: the number of the first positive.
+        first: index of the first of these positives among all positives.
+        seed: seed of the draw.
     """
     ranks = [vectors.new_empty(0, dtype=torch.float64)]
     for start in range(0, len(queries), NEGATIVE_CHUNK):
@@ -143,5 +145,5 @@ def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
 
 
 def summary(ranks: np.ndarray) -> dict[str, float]:
-    """Return MRR and Hits@1, 3 and 10 of ranks of any shape. The mean rank of a tie is not rounded."""
+    """Return MRR and Hits@1, 3 and 10 of ranks of any shape. A rank of 1.5, from a tie, does not count for Hits@1."""
     return {"mrr": float((1 / ranks).mean()), **{f"hits@{k}": float((ranks <= k).mean()) for k in (1, 3, 10)}}

@@ -39,7 +39,7 @@ def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int 
     An interrupted call loses only the unfinished shards: the next call builds the remaining ones.
 
     Args:
-        others: number of shard folders for other checkpoints, features or settings to keep.
+        others: how many shard folders of other checkpoints, features or settings are kept.
 
     Raises:
         UserError: not all machines see the folder, or its disk is full.
@@ -165,7 +165,7 @@ class FeatureShards:
         images = self.inference.images
         for node in self.inference.nodes.scan(self.rows(number), images.columns):
             signature = images.signature(images.locate(node), MIN_AGE_NS)
-            if signature is None:  # changed so recently that a further change may go unnoticed: make it match nothing
+            if signature is None:  # changed too recently to trust its times: the next run builds this shard again
                 signature = os.urandom(HASH.itemsize)
             digest.update(signature.ljust(HASH.itemsize, b"\0"))
         return digest.hexdigest()
@@ -175,7 +175,7 @@ class FeatureShards:
         """Embed and write these shards. Yields the number of nodes of each batch."""
         outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
         for number in numbers:
-            images = self._images(number)  # first, so that a change while the shard is embedded is noticed later
+            images = self._images(number)  # before embedding: the next run notices an image that changes meanwhile
             batches: dict[str, list[torch.Tensor]] = {}
             left = len(self.rows(number))
             while left:
@@ -199,14 +199,18 @@ class FeatureShards:
             yield from write_features(path, shape, shards, self._ids())
 
     def image_status(self) -> np.ndarray:
-        """Return the number of nodes, int64, for each of :data:`mmgraph.data.images.IMAGE_STATUS`."""
+        """Return the number of nodes with each image status: int64, in the order of ``IMAGE_STATUS``."""
         counts = np.zeros(len(IMAGE_STATUS), np.int64)
         for number in range(len(self)):
             counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(IMAGE_STATUS))
         return counts
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor for all nodes: a feature, (N, d) float32, or ``causes``, the image status, (N,) uint8."""
+        """Read one tensor for all nodes.
+
+        Args:
+            name: a feature, which is (N, d) float32; or ``causes``, the stored name of the image status, (N,) uint8.
+        """
         return torch.cat([self._read(number, name) for number in range(len(self))])
 
     def _read(self, number: int, name: str) -> torch.Tensor:
@@ -215,5 +219,6 @@ class FeatureShards:
 
     def _ids(self) -> Iterator[pa.ChunkedArray]:
         for number in range(len(self)):
-            with self.inference.nodes.column("node_id") as ids:  # once per shard, to release the pages that were read
+            # Opened again for each shard, so that the memory-mapped pages of the column are released.
+            with self.inference.nodes.column("node_id") as ids:
                 yield ids.slice(SHARD_NODES * number, SHARD_NODES)

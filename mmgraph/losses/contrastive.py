@@ -18,7 +18,7 @@ class Losses(NamedTuple):
     total: torch.Tensor  # mm + graph_loss_weight * graph
     mm: torch.Tensor  # text against image of the same node
     graph: torch.Tensor  # anchor against positive
-    masked_counts: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if none are masked
+    masked_counts: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if masking is off
 
 
 class BatchNodes(NamedTuple):
@@ -52,8 +52,8 @@ def contrastive_losses(
 ) -> Losses:
     """Compute this rank's losses against the global batch.
 
-    Each rank compares its own rows and columns with the embeddings of all ranks. The mean of the losses over ranks is
-    the loss of a single process with the complete batch. The same is true of the gradients, which DDP averages.
+    Each rank computes its rows and columns of the global logit matrix. The mean of the losses over ranks is the loss of
+    a single process with the complete batch. The same is true of the gradients, which DDP averages.
 
     Args:
         z_graph, z_text, z_vis: (2b, proj_dim) each, rows of unit length: this rank's b anchors, then its b positives.
@@ -86,10 +86,10 @@ class _Masks(NamedTuple):
 
     graph: tuple[NegativeMask, NegativeMask] | None = None
     mm: tuple[NegativeMask, NegativeMask] | None = None
-    mm_weights: torch.Tensor | None = None  # (2b,) weight of each node's cross-entropies in their mean
+    mm_weights: torch.Tensor | None = None  # (2b,) weight of each node in the mean cross-entropy
 
     def counts(self) -> tuple[torch.Tensor, ...]:
-        """Return the masked false negatives per query of mm and graph. Call after both losses are computed."""
+        """Return the masked false negatives per query of mm and graph. The computation of the losses counts them."""
         return tuple(
             torch.stack([mask.count / mask.queries for mask in masks]).mean()
             for masks in (self.mm, self.graph)
@@ -109,7 +109,7 @@ def _build_masks(
     if false_negatives.missing_images:
         absent = gathered[1].flatten().bool()  # (2B,)
         present = ~nodes.missing_image
-        # The mean over ranks is then the mean over all nodes with an image.
+        # With these weights, the mean over ranks is the mean over all nodes with an image.
         weights = present * (len(absent) / (~absent).sum().clamp(min=1))
     graph = false_negatives.graph_masks(rows, all_rows, labels)
     mm = false_negatives.text_image_mask(rows.flatten(), all_rows.flatten(), node_labels, absent)
@@ -213,9 +213,10 @@ def _chunked_cross_entropy(
     weights: torch.Tensor | None,
     mask: NegativeMask | None,
 ) -> torch.Tensor:
-    """Return the sum over rows of the cross-entropy of ``queries @ keys.T / temperature``, (n, N); a scalar.
+    """Return the summed cross-entropy, a scalar, of the (n, N) logits ``queries @ keys.T / temperature``.
 
-    Adds the gradients, multiplied by the temperature, to ``query_grad`` (n, d) and ``key_grad`` (N, d).
+    Adds the gradients to ``query_grad`` (n, d) and ``key_grad`` (N, d), without the factor 1 / temperature, which the
+    caller applies.
     """
     loss = queries.new_zeros(())
     size = max(1, LOGIT_CHUNK // len(keys))
@@ -228,7 +229,7 @@ def _chunked_cross_entropy(
         losses = normalizer - logits.gather(1, targets[:, None])  # (s, 1)
         weight = None if weights is None else weights[start : start + len(chunk), None]  # (s, 1)
         loss += losses.sum() if weight is None else (losses * weight).sum()
-        logit_grad = logits.sub_(normalizer).exp_()  # the softmax in place; minus the one-hot labels: the gradient
+        logit_grad = logits.sub_(normalizer).exp_()  # softmax, in place; without the one-hot labels, it is the gradient
         logit_grad[torch.arange(len(chunk), device=queries.device), targets] -= 1
         if weight is not None:
             logit_grad *= weight

@@ -18,8 +18,8 @@ from mmgraph.towers.tokens import Tokens, Towers
 class TrainedModule(nn.Module):
     """The fusion and the projection heads, which are the only trained parameters.
 
-    The optimizer updates this module, Accelerate wraps it, and resume states contain its weights. Its 32 parameters are
-    in the order of the original trainer's optimizer.
+    The optimizer updates this module, Accelerate wraps it, and resume states contain its weights. Its 32 parameter
+    tensors are in the order of the original trainer's optimizer.
 
     Args:
         d_text, d_vis: widths of the towers' tokens.
@@ -47,15 +47,15 @@ class TrainedModule(nn.Module):
         self.vis_proj = nn.Linear(fused_dim, proj_dim)
 
     def forward(self, tokens: Tokens, micro_batches: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed U nodes.
+        """Embed nodes.
 
         Args:
-            tokens: tokens of the U nodes.
+            tokens: tokens of U nodes; in training, the unique nodes of a batch.
             micro_batches: number of parts in which the nodes are embedded. With more than one, the activations of a
                 part are dropped and recomputed in the backward pass (Chen et al., 2016). Memory is then that of one
-                part, while the loss is over all nodes. This has the effect of GradCache (Gao et al., 2021), with one
-                backward pass and one reduction of gradients. This is the number of parts, not their size: under
-                ZeRO-3 each part runs collectives, so all ranks need the same number, but U differs between ranks.
+                part, while the loss is over all nodes. The effect is that of GradCache (Gao et al., 2021), with one
+                backward pass and one reduction of gradients. The argument is a number, not a size: U differs between
+                ranks, but under ZeRO-3 all ranks must run the same number of parts, because each part runs collectives.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.
@@ -100,7 +100,7 @@ class TrainedModule(nn.Module):
             two concatenated.
         """
         assert tokens.text_pooled is not None and tokens.image_pooled is not None
-        dtype = self.graph_proj.weight.dtype  # tokens of a tower store may have 16 bits
+        dtype = self.graph_proj.weight.dtype  # a tower store may have 16-bit tokens
         pooled = self.fusion(tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         return {
             **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
@@ -115,8 +115,9 @@ class MultimodalGraphEncoder(TrainedModule):
     """The complete encoder (frozen towers, fusion and heads), for users and inference.
 
     With any version of transformers, its ``state_dict`` has the keys and the order of the original trainer:
-    ``text_model.text_model.…``, ``vision_model.vision_model.…``, then fusion and heads. ``load_state_dict`` accepts
-    tower keys that start with the tower's name once or twice, and ignores the ``position_ids`` of old versions.
+    ``text_model.text_model.…``, ``vision_model.vision_model.…``, then fusion and heads. ``load_state_dict`` also
+    accepts tower keys that start with the tower's name once (``text_model.…``), and ignores the ``position_ids`` of old
+    versions.
 
     Args:
         clip_name: CLIP model of the towers, a hub name or a folder. The towers are frozen.
@@ -174,7 +175,7 @@ class MultimodalGraphEncoder(TrainedModule):
         return {name: embeddings[name] for name in ("fused", "text_only", "image_only", "concat")}
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the 32 parameters of fusion and heads, in the order of the optimizer."""
+        """Return the 32 parameter tensors of fusion and heads, in the order of the optimizer."""
         return [p for name, p in self.named_parameters() if not name.startswith(TOWER_NAMES)]
 
     def train(self, mode: bool = True) -> "MultimodalGraphEncoder":
@@ -186,7 +187,7 @@ class MultimodalGraphEncoder(TrainedModule):
 
     @property
     def towers(self) -> Towers:
-        """Both towers, with the encoder's current modules: ``nn.DataParallel`` replaces the modules in its replicas."""
+        """Both towers. Created at each access, because ``nn.DataParallel`` replaces the modules in its replicas."""
         text, image = self._tower_types
         return Towers(text(self.text_model), image(self.vision_model))
 

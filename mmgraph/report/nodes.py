@@ -29,7 +29,7 @@ MIN_TSNE_NODES = 8
 class Node(NamedTuple):
     """A node on the page."""
 
-    row: int | None  # None for a node that is not in the graph, from a query
+    row: int | None  # None for a query that is not a node of the graph
     node_id: str
     name: str
     text: str
@@ -69,7 +69,7 @@ class Nodes(NamedTuple):
     gallery: list[Entry]
     requested: int  # entries at the start of the gallery that were requested by queries
     edges_known: bool
-    mean_similarity: float  # of two different nodes of the sample
+    mean_similarity: float  # mean over all pairs of different nodes in the sample
     image_status: list[StatusCount]
     seed: int
 
@@ -100,12 +100,12 @@ def show_nodes(
     load_links: Callable[[Sequence[int]], Links | None],
     max_nodes: int = MAP_NODES,
 ) -> Nodes:
-    """Draw a sample of nodes by the seed, compute its map, and find the nearest nodes of the gallery's nodes.
+    """Draw a random sample of nodes, compute its map, and find the nearest nodes of the gallery's nodes.
 
     Args:
         run_nodes: the nodes of a run.
         queries: nodes to show first in the gallery.
-        load_links: returns the edges of some rows, or None if the edges are not known.
+        load_links: returns the edges of the given rows, or None if the edges are not known.
         max_nodes: maximum number of nodes on the map.
     """
     total = len(run_nodes.nodes)

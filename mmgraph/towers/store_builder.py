@@ -36,7 +36,8 @@ from mmgraph.utils.files import POLL_SECONDS, claim_file, explain_disk_errors, w
 from mmgraph.utils.log import log
 from mmgraph.utils.units import duration, size
 
-BATCH = 64  # entries per tower batch; fixed, so that a shard's bytes do not depend on how many ranks build the store
+# Entries (texts or images) per tower batch. Fixed, so that a shard's bytes do not depend on the number of ranks.
+BATCH = 64
 PROGRESS_SECONDS = 60  # between two log lines
 
 
@@ -71,7 +72,7 @@ def build(
     seconds = expected.flops / (MATMUL_SHARE * speed * accelerator.num_processes)
     log(
         f"tower store: building {folder} from {entries:,} texts and images, about {size(expected.bytes)} and "
-        f"{duration(seconds)} (--tower_cache off runs the towers live instead)"
+        f"{duration(seconds)} (--tower_cache off runs the towers in every step instead)"
     )
     index, builders = _builder_index(accelerator, folder)
     description = json.dumps(recipe.description, indent=2) + "\n"
@@ -101,7 +102,7 @@ class _Progress:
 
     def __init__(self, entries: int, accelerator: Accelerator):
         self.terminal = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=entries, unit="input", disable=not self.terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=entries, unit="entry", disable=not self.terminal, dynamic_ncols=True)
         self.entries, self.done, self.start = entries, 0, time.perf_counter()
         self.last_logged = self.start
 
@@ -155,8 +156,8 @@ class _ShardBuilder(NamedTuple):
     def work(self, queue: "deque[Shard]", folder: Path) -> Iterator[int]:
         """Build the queued shards that no other process has built or is building.
 
-        A shard that exists leaves the queue. A shard that another process is building moves to the end of the queue,
-        because that process may be killed.
+        A shard that exists leaves the queue. A shard that another process is building stays at the end of the queue: if
+        that process is killed, this one builds the shard.
 
         Yields:
             The number of entries of each batch, and 0 after each pass over the queue, so that this rank can sync with
@@ -208,7 +209,7 @@ class _ShardBuilder(NamedTuple):
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text.tokens(input_ids, mask)
             assert output.mask is not None
-            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text) -> (t, d_text)
+            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text) -> (t, d_text), t valid tokens
             yield {"tokens": self._cast(tokens), "lengths": output.mask.sum(dim=1), "pooled": output.pooled}
 
     def _images(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:

@@ -72,7 +72,7 @@ class NonfiniteSteps:
             loss: weighted sum of the losses, mean over the ranks.
             norm: L2 norm of the gradients, the same on all ranks; negative if the backend does not report it.
             local_loss: this rank's loss, ().
-            first_sample: number of edges of the epoch before this batch.
+            first_sample: number of edges that earlier steps of this epoch used.
             scaler_skipped: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
 
         Raises:

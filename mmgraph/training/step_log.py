@@ -30,7 +30,7 @@ class InFlightStep(NamedTuple):
     names: list[str]  # names of the values in means
     means: HostCopy  # means over the ranks
     result: StepResult  # losses of this rank
-    first_sample: int  # number of edges of the epoch before this step
+    first_sample: int  # number of edges that earlier steps of this epoch used
     scaler_skipped: bool  # fp16 skipped the step to lower its loss scale
 
 
@@ -117,7 +117,7 @@ class StepLog:
         if not self.accelerator.optimizer_step_was_skipped:
             return row, False
         scale = loss_scale(self.accelerator, self.train_step.module)
-        # With a scale below 1, the scale is not the cause of the overflow.
+        # A loss scale below 1 cannot cause an overflow, so such a step counts as non-finite.
         return {**row, "skipped": True}, scale is not None and scale["scale"] >= 1
 
     def flush(self) -> None:
@@ -153,11 +153,11 @@ class StepLog:
             read, bad: number of images read, and of bad ones; means over the ranks.
         """
         count, limit = read * self.accelerator.num_processes, self.config.max_bad_images
-        # The fraction of bad images among only a few means little.
+        # Wait until enough images are read.
         if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):
             return
         problems = describe_image_status_of_all_ranks(self.images.image_status)
         raise UserError(
-            f"{bad / read:.0%} of the image files read are missing or incomplete ({problems}), more than "
-            f"--max_bad_images {limit:g}; check --image_root and the files, or raise the limit"
+            f"{bad / read:.0%} of the images so far are missing or incomplete ({problems}), more than the {limit:.0%} "
+            f"of --max_bad_images {limit:g}; check --image_root and the files, or raise the limit"
         )

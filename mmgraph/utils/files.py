@@ -74,8 +74,8 @@ def create_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
 def claim_file(path: Path) -> Iterator[BinaryIO | None]:
     """Yield an empty file, and sync and rename it to ``path`` if the block ends without an error.
 
-    Yield None if ``path`` exists or another process is creating it. A claim is a lock on the temporary file, so it ends
-    with its process, even if that is killed, and the next claim empties the same file and starts over. If the file
+    Yield None if ``path`` exists or another process is creating it. A claim is a file lock, so it ends when its process
+    ends or is killed. The next claim empties the same temporary file and starts over. If the file
     system has no locks, or the temporary file belongs to another user and cannot be opened, each process writes a
     separate temporary file, and the first to finish wins.
     """
@@ -107,8 +107,8 @@ def claim_file(path: Path) -> Iterator[BinaryIO | None]:
 def _publish_first(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path`` unless ``path`` exists.
 
-    An existing file must not be replaced, because processes may have mapped it into memory, also on a network file
-    system.
+    An existing file is not replaced, because processes may have mapped it into memory. The exception is a file system
+    without hard links, where the last process to finish replaces it.
     """
     try:
         path.hardlink_to(temporary)
@@ -167,7 +167,7 @@ def lock_folder(folder: Path, stack: ExitStack) -> bool:
 
 
 def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
-    """Return the state of a file, 16 bytes: a digest of its absolute path, its size and its times.
+    """Return a 16-byte signature of a file: a digest of its absolute path, its size and its times.
 
     Args:
         path: file to look up.
