@@ -100,10 +100,7 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
 def _open(
     table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], load: Callable[[Path], Opened]
 ) -> Opened:
-    """Convert a table if needed (see :func:`convert_once`), and open the result with ``load``.
-
-    If the result is damaged, the table is converted again.
-    """
+    """Convert a table if needed, and open the result with ``load``. Convert it again if the result is damaged."""
     for _ in range(ATTEMPTS):
         path = convert_once(table, name, write)
         identity = _identity(path)
@@ -175,10 +172,7 @@ os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent 
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
-    """Open a user's Arrow file. Return None if it must be converted, or if it is damaged.
-
-    The conversion reports the damage.
-    """
+    """Open a user's Arrow file. Return None if it must be converted. The conversion reports a damaged file."""
     try:
         table = NodeTable(path)
         types = {field.name: field.type for field in table.schema}
@@ -218,10 +212,7 @@ def _write_nodes(file: BinaryIO, path: str | Path, digest: str) -> None:
 
 
 def _plain(path: str | Path, table: pa.Table) -> pa.Table:
-    """Return a chunk without pandas' index, with texts as large_string.
-
-    Dictionary encoding is removed, because dictionaries may differ between chunks.
-    """
+    """Return a chunk without pandas' index and without dictionary encoding, with texts as large_string."""
     fields = []
     for field in table.schema:
         data_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
