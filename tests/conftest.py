@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from mmgraph.data.image_source import read_file
 from mmgraph.data.images import decode_picture
 from mmgraph.demo.towers import build_towers
+from mmgraph.utils.log import log_file
 
 pytest_plugins = ["pages"]  # fixtures of the report's tests
 
@@ -151,6 +152,12 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def write_pending_log(path: Path) -> None:
+    """Write the buffered lines of other tests to a file, so that the next run does not write them to its log."""
+    with log_file(path):
+        pass
 
 
 @pytest.fixture(scope="session")

@@ -264,7 +264,7 @@ def hostile_files(folder: Path, epoch_file: Path) -> dict[str, tuple[Path, str]]
     trained = [name for name in intact[model] if not name.startswith(("text_model", "vision_model"))]
     add(
         "shared",
-        "text_proj.weight is (12000000,)",
+        "text_proj.weight has shape (12000000,)",
         lambda content: content[model].update(dict.fromkeys(trained, shared)),
     )
     add("text", model, lambda content: content.update({model: "weights"}))

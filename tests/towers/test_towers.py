@@ -90,7 +90,7 @@ def test_a_hanging_worker_in_an_evaluation_ends_the_run(
 
     Workers are forked, so the replaced method hangs in them. The main process does not call it.
     """
-    monkeypatch.setattr(NodeInputs, "pictures", lambda *_: time.sleep(600))
+    monkeypatch.setattr(NodeInputs, "read_images", lambda *_: time.sleep(600))
     flags = ["--tower_cache=off", "--eval_fraction=0.2", "--collective_timeout=3", "--num_workers=1"]
     start = time.monotonic()
     assert train_main(settings(graph, tmp_path / "run", *flags)) == 1

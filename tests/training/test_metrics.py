@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_metrics, settings
-from launches import launch
+from launches import accelerate_launch
 
 from mmgraph.cli import train_main
 from mmgraph.training.metrics_file import MetricsFile
@@ -73,7 +73,8 @@ def test_offline_wandb_run_has_the_rows_of_metrics(
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     output = tmp_path / "run"
     flags = ["--report_to=wandb", "--project=owls", "--tags=a,b", "--notes=a text"]
-    done = launch("cpu_2proc.yaml", *settings(graph, output, "--max_steps=8", *flags))
+    # Not in a warm process: wandb may lose its file in a fork.
+    done = accelerate_launch("cpu_2proc.yaml", *settings(graph, output, "--max_steps=8", *flags))
     (first,) = output.glob("wandb/offline-run-*/*.wandb")
     assert done.stdout.count(f"wandb sync {first.parent}") == 1
     assert train_main(settings(graph, output, "--max_steps=12", *flags)) == 0

@@ -31,6 +31,7 @@ from conftest import (
     settings,
     stop_lines,
     tree,
+    write_pending_log,
 )
 from launches import REPOSITORY
 
@@ -74,6 +75,7 @@ def first_step(flags: list[str]) -> FirstStep:
 def run40(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 40 steps: two epochs of 16 steps, and half of a third epoch."""
     output = tmp_path_factory.mktemp("runs") / "run40"
+    write_pending_log(output.with_name("before.txt"))
     assert train_main(settings(graph, output, "--max_steps=40", "--save_every=6", "--log_every=10")) == 0
     return output
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import write_pending_log
 from targets import LOG_FILE
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,8 +18,7 @@ from mmgraph.utils.log import log_file
 @pytest.fixture(autouse=True)
 def empty_buffer(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Write the buffered lines of other tests to a separate file, so that no test here writes them to its log."""
-    with log_file(tmp_path_factory.mktemp("before") / "log.txt"):
-        pass
+    write_pending_log(tmp_path_factory.mktemp("before") / "log.txt")
 
 
 def count_writes(path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> int:

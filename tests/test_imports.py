@@ -1,4 +1,4 @@
-"""Imports go one way: a module imports only from its own room (subpackage) and from earlier rooms in ORDER."""
+"""Imports go one way: a module imports only from its own package and from earlier packages in ORDER."""
 
 import ast
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ ORDER = (
     ("models", "losses"), ("checkpoints",), ("inference",), ("evaluation",), ("report",), ("training",), ("demo",),
     ("bench",), ("cli",),
 )  # fmt: skip
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-UNCHECKED = {"__init__", "__main__"}  # these may import from every room
+LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
+UNCHECKED = {"__init__", "__main__"}  # these may import from every package
 
 
-def imported_rooms(path: Path) -> Iterator[str]:
-    """Yield the rooms of mmgraph that a file imports from, at module level or inside functions."""
+def imported_packages(path: Path) -> Iterator[str]:
+    """Yield the packages of mmgraph that a file imports from, at module level or inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module == "mmgraph":
@@ -28,14 +28,14 @@ def imported_rooms(path: Path) -> Iterator[str]:
 def test_a_module_imports_only_from_earlier_rooms() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if room in UNCHECKED:
+        package = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if package in UNCHECKED:
             continue
-        others = [other for other in imported_rooms(path) if other != room and LEVEL[other] >= LEVEL[room]]
+        others = [other for other in imported_packages(path) if other != package and LEVEL[other] >= LEVEL[package]]
         wrong += [f"{path.relative_to(PACKAGE)} imports from {other}" for other in others]
     assert not wrong, "\n".join(wrong)
 
 
 def test_every_room_is_in_the_order() -> None:
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms == {*LEVEL, *UNCHECKED}
+    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert packages == {*LEVEL, *UNCHECKED}
