@@ -62,7 +62,8 @@ def start(config: str, machine_rank: int, *flags: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.usefixtures("cable")
-@pytest.mark.parametrize("config", ["multi_node", pytest.param("multi_node_zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_node", "multi_node_zero2"])
 def test_two_nodes_resume_after_one_is_killed(config: str, graph: Path, one_process: Path, tmp_path: Path) -> None:
     """If one node is killed, the other ends with an error. The resumed run has the losses of a single process."""
     output = tmp_path / "run"

@@ -215,6 +215,7 @@ print(1e3 * (peak_memory_gb(torch.device("cpu")) - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault("small files that claim 50,000 x 50,000 pixels: refused from the header (memory is measured)")
 def test_memory_of_bombs(tmp_path: Path, cases: Cases) -> None:
     names = [name for name in BLACK if name.startswith("bomb")]

@@ -117,7 +117,10 @@ def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Pat
 
 
 @pytest.mark.fault("a full disk while metrics and log lines are written")
-def test_full_disk_while_logging(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
+def test_full_disk_while_logging(
+    graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, every: int
+) -> None:
     def check(number: int) -> None:
         output, ranks = tmp_path / f"{number}", 1 + number % 2
         call = {"inside": LOGGING, "number": number, "action": "full", "rank": 0}
@@ -132,7 +135,7 @@ def test_full_disk_while_logging(graph: Path, reference: dict[int, Path], tmp_pa
         assert (output / "training_log.txt").read_text().startswith(log)
 
     flags = ("--log_every=1", "--log_buffer_size=1")
-    cases(each(range(1, count(graph, tmp_path, LOGGING, *flags) + 1, 3), check))
+    cases(each(range(1, count(graph, tmp_path, LOGGING, *flags) + 1, every), check))
 
 
 @pytest.mark.fault("a text log on a full disk: no line twice, no partial line")
@@ -155,10 +158,15 @@ def test_log_has_no_partial_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("a full disk while the tower store is built")
-def test_full_disk_in_the_store_build(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize(
+    "free_bytes", [(100_000,), pytest.param((0, 100_000, 300_000), marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_full_disk_in_the_store_build(
+    graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, free_bytes: tuple[int, ...]
+) -> None:
     tried = 0
     for ranks in (1, 2):
-        for free in (0, 100_000, 300_000):
+        for free in free_bytes:
             with tmpfs(tmp_path / f"{ranks}-{free}", 20_000_000) as disk:
                 output, cache = tmp_path / f"run-{ranks}-{free}", {"MMGRAPH_CACHE": str(disk / "cache")}
                 flags = brief(graph, output, f"--tower_cache={disk / 'store'}")

@@ -143,6 +143,7 @@ def test_embeddings_that_are_not_finite(
         opened.check()
 
 
+@pytest.mark.slow
 def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) -> None:
     """Settings it did not know, a metric it never told, losses that were not finite, a table from mmgraph evaluate."""
     copy = tmp_path / "run"

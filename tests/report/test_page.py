@@ -123,6 +123,7 @@ def test_a_running_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
         opened.check()
 
 
+@pytest.mark.slow
 def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
     """100,000 steps: the page says that a point is a mean, and stays small."""
     copy = tmp_path / "run"

@@ -124,7 +124,7 @@ def test_zero3_writes_the_original_file_format(graph: Path, zero3: Path, one_pro
             assert torch.allclose(other[moment], state[moment], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["DDP-2", "ZeRO-2"])
+@pytest.mark.parametrize("name", ["DDP-2", pytest.param("ZeRO-2", marks=pytest.mark.slow)])
 def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, name: str) -> None:
     """Gradients in 2, 4 and 8 micro batches match those of one batch of 16 edges, on each of two processes."""
     script, target = str(Path(__file__).parent / "micro_batch_gradients.py"), str(tmp_path / "gradients.pt")
