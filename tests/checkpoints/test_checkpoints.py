@@ -86,6 +86,7 @@ def check_the_real_shape(path: Path) -> dict[str, Any]:
     return file
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_the_real_shape(tmp_path: Path) -> None:
     towers = random_towers(CLIPTextConfig(), CLIPVisionConfig())  # transformers' defaults are ViT-B/32
     checkpoint, optimizer = epoch_checkpoint(towers, 512, 256)

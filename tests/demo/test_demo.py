@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tree
+from launches import launch
 from PIL import Image
 
 from mmgraph.cli import main, train_main
@@ -116,6 +117,17 @@ def test_towers_are_a_standard_clip_model(demo: Path) -> None:
     hidden = towers.text_model(**padded)
     assert torch.equal(hidden.pooler_output[0], hidden.last_hidden_state[0, len(ids) - 1])
     assert processor.crop_size["height"] == 72 and len(ids) < 10
+
+
+def test_launch_with_demo(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/demo").symlink_to(demo)
+    flags = ("--demo", "--max_steps=2", "--tower_cache=off", "--eval_every=0", "--no_report", "--report_to=none")
+    lines = launch("cpu.yaml", *flags, cwd=tmp_path).stdout.splitlines()
+    assert "data/demo" in lines[0]
+    assert sum("--model_name openai/clip-vit-base-patch32" in line for line in lines) == 1  # the weights are random
+    assert "runs/demo/checkpoints/multimodal_encoder_final.pt" in lines[-1]
+    assert (tmp_path / "runs/demo/checkpoints/multimodal_encoder_final.pt").is_file()
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ def test_a_signal_stops_all_ranks_together(
     assert stop_lines(log, len(steps)) == [log.splitlines()[-1]]
 
 
-@pytest.mark.parametrize("config", ["cpu_2proc.yaml", pytest.param(ZERO2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_2proc.yaml", ZERO2])
 def test_a_killed_rank_ends_the_run_and_is_named(endless: list[str], tmp_path: Path, config: str) -> None:
     with training(config, tmp_path / "run", *endless) as (process, ranks):
         ranks[1].kill()

@@ -257,7 +257,9 @@ def test_stopped_in_a_long_evaluation(graph: Path, evaluated: Path, tmp_path: Pa
     assert evaluations(tmp_path / "run") == evaluations(evaluated)
 
 
-@pytest.mark.parametrize("config", ["cpu.yaml --mixed_precision bf16", ZERO3])
+@pytest.mark.parametrize(
+    "config", ["cpu.yaml --mixed_precision bf16", pytest.param(ZERO3, marks=pytest.mark.slow)], ids=["bf16", "ZeRO-3"]
+)
 def test_other_precisions_and_backends(graph: Path, evaluated: Path, tmp_path: Path, config: str) -> None:
     """Under bf16 (float16 tokens in the store) and ZeRO-3, the metrics before the first step are those of float32."""
     flags = [*EVALUATED, "--max_steps=3", f"--tower_cache={tmp_path / 'store'}"]
@@ -378,12 +380,13 @@ def test_shuffled_images_show_a_shortcut() -> None:
     assert second["retrieval"]["r@1"] == 1.0 and second["retrieval_shuffled"]["r@1"] == 0.0
 
 
-@pytest.mark.parametrize("count", [2, 3, pytest.param(12_842, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, 3, 12_842])
 def test_derangement_has_no_fixed_point(count: int) -> None:
     image_rows = derangement(count, seed=4)
     assert np.array_equal(np.sort(image_rows), np.arange(count)) and not (image_rows == np.arange(count)).any()
 
 
+@pytest.mark.slow
 def test_a_graph_of_12842_nodes_in_seconds() -> None:
     """Rank 8,900 held-out edges among all nodes by vectors of width 256, filtered by 80,100 training edges."""
     generator = np.random.default_rng(0)

@@ -326,7 +326,8 @@ print(peak_memory_gb(torch.device("cpu")) - before)
 
 
 @pytest.mark.fault("malicious checkpoint files (code in a pickle, zip bombs, wrong shapes and keys): refused")
-def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cases) -> None:
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     files = hostile_files(tmp_path, done / "checkpoints" / "multimodal_encoder_epoch_3.pt")
     for path, reason in files.values():
         with pytest.raises(UserError, match=r"\S") as raised:
@@ -339,7 +340,7 @@ def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cas
         assert ended.code == 2 and error_of(ended.said, path)
         assert not list((tmp_path / name.replace(" ", "")).rglob("*.json*"))
 
-    tried = each(sorted(files), check)
+    tried = each(sorted(files)[::every], check)
     assert not (tmp_path / "ran").exists()
     paths = [done / "checkpoints" / "multimodal_encoder_epoch_3.pt", *(path for path, _ in files.values())]
     command = [sys.executable, "-c", MEMORY, graph, *paths]

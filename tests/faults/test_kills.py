@@ -113,7 +113,7 @@ def test_at_the_end_of_an_epoch(graph: Path, reference: Path, tmp_path: Path, ca
 
 
 @pytest.mark.fault("kill -9 or a power cut before each write, sync and rename during saves")
-@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [50, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["SIGKILL", "power"])
 def test_in_a_save(
     graph: Path, reference: Path, all_states: Path, tmp_path: Path, cases: Cases, action: str, every: int

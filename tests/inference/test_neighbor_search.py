@@ -229,7 +229,7 @@ def test_embeddings_are_cached(
     command = ["neighbors", str(copy / "run"), "--node", "001", "--nodes", str(copy / "nodes.csv")]
 
     def shards_built() -> list[int]:
-        time.sleep(MIN_AGE_NS / 1e9)  # a file that changed more recently than this is not trusted
+        time.sleep(0.5)
         built.clear()
         assert main(command) == 0
         return list(built)
@@ -237,6 +237,7 @@ def test_embeddings_are_cached(
     with monkeypatch.context() as patch:
         patch.setattr(MIN_IMAGE_AGE_NS, 3600 * 10**9)  # the copied images are too new to be trusted
         assert main(command) == 0 and main(command) == 0 and built == [0, 0]
+    monkeypatch.setattr(MIN_IMAGE_AGE_NS, 300_000_000)  # shards_built() waits longer
     assert shards_built() == [0] and shards_built() == []
     Image.new("RGB", (30, 30), "red").save(copy / "images/4.png")
     assert shards_built() == [0] and shards_built() == []

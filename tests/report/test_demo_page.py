@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Page
 
 from mmgraph.cli import main
 
+pytestmark = pytest.mark.slow  # the page of a small graph is tested in test_page.py
+
 
 @pytest.fixture(scope="module")
 def demo_and_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

@@ -142,7 +142,7 @@ def test_gradients_in_parts_are_those_of_the_whole(graph: Path, tmp_path: Path, 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("1 process", "DDP-2", "ZeRO-1", "ZeRO-2")]
 
 
-@pytest.mark.parametrize("name", ["ZeRO-3", *SLOW])
+@pytest.mark.parametrize("name", [pytest.param("ZeRO-3", marks=pytest.mark.slow), *SLOW])
 def test_micro_batches_have_the_same_losses(graph: Path, one_process: Path, tmp_path: Path, name: str) -> None:
     """The losses of 30 steps match a run on one process without micro batches.
 
