@@ -1,4 +1,4 @@
-"""Report pages in a real browser, and runs of several kinds to report on."""
+"""Opens and checks report pages in a real browser. Runs of several kinds to report on."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ MAX_BYTES = 10_000_000
 LOOKS = [(width, scheme) for width in (390, 1600) for scheme in ("light", "dark")]
 
 
-# Pictures of the map are drawn on a canvas: each is decoded here once more, to see that it is whole.
+# Decodes every image of the page, to find damaged ones. The images of the map are drawn on a canvas, not in <img>.
 PICTURES = """async () => {
   const sources = [...document.images].map((image) => image.src);
   for (const root of Bokeh.documents.flatMap((document) => document.roots()))
@@ -39,7 +39,7 @@ PICTURES = """async () => {
 }"""
 
 
-# Text that is too small, or too like what it stands on (WCAG 2's contrast ratio), and what is wider than the window.
+# Finds text that is too small or has too little contrast (WCAG 2's contrast ratio), and elements wider than the window.
 READABLE = """() => {
   const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
@@ -75,7 +75,7 @@ READABLE = """() => {
 }"""
 
 
-# The points of a chart, by the chart's name: of each line its label, steps and values.
+# Returns the lines of each chart, by the chart's name: the label, steps and values of each line.
 LINES = """() => Object.fromEntries(Bokeh.documents.flatMap((document) => document.roots()).map((root) => [root.name,
   root.renderers.filter((renderer) => renderer.name).map((renderer) =>
     [renderer.name, [...renderer.data_source.get_array("step")], [...renderer.data_source.get_array("value")]])]))"""
@@ -86,22 +86,26 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium here (Debian: apt install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # of root, in containers
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )  # the sandbox does not work for root in a container
         yield browser
         browser.close()
 
 
 class Opened:
-    """A page in a window without a network, and what it said and asked for."""
+    """A page in a window without a network, its console messages and its requests."""
 
     def __init__(self, browser: Browser, path: Path, width: int = 1600, scheme: Any = "light"):
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         self.page: Page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: message.type in ("error", "warning") and self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on(
+            "console", lambda message: message.type in ("error", "warning") and self.messages.append(message.text)
+        )
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.absolute().as_uri())
         self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
         self.page.wait_for_timeout(300)
@@ -113,25 +117,29 @@ class Opened:
         self.context.close()
 
     def check(self) -> int:
-        """Nothing is said or asked for, all is readable, all pictures are there. Returns how many."""
+        """Check that there are no messages or requests, and that all texts and images are visible.
+
+        Returns:
+            The number of images.
+        """
         count, failed = self.page.evaluate(PICTURES)
-        assert not self.said and failed == 0
-        assert [url for url in self.asked if not url.startswith("data:")] == [self.page.url]
+        assert not self.messages and failed == 0
+        assert [url for url in self.requests if not url.startswith("data:")] == [self.page.url]
         assert self.page.evaluate(READABLE) == []
         return int(count)
 
     def table(self, name: str, number: int = 0) -> list[list[str]]:
-        """The cells of a table's body."""
+        """Return the cells of a table's body."""
         table = self.page.locator(f"table[data-table={name}]").nth(number)
         return [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
 
     def numbers(self, place: str) -> list[str]:
-        """The numbers in the first note of a section."""
+        """Return the numbers in the first note of a section."""
         return re.findall(r"\d+(?:,\d+)*", self.page.locator(f"#{place} .note").first.inner_text())
 
 
 def check_page(browser: Browser, path: Path) -> None:
-    """Check a page on a phone in light colours, and on a wide screen in dark ones."""
+    """Check a page on a phone in light colors, and on a wide screen in dark colors."""
     assert path.stat().st_size < MAX_BYTES
     for width, scheme in (LOOKS[0], LOOKS[-1]):
         with Opened(browser, path, width, scheme) as opened:
@@ -140,7 +148,7 @@ def check_page(browser: Browser, path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def runs(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of many kinds on the tiny graph: evaluated, not evaluated, of one epoch, and on two ranks."""
+    """Runs on the small graph: with evaluations, without evaluations and of one epoch, and on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     edges = pd.read_csv(graph / "edges.csv", dtype=str)
     edges[:180].to_csv(folder / "edges.csv", index=False)

@@ -20,8 +20,8 @@ from mmgraph.cli import main
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>'\"&{{ 7 * 7 }}"
 
 
-def test_names_from_strangers(graph: Path, browser: Browser, tmp_path: Path) -> None:
-    """Names and texts that are HTML, scripts or templates stay what they are; also of the run and its relations."""
+def test_hostile_names(graph: Path, browser: Browser, tmp_path: Path) -> None:
+    """Names that are HTML, scripts or templates are shown as text: of nodes, of the run and of relations."""
     folder = tmp_path / "graph"
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
     nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
@@ -87,7 +87,7 @@ def test_wrong_usage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for flags, *facts in (
         ([str(tmp_path)], f"{tmp_path}: ", "config.yaml"),
         ([str(runs / "plain"), "--node", "nobody"], "--node 'nobody': ", "node_id"),
-        ([str(runs / "plain"), "--image", "gone.png"], "gone.png: file not found"),  # a cause's name
+        ([str(runs / "plain"), "--image", "gone.png"], "gone.png: file not found"),  # an image status
         ([str(runs / "plain"), "--output", str(tmp_path / "no/folder.html")], "--output ", f" {tmp_path / 'no'}"),
         ([str(runs / "plain"), "--output", str(tmp_path)], f"--output {tmp_path}: "),
         ([str(runs / "plain"), "--size", "3"], " --size "),
@@ -97,11 +97,13 @@ def test_wrong_usage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert error.startswith("mmgraph: error: ") and all(fact in error for fact in facts), error
 
 
-def test_what_is_not_there_any_more_is_told_on_the_page(
+def test_the_page_names_missing_files(
     runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run's folder that was copied without its data, or before it wrote a checkpoint or a step. The page shows the
-    folder's path, which is wider than a phone's screen."""
+    """A run's folder was copied without its data, or before the run wrote a checkpoint or a step.
+
+    The page shows the path of the folder, which is wider than the screen of a phone.
+    """
     copy = tmp_path / ("run" * 30)
     shutil.copytree(runs / "evaluated", copy)
     assert main(["report", str(copy), "--nodes", str(tmp_path / "gone.csv")]) == 0
@@ -119,14 +121,14 @@ def test_what_is_not_there_any_more_is_told_on_the_page(
     check_page(browser, copy / "report.html")
     with Opened(browser, copy / "report.html") as opened:
         assert not opened.page.locator(".chart").count()
-        assert opened.page.locator("#training .note").count() == 1  # why there is no curve
-        assert str(copy) in opened.page.locator("#map .note").inner_text()  # it has no checkpoint
+        assert opened.page.locator("#training .note").count() == 1  # the reason for the missing curves
+        assert str(copy) in opened.page.locator("#map .note").inner_text()  # there is no checkpoint
 
 
 def test_embeddings_that_are_not_finite(
     runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page has the rest, also of the run beside it."""
+    """The page has no map of this run, but all other parts, and the run next to it is complete."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     final = copy / "checkpoints/multimodal_encoder_final.pt"
@@ -145,7 +147,7 @@ def test_embeddings_that_are_not_finite(
 
 @pytest.mark.slow
 def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """Settings it did not know, a metric it never told, losses that were not finite, a table from mmgraph evaluate."""
+    """The run lacks newer settings and a metric, has a non-finite loss, and a table from ``mmgraph evaluate``."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     lines = [line for line in (copy / "config.yaml").read_text().splitlines() if not line.startswith("report")]
@@ -161,11 +163,11 @@ def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) ->
     with Opened(browser, tmp_path / "page.html") as opened:
         drawn = opened.page.evaluate(LINES)
         assert len(drawn["loss"]) == 2 and len(drawn["grad_norm"]) == 1
-        told = {row[0] for row in opened.table("settings") if row[1] != row[2]}
-        assert told <= {"report_to"}
+        different = {row[0] for row in opened.table("settings") if row[1] != row[2]}
+        assert different <= {"report_to"}
         captions = opened.page.locator("#held-out .caption").all_inner_texts()
         first, second = (re.findall(r"\d+", caption) for caption in captions[:2])
-        assert first and second == ["30", *first], captions  # the step, where it is known
+        assert first and second == ["30", *first], captions  # the step, if it is known
         opened.check()
 
 

@@ -1,4 +1,4 @@
-"""The demo's report in a browser, and its values against the files they are from."""
+"""The report of the demo in a browser, and its values against the files of the run."""
 
 import json
 import re
@@ -42,11 +42,11 @@ def test_the_demo_in_a_browser(demo: Path, browser: Browser) -> None:
     assert path.stat().st_size < MAX_BYTES
     for width, scheme in LOOKS:
         with Opened(browser, path, width, scheme) as opened:
-            assert opened.check() > 1906 + 12 * 5  # the map's, and the gallery's
+            assert opened.check() > 1906 + 12 * 5  # images of the map and of the gallery
             box = opened.page.locator(".chart.map").bounding_box()
             assert box is not None and box["width"] <= width and box["height"] >= 400
             colours = Image.open(_screenshot(opened.page, demo / "map.png")).convert("RGB").getcolors(1 << 20)
-            assert colours is None or len(colours) > 1000  # pictures, not dots
+            assert colours is None or len(colours) > 1000  # images, not dots
             ground = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (max(map(int, re.findall(r"\d+", ground))) < 60) == (scheme == "dark")
 
@@ -56,7 +56,7 @@ def _screenshot(page: Page, path: Path) -> Path:
     return path
 
 
-def test_a_picture_is_told_under_the_pointer(demo: Path, browser: Browser) -> None:
+def test_tooltip_of_an_image(demo: Path, browser: Browser) -> None:
     with Opened(browser, demo / "runs/demo/report.html") as opened:
         chart = opened.page.locator(".chart.map")
         chart.scroll_into_view_if_needed()
@@ -88,8 +88,8 @@ def test_a_picture_is_told_under_the_pointer(demo: Path, browser: Browser) -> No
         opened.check()
 
 
-def test_values_are_those_of_the_files(demo: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts against metrics.jsonl; tables against ``mmgraph evaluate``; settings against config.yaml."""
+def test_values_equal_the_files(demo: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts equal metrics.jsonl, tables equal the result of ``mmgraph evaluate``, and settings equal config.yaml."""
     monkeypatch.chdir(demo)
     assert main(["evaluate", "runs/demo", "--json", "table.json"]) == 0
     table, rows = json.loads((demo / "table.json").read_text()), read_metrics(demo / "runs/demo")

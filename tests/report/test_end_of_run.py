@@ -1,4 +1,4 @@
-"""The report that a run writes when it ends: to disk, to trackers; failures and signals there."""
+"""The report at the end of a run: files, trackers, failures and signals."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from mmgraph.cli import train_main
 
 
 @pytest.mark.parametrize("trackers", ["tensorboard", pytest.param("all", marks=pytest.mark.slow)])
-def test_trackers_get_the_figures(graph: Path, tmp_path: Path, trackers: str) -> None:
+def test_trackers_show_the_report(graph: Path, tmp_path: Path, trackers: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = settings(
@@ -42,7 +42,7 @@ def test_trackers_get_the_figures(graph: Path, tmp_path: Path, trackers: str) ->
     assert "report.html" not in page.name and page.read_text() == (tmp_path / "run/report.html").read_text()
 
 
-def test_a_report_that_fails_fails_no_run(
+def test_a_failing_report_does_not_fail_the_run(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -55,21 +55,23 @@ def test_a_report_that_fails_fails_no_run(
     assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
 
 
-def test_few_steps_embed_no_graph(
+def test_a_short_run_writes_no_report(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
-    assert train_main(settings(graph, tmp_path / "run", "--max_steps=1", "--report")) == 0  # 24 ends of 40 nodes
+    assert (
+        train_main(settings(graph, tmp_path / "run", "--max_steps=1", "--report")) == 0
+    )  # 24 rows in the batch, fewer than the 40 nodes
     assert capsys.readouterr().out.count(f"mmgraph report {tmp_path / 'run'}") == 1
     assert not made and not (tmp_path / "run/report.html").exists()
-    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", "--report")) == 0  # 48 ends
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", "--report")) == 0  # 48 rows
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("reason", ["embed", pytest.param("import", marks=pytest.mark.slow)])
-def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Path, reason: str) -> None:
-    """Rank 1 fails to embed its nodes, or to import what a report needs: both ranks end well, and one line says why."""
+def test_a_rank_that_fails_in_the_report_does_not_fail_the_run(graph: Path, tmp_path: Path, reason: str) -> None:
+    """Rank 1 fails to embed its nodes or to import Bokeh. Both ranks succeed, and one line has the reason."""
     output = tmp_path / "run"
     flags = settings(graph, output, "--max_steps=20", "--report")
     if reason == "embed":
@@ -90,10 +92,10 @@ def test_a_rank_that_fails_in_the_report_fails_no_run(graph: Path, tmp_path: Pat
     assert (output / "checkpoints/multimodal_encoder_final.pt").is_file()
 
 
-def test_a_run_that_is_asked_to_stop_makes_no_report(
+def test_a_stopped_run_writes_no_report(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though the signal comes in the last save, when all steps are done."""
+    """This holds even if the signal arrives in the last save, after all steps."""
     save = resolve_name(targets.SAVE)
     made: list[object] = []
 

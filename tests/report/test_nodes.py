@@ -7,7 +7,7 @@ from mmgraph.report.nodes import arrange
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 40, 100])
-def test_places_of_any_number_of_nodes(count: int) -> None:
+def test_positions_of_any_number_of_nodes(count: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(count, 16)).astype(np.float32)
     for some in (vectors, np.ones_like(vectors)):
         places = arrange(some / np.linalg.norm(some, axis=1, keepdims=True), seed=1)
@@ -15,8 +15,8 @@ def test_places_of_any_number_of_nodes(count: int) -> None:
         assert np.array_equal(places, arrange(some / np.linalg.norm(some, axis=1, keepdims=True), seed=1))
 
 
-def test_places_keep_groups_together() -> None:
-    """Two far groups on the map stay two groups."""
+def test_positions_keep_groups_together() -> None:
+    """Two distant groups of vectors are two groups on the map."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(2, 32))
     vectors = np.repeat(centres, 60, axis=0) + 0.1 * generator.normal(size=(120, 32))

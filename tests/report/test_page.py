@@ -1,4 +1,4 @@
-"""Pages of runs of every kind."""
+"""Report pages of runs of several kinds."""
 
 import json
 import re
@@ -42,7 +42,9 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
         assert len(maps) == 2 and maps[0] and maps[1] and maps[0]["y"] == maps[1]["y"]  # side by side
         rows = {row[0]: row[1:] for row in opened.table("settings")}
-        assert list(rows)[:3] == [name for name in rows if rows[name][0] != rows[name][1]][:3]  # what differs is first
+        assert (
+            list(rows)[:3] == [name for name in rows if rows[name][0] != rows[name][1]][:3]
+        )  # settings that differ come first
         assert rows["learning_rate"] == ["0.001", "0.003"]
     with Opened(browser, path, 390) as opened:
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
@@ -50,7 +52,7 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
 
 
 def test_over_ranks(runs: Path, browser: Browser) -> None:
-    """The same nearest nodes as one process finds."""
+    """A report on two ranks has the same nearest nodes as on one process."""
 
     pages = {}
     for name in ("evaluated", "ranks"):
@@ -76,7 +78,7 @@ def test_a_graph_without_images(graph: Path, browser: Browser, tmp_path: Path) -
         assert opened.page.locator(".no-picture").count() >= 12 and not opened.page.locator("img").count()
 
 
-def test_bad_images_are_told_by_cause(graph: Path, browser: Browser, tmp_path: Path) -> None:
+def test_bad_images_by_status(graph: Path, browser: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "graph"
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
     (folder / "images/3.png").unlink()
@@ -93,8 +95,8 @@ def test_bad_images_are_told_by_cause(graph: Path, browser: Browser, tmp_path: P
         opened.check()
 
 
-def test_colours_are_a_runs_own(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """Also where the first of several runs has evaluated nothing; and the dashed line is the one that is told."""
+def test_colors_of_runs(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """Each run has one color, even if the first run has no evaluation. Lines are in the order of the legend."""
     path = tmp_path / "page.html"
     assert main(["report", *(str(runs / name) for name in ("plain", "evaluated", "ranks")), "--output", str(path)]) == 0
     with Opened(browser, path) as opened:
@@ -110,7 +112,7 @@ def test_colours_are_a_runs_own(runs: Path, browser: Browser, tmp_path: Path) ->
 
 
 def test_a_running_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """Its last row is half written; its newest checkpoint is of an epoch."""
+    """The last row is written in part, and the newest checkpoint is an epoch file."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     (copy / "checkpoints/multimodal_encoder_final.pt").unlink()
@@ -125,7 +127,7 @@ def test_a_running_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """100,000 steps: the page says that a point is a mean, and stays small."""
+    """With 100,000 steps, the page stays small and states that each point is a mean."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "plain", copy)
     row = read_metrics(copy)[0]
@@ -141,7 +143,7 @@ def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
         [[_, at, values]] = opened.page.evaluate(LINES)["loss"]
         assert at == list(range(100, 100_001, 100))
         assert values == pytest.approx(losses.reshape(-1, 100).mean(axis=1), rel=1e-9)
-        assert opened.numbers("training") == ["100"]  # steps that a point is the mean of
+        assert opened.numbers("training") == ["100"]  # number of steps per point
 
 
 def test_nearest_nodes_against_brute_force(
@@ -186,7 +188,7 @@ def test_nearest_nodes_against_brute_force(
 def test_report_at_the_end_equals_a_later_one(
     runs: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``mmgraph report`` without arguments reports the run below runs/ that ended last."""
+    """``mmgraph report`` without arguments selects the run below runs/ that ended last."""
     shutil.copytree(runs / "evaluated", tmp_path / "runs/evaluated")
     monkeypatch.chdir(tmp_path)
     assert main(["report", "--output", "later.html"]) == 0
@@ -199,7 +201,7 @@ def test_report_at_the_end_equals_a_later_one(
 
 @pytest.mark.slow
 def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
-    """A real run of 200,000 nodes with pictures that do not compress: below 10 MB, and the sample is stated."""
+    """The page of a run with 200,000 nodes, and images that do not compress, is below 10 MB and states its sample."""
     folder, count = graph_files(tmp_path / "graph"), 200_000
     generator = np.random.default_rng(0)
     for number in range(400):
