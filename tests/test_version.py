@@ -26,6 +26,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkout_records_the_version(graph: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     script = [sys.executable, "-c", NOT_INSTALLED, str(REPOSITORY / "launch.py")]

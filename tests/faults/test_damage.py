@@ -343,7 +343,7 @@ def test_hostile_checkpoints(graph: Path, done: Path, tmp_path: Path, cases: Cas
     tried = each(sorted(files)[::every], check)
     assert not (tmp_path / "ran").exists()
     paths = [done / "checkpoints" / "multimodal_encoder_epoch_3.pt", *(path for path, _ in files.values())]
-    command = [sys.executable, "-c", MEMORY, graph, *paths]
+    command = [sys.executable, "-c", MEMORY, graph, *paths[::every]]
     measured = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(measured.stdout) < 0.3, measured.stdout  # GB; some files claim 1.2 GB or more
     wide = run(

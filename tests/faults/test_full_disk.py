@@ -67,7 +67,7 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.fault("a full disk (tmpfs) during a save of an epoch file, a state, or metrics")
-@pytest.mark.parametrize("sizes", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_full_disk_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, sizes: int) -> None:
     run_size = sum(path.stat().st_size for path in reference[1].rglob("*") if path.is_file())
 
@@ -117,7 +117,8 @@ def test_errors_in_a_save(graph: Path, reference: dict[int, Path], tmp_path: Pat
 
 
 @pytest.mark.fault("a full disk while metrics and log lines are written")
-@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [3])
 def test_full_disk_while_logging(
     graph: Path, reference: dict[int, Path], tmp_path: Path, cases: Cases, every: int
 ) -> None:
@@ -188,7 +189,7 @@ def test_full_disk_in_encode(
     for file_format in FORMATS:
         with tmpfs(tmp_path / file_format, 1_000_000) as disk:
             command = ["encode", str(reference[1]), f"--format={file_format}", f"--output_dir={disk}/features"]
-            for free in (0, 20_000, 60_000, 100_000):
+            for free in (0, 60_000, 100_000):
                 with filled(disk, free):
                     code = main(command)
                     stderr = capsys.readouterr().err

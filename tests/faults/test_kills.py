@@ -164,7 +164,7 @@ def test_in_the_store_build(graph: Path, reference: Path, tmp_path: Path, cases:
 
 
 @pytest.mark.fault("kill -9 of both ranks after a step, and of the main process during a save")
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks(graph: Path, tmp_path: Path, cases: Cases, every: int) -> None:
     without_faults = tmp_path / "whole"
     assert run(brief(graph, without_faults), ranks=2).codes == [0, 0]

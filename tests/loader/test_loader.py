@@ -161,7 +161,9 @@ def test_the_cache_is_safe_under_threads() -> None:
     assert not wrong and 40 <= len(cache) <= 50
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow), "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("forkserver", "spawn"))]
+)
 def test_workers_with_every_start_method(dataset: GraphEdgeDataset, collator: MultimodalCollator, method: str) -> None:
     expected = [collator([dataset[i] for i in range(start, start + 50)]) for start in range(0, 200, 50)]
     loader = DataLoader(dataset, 50, collate_fn=collator, num_workers=1, multiprocessing_context=method)

@@ -109,8 +109,8 @@ def test_the_page_names_missing_files(
     assert main(["report", str(copy), "--nodes", str(tmp_path / "gone.csv")]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "gone.csv" in line]
     assert line.startswith(f"{copy}: ")
-    check_page(browser, copy / "report.html")
-    with Opened(browser, copy / "report.html") as opened:
+    with Opened(browser, copy / "report.html", 390) as opened:
+        opened.check()
         assert "gone.csv" in opened.page.locator("#map").inner_text()
         assert not opened.page.locator(".chart.map").count() and not opened.page.locator("article").count()
         assert len(opened.table("evaluation")) == 6
@@ -118,8 +118,8 @@ def test_the_page_names_missing_files(
     for name in ("metrics.jsonl", "evaluation.json", "environment.json"):
         (copy / name).unlink()
     assert main(["report", str(copy)]) == 0
-    check_page(browser, copy / "report.html")
-    with Opened(browser, copy / "report.html") as opened:
+    with Opened(browser, copy / "report.html", 390) as opened:
+        opened.check()
         assert not opened.page.locator(".chart").count()
         assert opened.page.locator("#training .note").count() == 1  # the reason for the missing curves
         assert str(copy) in opened.page.locator("#map .note").inner_text()  # there is no checkpoint

@@ -32,8 +32,8 @@ def test_a_run_without_evaluation_and_of_one_epoch(runs: Path, browser: Browser)
 def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "both.html"
     assert main(["report", str(runs / "evaluated"), str(runs / "plain"), "--output", str(path)]) == 0
-    check_page(browser, path)
-    with Opened(browser, path) as opened:
+    with Opened(browser, path, scheme="dark") as opened:
+        opened.check()
         lines = opened.page.evaluate(LINES)
         for name, own in (("evaluated", 0), ("plain", 1)):
             label, at, values = lines["loss"][own]
@@ -42,11 +42,11 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
         assert len(maps) == 2 and maps[0] and maps[1] and maps[0]["y"] == maps[1]["y"]  # side by side
         rows = {row[0]: row[1:] for row in opened.table("settings")}
-        assert (
-            list(rows)[:3] == [name for name in rows if rows[name][0] != rows[name][1]][:3]
-        )  # settings that differ come first
+        different = [name for name in rows if rows[name][0] != rows[name][1]]
+        assert list(rows)[:3] == different[:3]  # settings that differ come first
         assert rows["learning_rate"] == ["0.001", "0.003"]
     with Opened(browser, path, 390) as opened:
+        opened.check()
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
         assert maps[0] and maps[1] and maps[0]["y"] < maps[1]["y"]  # one below the other
 
@@ -185,6 +185,7 @@ def test_nearest_nodes_against_brute_force(
     assert labels == {"trained", "held out", ""}
 
 
+@pytest.mark.slow
 def test_report_at_the_end_equals_a_later_one(
     runs: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

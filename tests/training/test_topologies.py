@@ -86,6 +86,7 @@ def test_zero3_partitions_every_parameter(graph: Path, tmp_path: Path) -> None:
     assert "0 of 32 whole" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_zero3_resumes_bit_for_bit(graph: Path, one_process: Path, zero3: Path, tmp_path: Path) -> None:
     """A ZeRO-3 run that is resumed at step 13 equals an uninterrupted one, which matches a run on one process."""
     assert loss_difference(zero3, one_process, 30) < 1e-5

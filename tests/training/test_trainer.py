@@ -393,6 +393,7 @@ def test_reduced_precision_trains_and_resumes(
     assert {tensor.dtype for tensor in final.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_process_group(graph: Path, run40: Path, tmp_path: Path) -> None:
     """The data workers stay alive, and the run writes a state before it exits."""
     output = tmp_path / "run"

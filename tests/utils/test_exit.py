@@ -29,9 +29,10 @@ leave(run(action))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "fails"),
-    [pytest.param({}, False, marks=pytest.mark.slow), ({"RANK": "0", "ACCELERATE_USE_CPU": "true"}, True)],
+    [({}, False), ({"RANK": "0", "ACCELERATE_USE_CPU": "true"}, True)],
 )
 def test_the_process_exits_if_a_tracker_hangs(
     environment: dict[str, str], fails: bool, graph: Path, tmp_path: Path
