@@ -21,7 +21,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is accessed, so that a wrong flag is reported before torch is loaded."""
+    """Import a public name when it is accessed, so that ``import mmgraph`` alone does not load torch."""
     if name not in _MODULES:
         raise AttributeError(f"module 'mmgraph' has no attribute '{name}'")
     return getattr(import_module(_MODULES[name]), name)

@@ -26,13 +26,13 @@ DEMO_SETTINGS: dict[str, Any] = {
     "proj_dim": 128,
     "epochs": 4,
     "learning_rate": 1e-3,
-    "num_workers": 0,  # 72-pixel images, all cached: workers would only add their start-up time
+    "num_workers": 0,  # all images (72 pixels) fit in the cache, so workers would only add start-up time
     "cache_size": 2048,
 }
 
 
 class _Parser(HfArgumentParser):
-    """Parses the flags of the dataclass; raises :class:`UserError` on a wrong flag instead of printing the usage."""
+    """Parses the flags of ``Config``. On a wrong flag, raises :class:`UserError` instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -41,7 +41,8 @@ class _Parser(HfArgumentParser):
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
         """Add the flag of a field.
 
-        The base class passes all metadata to ``add_argument``, which rejects unknown keys, so other keys are removed.
+        The base class passes all metadata to ``add_argument``, which rejects unknown keys. So this method keeps only
+        the keys that ``add_argument`` knows.
         """
         field = copy.copy(field)
         field.metadata = {key: field.metadata[key] for key in ("help", "aliases")}  # type: ignore[assignment]
@@ -93,7 +94,7 @@ def _build_parser() -> _Parser:
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings by name as command-line flags; settings that are None are skipped."""
+    """Return a mapping of names to values as command-line flags. Values that are None are skipped."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
@@ -119,7 +120,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def build_config(settings: Mapping[str, Any]) -> Config:
-    """Build a Config from settings by name, as read from a YAML file; settings that are None keep their defaults.
+    """Build a Config from a mapping of names to values, such as a YAML file. A value of None selects the default.
 
     Raises:
         UserError: an unknown name or an invalid value.

@@ -60,14 +60,14 @@ class Config:
     max_bad_images: float = flag(
         1.0,
         "data",
-        "end the run if more than this fraction of its image files cannot be read completely; checked once 100 files "
-        "are seen (earlier in small graphs)",
+        "end the run if more than this fraction of the image files so far is missing or incomplete; checked from the "
+        "100th file on (earlier in graphs of fewer than 200 nodes)",
         FROM_0_TO_1,
     )
     truncated_images: Literal["partial", "black"] = flag(
         "partial",
         "data",
-        "truncated image files: partial uses the part that can be decoded (as the original trainer); black uses a "
+        "truncated image files: partial uses the part that can be decoded (as in the original trainer); black uses a "
         "black image",
         fixed=True,
         inherited=True,
@@ -100,14 +100,14 @@ class Config:
     micro_batch_size: int | None = flag(
         None,
         "training",
-        "edges that each process embeds at a time, to save memory; the loss is still over the global batch (default: "
-        "all edges of the process)",
+        "edges that each process embeds at a time; a smaller number saves memory, and the loss still covers the global "
+        "batch (default: all edges of the process in a step)",
         ABOVE_0,
     )
     learning_rate: float = flag(5e-5, "training", "AdamW's learning rate", ABOVE_0, common=True, fixed=True)
     weight_decay: float = flag(1e-4, "training", "AdamW's decoupled weight decay", FROM_0, fixed=True)
     lr_schedule: Literal["constant", "cosine"] = flag(
-        "constant", "training", "learning rate after warmup; cosine decays to 0", fixed=True
+        "constant", "training", "learning rate after warmup; cosine: decay to 0 at the last step", fixed=True
     )
     warmup_steps: int = flag(0, "training", "steps of linear warmup to --learning_rate", FROM_0, fixed=True)
     max_grad_norm: float = flag(
@@ -116,8 +116,8 @@ class Config:
     max_skipped_steps: int = flag(
         0,
         "training",
-        "number of steps with a non-finite loss or gradient to skip, without an update, before the run ends with an "
-        "error",
+        "maximum number of steps with a non-finite loss or gradient that the run skips; one more ends the run with an "
+        "error; a skipped step does not update the weights",
         FROM_0,
     )
     temperature: float = flag(
@@ -129,16 +129,16 @@ class Config:
     false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = flag(
         "keep",
         "training",
-        "entries masked in the losses' denominators; keep: none (as the original trainer); mask_same: the query's own "
-        "nodes, and nodes with the same image as one of them; mask_neighbors: also neighbors in the training edges "
-        "(graph loss only)",
+        "nodes to exclude from the losses' denominators; keep: none (as in the original trainer); mask_same: the "
+        "query's node, in the graph loss also the node of its positive, and all nodes with the same image as one of "
+        "these; mask_neighbors: all of these, and in the graph loss also the query's neighbors in the training edges",
         fixed=True,
     )
     missing_image: Literal["black", "mask"] = flag(
         "black",
         "training",
-        "nodes without a readable image: black uses a black image (as the original trainer); mask excludes them from "
-        "the text-image loss",
+        "nodes without a readable image: black uses a black image (as in the original trainer); mask excludes these "
+        "nodes from the text-image loss",
         fixed=True,
     )
     seed: int = flag(
@@ -146,21 +146,21 @@ class Config:
     )
     num_workers: int = flag(4, "loading", "DataLoader workers per process", FROM_0, common=True)
     cache_size: int = flag(
-        128, "loading", "decoded images cached per worker; the least recently used are evicted", FROM_0
+        128, "loading", "decoded images that each worker caches; the least recently used are evicted", FROM_0
     )
     image_cache_gb: float = flag(
         10.0,
         "loading",
-        "disk space in GB for resized images, shared by all processes of a host; the most frequent nodes come first; 0 "
-        "disables this cache",
+        "size in GB of the disk cache of resized images, which all processes of a host share; if it is too small for "
+        "all images, the nodes with the most edges are cached; 0 disables this cache",
         FROM_0,
     )
     tower_cache: str = flag(
         "auto",
         "towers",
-        "auto: run each node through the towers once and store the tokens beside the node table (or in "
-        "$MMGRAPH_CACHE), if the planned steps see more nodes than the store lacks and the disk has room; the path of "
-        "a folder: always store them there; off: run the towers in every step",
+        "the path of a folder: run each node through the towers once, and store its tokens there (the tower store); "
+        "auto: store them beside the node table (or in $MMGRAPH_CACHE), but only if the planned steps process more "
+        "nodes than this store lacks and the disk has room; off, or auto otherwise: run the towers in every step",
         inherited=True,
     )
     tower_cache_dtype: Literal["auto", "float32", "float16"] = flag(
@@ -169,8 +169,8 @@ class Config:
     tower_cache_local: str | None = flag(
         None,
         "towers",
-        "folder on each host's local disk; the stored tokens are copied there first, to avoid reading from a shared "
-        "file system",
+        "folder on each host's local disk; the run copies the stored tokens there and reads the copy, instead of "
+        "reading from a shared file system",
     )
     tower_cache_device: Literal["auto", "cpu", "cuda"] = flag(
         "auto",
@@ -181,7 +181,8 @@ class Config:
     eval_fraction: float = flag(
         0.0,
         "evaluation",
-        "fraction of the edges to hold out for evaluation, drawn by --seed; edges of the same node pair stay together",
+        "fraction of the edges to hold out for evaluation, drawn at random with --seed; all edges of a node pair are "
+        "held out or kept together",
         FROM_0_BELOW_1,
         common=True,
         fixed=True,
@@ -196,13 +197,15 @@ class Config:
     eval_every: int = flag(
         500,
         "evaluation",
-        "steps between evaluations; one more runs before the first step and one at the end; 0: only these two",
+        "steps between evaluations; the run also evaluates before the first and after the last step; 0: only these two "
+        "evaluations",
         FROM_0,
     )
     keep_best: str | None = flag(
         None,
         "evaluation",
-        "metric, such as z_graph/mrr; the weights of its best evaluation are written to multimodal_encoder_best.pt",
+        "metric that decides which evaluation is the best, such as z_graph/mrr; the weights at the best evaluation are "
+        "written to multimodal_encoder_best.pt",
     )
     early_stopping_patience: int | None = flag(
         None,
@@ -218,15 +221,15 @@ class Config:
     resume: str = flag(
         "auto",
         "output",
-        "auto: continue the run in the output folder, or start a new one; never: fail if the folder contains a run; "
-        "the path of a state folder: resume from it",
+        "auto: continue the run in the output folder, or start a new run if the folder contains none; never: fail if "
+        "the output folder contains a run; the path of a state folder: resume from this state",
         common=True,
     )
-    save_every: int = flag(500, "output", "steps between resume states; 0: only at the end of each epoch", FROM_0)
+    save_every: int = flag(500, "output", "steps between resume states; 0: only at evaluations and epoch ends", FROM_0)
     keep_last: int = flag(2, "output", "number of resume states to keep; epoch files are never removed", ABOVE_0)
     log_every: int = flag(50, "output", "steps between progress lines in the text log", ABOVE_0)
     log_buffer_size: int = flag(
-        10, "output", "lines of the text log to buffer before they are written to its file", ABOVE_0
+        10, "output", "number of lines of the text log to collect before they are written to the file", ABOVE_0
     )
     report: bool = flag(True, "output", "write report.html to the output folder when training is done")
     report_to: Literal["auto", "wandb", "tensorboard", "all", "none"] = flag(
@@ -244,7 +247,8 @@ class Config:
     stop_grace: float = flag(
         15.0,
         "processes",
-        "seconds beyond a step's usual time that a rank waits for its step to finish after a stop signal",
+        "after a stop signal, a rank exits without a new resume state if its step takes this many seconds longer than "
+        "usual",
         ABOVE_0,
     )
     check: bool = flag(False, "processes", "check arguments, data and launch without training", common=True)

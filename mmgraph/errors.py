@@ -11,6 +11,6 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that fails although its command is correct, for example on a full disk or a lost rank: exit code 1."""
+    """A failure of a run whose command is correct, for example because the disk is full: exit code 1."""
 
     exit_code = 1

@@ -1,1 +1,1 @@
-"""``mmgraph bench``: benchmarks of this machine and graph. Variants to compare take turns in one run."""
+"""``mmgraph bench``: benchmarks on this machine and a given graph. The variants of a comparison take turns."""

@@ -30,7 +30,7 @@ DISTMULT_WIDTH, DISTMULT_EPOCHS, DISTMULT_BATCH, DISTMULT_RATE = 256, 100, 1024,
 
 
 def check_baselines(config: Config, graph: Graph) -> None:
-    """Check before the first run that the baselines can be trained.
+    """Check that the baselines can be trained. ``bench study`` calls this before its first run.
 
     Raises:
         UserError: PyTorch Geometric is not installed, an edge table has no relations, or a held-out relation does not
@@ -39,10 +39,14 @@ def check_baselines(config: Config, graph: Graph) -> None:
     _distmult()
     held_out = graph.held_out
     if graph.relations is None or held_out is None or held_out.relations is None:
-        raise UserError("bench study trains a DistMult on relations: both edge tables need a rel_id column")
+        raise UserError(
+            "bench study trains a DistMult on relations, so --edges and --eval_edges both need a rel_id column"
+        )
     unknown = sorted({*held_out.names} - {*graph.relation_names})
     if unknown:
-        raise UserError(f"{config.eval_edges}: relation '{unknown[0]}' does not occur in {config.edges}")
+        raise UserError(
+            f"{config.eval_edges}: relation '{unknown[0]}' is not in {config.edges}, so DistMult cannot learn it"
+        )
 
 
 def _distmult() -> Any:
@@ -51,14 +55,14 @@ def _distmult() -> Any:
         try:
             from torch_geometric.nn.kge import DistMult
         except ImportError:
-            raise UserError("bench study needs PyTorch Geometric: pip install 'mmgraph[study]'") from None
+            raise UserError("bench study needs PyTorch Geometric; run pip install 'mmgraph[study]'") from None
     return DistMult
 
 
 class ConcatMLP(nn.Module):
     """The encoder without cross-attention: an MLP on one text vector and one image vector per node.
 
-    It has the heads of the encoder, and about as many parameters as the encoder's fusion and heads together.
+    It has the same heads as the encoder. In total, it has about as many parameters as the encoder's fusion and heads.
 
     Args:
         d_text: width of a text vector.
@@ -78,7 +82,15 @@ class ConcatMLP(nn.Module):
         self.graph_proj, self.text_proj, self.vis_proj = (nn.Linear(fused_dim, proj_dim) for _ in range(3))
 
     def forward(self, text: torch.Tensor, vis: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Embed (U, d_text) and (U, d_vis) as ``z_graph``, ``z_text``, ``z_vis``, (U, proj_dim), and ``fused``."""
+        """Embed n nodes.
+
+        Args:
+            text: (n, d_text) text vectors.
+            vis: (n, d_vis) image vectors.
+
+        Returns:
+            ``z_graph``, ``z_text`` and ``z_vis``, (n, proj_dim) each, and ``fused``, (n, fused_dim).
+        """
         fused = self.mlp(torch.cat([text, vis], dim=1))
         return {
             "z_graph": F.normalize(self.graph_proj(fused), dim=1),
@@ -95,7 +107,7 @@ class Baselines:
         config: settings of the runs that the baselines are compared with.
 
     Raises:
-        UserError: as at the start of a run; or there are no held-out edges or no tower store.
+        UserError: the graph or the towers cannot be loaded, or there are no held-out edges or no tower store.
     """
 
     def __init__(self, config: Config):
@@ -115,14 +127,15 @@ class Baselines:
         self.text_only, self.image_only = map(torch.cat, zip(*pooled, strict=True))  # (N, d_text), (N, d_vis)
 
     def mlp(self, source: str, batch_size: int, false_negatives: Any, seed: int) -> Table:
-        """Train a :class:`ConcatMLP` with a run's losses, edge order and optimizer, and evaluate it.
+        """Train a :class:`ConcatMLP` with the losses, the edge order and the optimizer of a run, and evaluate it.
 
         Args:
-            source: the nodes' vectors. ``concat``: the pooled tower outputs. ``text_only`` or ``image_only``: the same
-                with zeros for the other modality. ``random``: random numbers, which only identify the node.
+            source: the vectors of the nodes. ``concat``: the pooled outputs of both towers. ``text_only`` or
+                ``image_only``: the pooled outputs of one tower, and zeros for the other. ``random``: random numbers,
+                which only tell the nodes apart.
             batch_size: edges per step.
             false_negatives: value of ``--false_negatives``.
-            seed: seed of weights, random vectors and edge order.
+            seed: seed of the weights, the random vectors and the edge order.
         """
         config, device = self.config, self.accelerator.device
         chosen = dataclasses.replace(config, false_negatives=false_negatives, missing_image="black")
@@ -159,9 +172,10 @@ class Baselines:
         return zeros.get(source, (text, vis))
 
     def distmult(self, seed: int) -> Table:
-        """Train PyTorch Geometric's DistMult (Yang et al., 2015) on the same edges, and rank by its own scores.
+        """Train PyTorch Geometric's DistMult (Yang et al., 2015) on the training edges, and evaluate it.
 
-        Unlike the encoder, it gets the relation of each edge, in training and in ranking, but no texts or images.
+        The held-out edges are ranked by DistMult's scores instead of cosine similarities. Unlike the encoder, DistMult
+        gets the relation of each edge in training and in ranking, but no texts or images.
         """
         distmult = _distmult()
         triples, names = self._triples()
@@ -176,7 +190,7 @@ class Baselines:
         return self._rank_distmult(model, names)
 
     def _triples(self) -> tuple[torch.Tensor, list[str]]:
-        """Return source, relation and destination of the training edges, (E, 3), and the names of the relations."""
+        """Return source, relation and destination of each training edge, (E, 3), and the names of the relations."""
         graph, indices = self.graph, np.arange(len(self.graph.rows))
         assert graph.relations is not None
         ends, relations = graph.rows[indices], graph.relations[indices]

@@ -1,4 +1,4 @@
-"""``bench data``: time to decode and tokenize, hits of the image cache, and memory of the tables."""
+"""``bench data``: measures decoding and tokenization, hits of the image cache, and memory of the tables."""
 
 import os
 import statistics
@@ -24,16 +24,16 @@ from mmgraph.distributed.collectives import broadcast_from_main_process, raise_o
 from mmgraph.distributed.launch import build_accelerator, check_batch_size
 from mmgraph.towers.load import load_tokenizer_and_processor
 
-SAMPLE, WARM = 256, 10  # nodes to time; batches per worker before its memory is measured
+SAMPLE, WARM = 256, 10  # number of nodes to time; number of batches that a worker reads before its memory is measured
 
 
 def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
-    """Measure and report. Called by all ranks. Images are cached in a temporary folder.
+    """Measure and report. All ranks must call this function. The image cache is in a temporary folder.
 
     Args:
-        config: names the graph, the towers and the loader's settings.
-        tables_only: measure only the memory of the tables.
-        path: JSON file to write.
+        config: names the graph, the towers and the settings of the loader.
+        tables_only: whether only the memory of the tables is measured.
+        path: JSON file to write; None writes no file.
     """
     accelerator = build_accelerator(config.collective_timeout)
     before, start = resident_mb(), time.perf_counter()
@@ -53,7 +53,7 @@ def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
 
 
 def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
-    """Return the median milliseconds of each operation, in one thread, over :data:`SAMPLE` random nodes or fewer."""
+    """Return the median milliseconds of each operation over up to :data:`SAMPLE` random nodes, in one thread."""
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:SAMPLE].tolist()
     nodes = [graph.nodes[row] for row in drawn]
     references = [graph.images.locate(node) for node in nodes]
@@ -80,7 +80,10 @@ def _seconds(run: Callable[[Any], object], items: Sequence[Any]) -> list[float]:
 
 
 def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[str, float]:
-    """Return the fraction of image lookups, two per edge, that decode nothing, in the first and the second epoch."""
+    """Return which fraction of the image lookups decodes no image, for the first and for the second epoch.
+
+    There are two lookups per edge, one for each end.
+    """
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(broadcast_from_main_process(accelerator, lambda: temporary))
@@ -105,9 +108,10 @@ def _cache_hits(config: Config, accelerator: Accelerator, graph: Graph) -> dict[
 
 
 class _NodeReader(EdgeCollator):
-    """Reads and discards the nodes of a batch, and returns the memory of its process.
+    """Reads and discards the nodes of a batch.
 
-    A batch is the process id, and the resident and the private memory in MB.
+    In place of the batch, it returns the id of its process, and the resident and the private memory of this process in
+    MB.
     """
 
     def __init__(self, nodes: NodeTable):
@@ -121,10 +125,11 @@ class _NodeReader(EdgeCollator):
 
 
 def _table_memory(config: Config, graph: Graph, before: float) -> dict[str, float]:
-    """Return the growth of memory in MB over an epoch in which workers read the nodes of each batch.
+    """Return how much memory grows, in MB, during an epoch in which workers read the nodes of each batch.
 
-    The growth of the main process is measured from before the tables are opened. The growth of a worker is measured
-    after its first :data:`WARM` batches. By then it has its own copies of the Python pages that a fork shares.
+    For the main process, the growth counts from ``before``, the memory before the tables were opened. For a worker, it
+    counts from the end of its first :data:`WARM` batches. At this point, the worker has its own copies of the Python
+    pages that it shared with the main process after the fork.
     """
     opened = resident_mb()
     sampler = GlobalBatchSampler(len(graph.rows), config.global_batch_size, config.seed)
@@ -156,7 +161,7 @@ def resident_mb() -> float:
 
 
 def private_mb() -> float:
-    """Return the private memory of this process in MB: without the pages that it shares with other processes."""
+    """Return the private memory of this process in MB. Pages that other processes share are not counted."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return (sizes["Private_Clean"] + sizes["Private_Dirty"]) * 1024 / 1e6

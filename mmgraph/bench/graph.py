@@ -1,4 +1,4 @@
-"""``bench graph``: builds a graph to measure on, with given or generated edges and generated texts and images."""
+"""``bench graph``: builds a graph for benchmarks. Edges are given or generated; texts and images are generated."""
 
 import io
 from pathlib import Path
@@ -15,26 +15,27 @@ from mmgraph.demo.towers import build_towers
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
-WORDS, ROW_CHUNK = 20_000, 100_000
+WORDS, ROW_CHUNK = 20_000, 100_000  # size of the vocabulary; rows of the node table that are written at once
 
 
 def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges: int, num_images: int | None) -> None:
     """Write ``nodes.csv``, ``edges.parquet``, ``images/`` and ``towers/``. The same arguments give the same bytes.
 
-    Texts have 40 to 80 words. Images are JPEGs, 300 pixels wide and 200 to 300 high. Towers have the size of ViT-B/32,
-    except for the vocabulary, and random weights, because speed does not depend on the weights.
+    Texts have 40 to 80 words. Images are JPEG files, 300 pixels wide and 200 to 300 pixels high. The towers have the
+    size of ViT-B/32, except for the vocabulary. Their weights are random, because speed does not depend on the weights.
 
     Args:
         folder: output folder, new or empty.
-        structure: an edge table (``src_id, dst_id``) to use the edges of; its ids are the nodes.
-        num_nodes, num_edges: size of the generated graph if ``structure`` is None; node degrees follow a power law.
-        num_images: number of unique images, which are assigned to the nodes in turn; default: one per node.
+        structure: an edge table (``src_id, dst_id``). Its edges are used, and each of its ids becomes a node.
+        num_nodes, num_edges: size of a generated graph, in which node degrees follow a power law. Not used with
+            ``structure``.
+        num_images: number of different images, which are assigned to the nodes in turn. None: one image per node.
 
     Raises:
         UserError: the folder is not empty, or ``structure`` cannot be read.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty; name a new or empty folder")
+        raise UserError(f"{folder}: the folder is not empty; give a new or empty folder")
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(0)
     if structure is not None:
@@ -43,7 +44,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         pq.write_table(pa.Table.from_pandas(edges, preserve_index=False), folder / "edges.parquet")
     else:
         ids = np.arange(num_nodes).astype(str)
-        # 1 % of the nodes have a fifth of the ends.
+        # With the power 3, 1 % of the nodes get about a fifth of all edge ends.
         ends = (num_nodes * generator.random((num_edges, 2)) ** 3).astype(np.int64)
         pq.write_table(pa.table({"src_id": ends[:, 0], "dst_id": ends[:, 1]}), folder / "edges.parquet")
     words = _words(generator)
@@ -54,8 +55,8 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         (folder / f"images/{i}.jpg").write_bytes(_picture(generator))
     build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=True)
     log(
-        f"{folder}: {len(ids):,} nodes, {count:,} images; --nodes {folder}/nodes.csv --edges {folder}/edges.parquet "
-        f"--model_name {folder}/towers"
+        f"{folder}: {len(ids):,} nodes, {count:,} images; to use the graph, set --nodes {folder}/nodes.csv "
+        f"--edges {folder}/edges.parquet --model_name {folder}/towers"
     )
 
 
@@ -68,7 +69,7 @@ def _write_nodes(
     path: Path, ids: np.ndarray, first: int, images: int, words: np.ndarray, generator: np.random.Generator
 ) -> None:
     lengths = generator.integers(40, 81, len(ids))
-    # Word frequencies are skewed as in natural language (Zipf's law), so that most words of a text are single tokens.
+    # Word frequencies are skewed as in natural language (Zipf's law). Most words of a text are therefore single tokens.
     drawn = words[(WORDS * generator.random(int(lengths.sum())) ** 3).astype(int)]
     summaries = [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
     rows = np.arange(first, first + len(ids))
@@ -80,7 +81,7 @@ def _write_nodes(
 
 
 def _picture(generator: np.random.Generator) -> bytes:
-    """Return a JPEG of blurred noise, about as large as a JPEG of a photograph of that size."""
+    """Return a JPEG of blurred noise. It has about as many bytes as a photograph of the same width and height."""
     height = int(generator.integers(200, 301))
     noise = generator.integers(0, 256, (height // 6, 50, 3), dtype=np.uint8)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""``bench loss``: time and memory of InfoNCE in chunks against plain InfoNCE."""
+"""``bench loss``: compares InfoNCE in chunks with plain InfoNCE in time and memory."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from mmgraph.config import Config
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.losses import contrastive as losses
 
-MAX_PLAIN_EDGES = 8192  # the plain loss takes 5 GB for this many edges, and is not run for more
+MAX_PLAIN_EDGES = 8192  # the plain loss takes 5 GB for this many edges; it is not run for more edges
 
 
 def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None) -> None:
@@ -22,8 +22,9 @@ def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None
     Args:
         config: sets the width of the embeddings.
         sizes: batch sizes in edges.
-        repeats: rounds; the figures are medians over them. Sizes above :data:`MAX_PLAIN_EDGES` are run once.
-        path: JSON file to write.
+        repeats: number of rounds; each reported value is the median over the rounds. A size above
+            :data:`MAX_PLAIN_EDGES` is measured once.
+        path: JSON file to write; None writes no file.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [compare_losses(size, config.proj_dim, device, repeats if size <= MAX_PLAIN_EDGES else 1) for size in sizes]
@@ -33,15 +34,16 @@ def bench_loss(config: Config, sizes: list[int], repeats: int, path: Path | None
 def compare_losses(edges: int, width: int, device: torch.device, repeats: int) -> dict[str, Any]:
     """Measure both losses, and return a row for the table.
 
-    The row has the seconds of each loss, the memory in GB that it needs in addition to the embeddings, the ratio of the
-    times (chunks to plain), and the norm of the difference between the gradients, relative to the plain gradients.
+    For each loss, the row has the time in seconds, and the memory in GB that is needed in addition to the embeddings.
+    The time ratio is the time in chunks divided by the plain time. The difference is the norm of the difference between
+    the two gradients divided by the norm of the plain gradient.
     """
     torch.manual_seed(0)
     # z_graph, z_text, z_vis
     z = [F.normalize(torch.randn(2 * edges, width, device=device), dim=1).requires_grad_() for _ in range(3)]
     measurements: dict[str, list[tuple[float, float]]] = {"plain": [], "parts": []}
     gradients = {}
-    for _ in range(repeats + (edges <= MAX_PLAIN_EDGES)):  # plus one warm-up round
+    for _ in range(repeats + (edges <= MAX_PLAIN_EDGES)):  # one more round, as warm-up, if both losses are measured
         for variant in measurements if edges <= MAX_PLAIN_EDGES else ("parts",):
             measurements[variant].append(_measure(z, variant == "parts"))
             gradients[variant] = torch.cat([tensor.grad.flatten().cpu() for tensor in z if tensor.grad is not None])
@@ -61,7 +63,7 @@ def compare_losses(edges: int, width: int, device: torch.device, repeats: int) -
 
 
 def _measure(z: list[torch.Tensor], in_chunks: bool) -> tuple[float, float]:
-    """Return the seconds of a forward and backward pass, and the GB by which it raises peak memory."""
+    """Return the seconds of a forward and backward pass, and by how many GB the pass raises peak memory."""
     device, usual = z[0].device, losses.LOGIT_CHUNK
     for tensor in z:
         tensor.grad = None
@@ -82,4 +84,4 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the current resident memory
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, to the current resident memory

@@ -13,13 +13,13 @@ Row = Mapping[str, Any]
 
 
 def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> None:
-    """Print the rows as a table, then the figures, and write both to a JSON file.
+    """Print the rows as a table, then the figures below it. Write both to a JSON file.
 
     Args:
         title: heading of the table.
-        rows: rows with the same columns.
+        rows: the rows, which all have the same columns.
         figures: values to print below the table, by name.
-        path: the file, which also gets a description of the machine; None writes no file.
+        path: the JSON file, which also describes the machine; None writes no file.
 
     Raises:
         RunError: the file cannot be written.
@@ -33,9 +33,9 @@ def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> 
         print(f"{name}: {shown(value)}")
     if path is not None:
         content = {"title": title, "rows": list(rows), "figures": dict(figures), "machine": machine()}
-        with explain_disk_errors(path, "set --json to a file in an existing folder with free space"):
+        with explain_disk_errors(path, "set --json to a file in an existing folder with free disk space"):
             write_durably(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-        print(f"written: {path}")
+        print(f"wrote the results to {path}")
 
 
 def shown(value: Any) -> str:

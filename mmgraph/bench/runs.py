@@ -1,4 +1,4 @@
-"""Runs of ``launch.py`` and ``mmgraph cache`` in separate processes, for benchmarks."""
+"""Starts ``launch.py`` or ``mmgraph cache`` in separate processes, for benchmarks."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ Process = subprocess.Popen[bytes]
 
 
 def flags(config: Config, **others: Any) -> list[str]:
-    """Return the settings of a run as flags. The run writes no report, because the report is not to be measured.
+    """Return the settings of a run as flags. The run writes no report, because benchmarks do not measure reports.
 
     Args:
         config: the settings.
@@ -31,17 +31,17 @@ def flags(config: Config, **others: Any) -> list[str]:
 
 
 def launch(folder: Path, name: str, arguments: list[str], processes: int, threads: int | None) -> Process:
-    """Start a run, with its output in ``folder/<name>.log``.
+    """Start a run. Its output goes to ``folder/<name>.log``.
 
     Args:
         folder: folder for the log file and the script that is run.
         name: name of the log file, without its suffix.
-        arguments: arguments of ``launch.py``; or ``cache`` and the arguments of ``mmgraph cache``.
+        arguments: arguments of ``launch.py``, or ``cache`` followed by the arguments of ``mmgraph cache``.
         processes: number of processes.
         threads: threads of each process; None keeps the default.
     """
     script = folder / "run.py"
-    if not script.exists():  # do not replace it: another run may be reading it
+    if not script.exists():  # an existing script is kept, because another run may be reading it
         write_durably(script, lambda path: path.write_text(SCRIPT), shared=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
@@ -51,8 +51,12 @@ def launch(folder: Path, name: str, arguments: list[str], processes: int, thread
 
 
 def finish(process: Process, log_file: Path) -> None:
-    """Wait for a run. Raises :class:`UserError` with its error message, or else its last line, if it failed."""
+    """Wait for a run to end.
+
+    Raises:
+        UserError: the run failed. The message has the run's error message; if there is none, the last line of its log.
+    """
     if process.wait() != 0:
         lines = log_file.read_text().splitlines()
         messages = [line for line in lines if line.startswith("mmgraph: error:")] or lines[-1:]
-        raise UserError(f"bench: a run failed: {' '.join(messages[:1])} (see {log_file})")
+        raise UserError(f"bench: a run failed: {' '.join(messages[:1])} (its log is {log_file})")

@@ -1,4 +1,4 @@
-"""``bench scale``: one run of N processes against N runs of one process, with one thread per process."""
+"""``bench scale``: compares one run of N processes with N runs of one process. Each process has one thread."""
 
 import json
 import statistics
@@ -16,27 +16,28 @@ from mmgraph.config import Config
 from mmgraph.data.graph import Graph, load_graph
 from mmgraph.utils.log import log
 
-WARM_UP_STEPS = 3  # first steps of a run, not counted, because loader, buffers and threads start in them
-# Size of the sample. It is large enough that 64 of its edges have about as many unique nodes as in a large graph.
+WARM_UP_STEPS = 3  # first steps of a run; they are not counted, because loader, buffers and threads start in them
+# Size of the sample. It is so large that 64 of its edges have about as many unique nodes as 64 edges of a large graph.
 NODES, EDGES = 640, 20_000
 
 
 def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Path | None) -> None:
-    """Measure runs of 1 to ``largest`` processes on this machine, and report them. The variants take turns.
+    """Measure runs of 1 to ``largest`` processes on this machine, and report their throughput.
 
-    Each process has ``global_batch_size`` edges per step, so N runs of one process do the same work as one run of N
-    processes. The difference in throughput is the cost of running together: gathers, reductions and waiting. The runs
-    train on a sample of the nodes with random edges, so that the tower store is built quickly.
+    One run of N processes and N simultaneous runs of one process take turns. Each process has ``global_batch_size``
+    edges per step, so both variants do the same work. The difference in throughput is the cost of a joint run: gathers,
+    reductions and waiting. The runs train on a sample of the nodes with random edges, so that the tower store is built
+    quickly.
 
     Args:
         config: settings of the runs.
         largest: largest number of processes.
         steps: steps per run.
-        repeats: rounds; figures are medians over them.
-        path: JSON file to write.
+        repeats: number of rounds; each reported value is the median over the rounds.
+        path: JSON file to write; None writes no file.
 
     Raises:
-        UserError: a run failed; the message has its error.
+        UserError: a run failed; the message contains the error of the run.
     """
     graph = load_graph(config)
     rows = []
@@ -74,7 +75,7 @@ def bench_scale(config: Config, largest: int, steps: int, repeats: int, path: Pa
 
 
 def _sample(config: Config, graph: Graph, folder: Path) -> list[str]:
-    """Write a graph of random nodes and random edges between them. Returns the flags of a run on it."""
+    """Write a graph of random nodes with random edges between them. Return the flags of a run on this graph."""
     generator = np.random.default_rng(0)
     drawn = generator.permutation(len(graph.nodes))[:NODES]
     nodes = [graph.nodes[int(row)] for row in drawn]

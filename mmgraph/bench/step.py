@@ -1,6 +1,7 @@
-"""``bench step``: time of a step as in the original trainer, with live towers, and from the tower store.
+"""``bench step``: measures the time of a step as in the original trainer, with live towers, and from the tower store.
 
-The variants take turns on the same edges, in float32 and, if it differs, in the precision of the launch.
+The variants take turns on the same edges. They are measured in float32. If the launch has another precision, they are
+also measured in that precision.
 """
 
 import math
@@ -27,14 +28,14 @@ Times = dict[tuple[str, str], list[dict[str, float]]]  # (precision, variant) ->
 
 
 def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: int, path: Path | None) -> None:
-    """Measure and report. The variants take turns, after a warm-up step of each.
+    """Measure and report. Each variant first runs one warm-up step, which is not counted.
 
     Args:
         config: settings of a run.
         accelerator: the Accelerator of this launch.
         graph: the graph to train on.
-        repeats: measured steps per variant; figures are medians over them.
-        path: JSON file to write.
+        repeats: measured steps per variant; each reported value is the median over the steps.
+        path: JSON file to write; None writes no file.
 
     Raises:
         UserError: the graph has fewer edges than a batch, or the tower store cannot be built.
@@ -43,7 +44,7 @@ def bench_step(config: Config, accelerator: Accelerator, graph: Graph, repeats: 
     batches = [batch for _, batch in zip(range(repeats + 1), sampler, strict=False)]
     if not batches:
         raise UserError(
-            f"--global_batch_size {config.global_batch_size} exceeds the number of edges in the graph; lower it"
+            f"--global_batch_size {config.global_batch_size} exceeds the number of edges in the graph; lower this value"
         )
     towers = load_towers(config.model_name)
     dtypes = {"no": torch.float32, accelerator.mixed_precision: compute_dtype(accelerator)}
@@ -91,7 +92,7 @@ def _figures(steps_by_precision: dict[str, Steps], times: Times, precision: str)
     config, rows = steps.config, steps.graph.rows
     unique_nodes = median(len({row for _, *ends in edges for row in ends}) for edges in steps.edges)
     build_seconds = steps.build_seconds
-    if math.isnan(build_seconds):  # the store already existed: estimate from live towers
+    if math.isnan(build_seconds):  # the store already existed, so its build time is estimated from live towers
         live = median(t["data"] + t["towers"] for t in times["no", "live"])
         build_seconds = live * steps.entries / 2 / unique_nodes
     num_steps = config.epochs * (len(rows) // config.global_batch_size)

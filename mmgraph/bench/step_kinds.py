@@ -1,4 +1,4 @@
-"""The steps that ``bench step`` compares: as in the original trainer, with live towers, and from the tower store."""
+"""Runs the steps that ``bench step`` compares: as in the original trainer, with live towers, and from the store."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ PHASES = ("data", "towers", "forward", "backward", "optimizer")
 
 
 class PlainModule(nn.Module):
-    """Fusion and heads as the original trainer computes them, with the parameters of a :class:`TrainedModule`.
+    """Computes fusion and heads as the original trainer does, with the parameters of a :class:`TrainedModule`.
 
     Attention is computed by ``nn.MultiheadAttention.forward``, and every layer is applied to every token.
     """
@@ -51,9 +51,9 @@ class PlainModule(nn.Module):
         """Embed N nodes.
 
         Args:
-            text: (N, L, d_text) text tokens.
-            mask: (N, L) 1 for text tokens, 0 for padding.
-            patches: (N, P, d_vis) image tokens.
+            text: (N, L, d_text), L text tokens per node.
+            mask: (N, L), 1 for text tokens, 0 for padding.
+            patches: (N, P, d_vis), P image tokens per node.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, each (N, proj_dim).
@@ -75,7 +75,7 @@ class PlainModule(nn.Module):
 
 
 class Steps:
-    """The three variants of a step, in one precision and on the same batches.
+    """Runs the three variants of a step on the same batches, in one precision.
 
     Each variant has its own parameters and optimizer.
 
@@ -84,8 +84,8 @@ class Steps:
         accelerator: the Accelerator of this launch.
         graph: the graph to train on.
         batches: indices of the edges in each batch.
-        towers: used by the live and the plain step; may be shared between precisions.
-        dtype: dtype of the computation. A 16-bit dtype is used through autocast.
+        towers: towers of the live and the plain step. Several precisions may share them.
+        dtype: dtype of the computation. A 16-bit dtype is applied by autocast.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class Steps:
     def prepare_store(self, folder: Path, precision: str) -> None:
         """Open the tower store that a run in this precision would use.
 
-        If it does not have all nodes, build a store with the nodes of the batches instead.
+        If this store lacks a node, build another store in ``folder``, with the nodes of the batches.
 
         Args:
-            folder: folder for a store to build.
+            folder: folder of the store to build, if necessary.
             precision: the precision in Accelerate's terms, such as ``no`` or ``bf16``.
 
         Raises:
@@ -130,7 +130,7 @@ class Steps:
             graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
         )
         store_recipe = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
-        # Texts and images in a store of all nodes.
+        # Number of texts and images in a store of all nodes.
         self.entries = sum(len(shard.rows) for shard in missing_shards(TowerStore(folder), content_hashes))
         store, self.build_seconds = TowerStore(store_recipe.folder), float("nan")
         shards = missing_shards(store, content_hashes)
@@ -146,7 +146,7 @@ class Steps:
             self.build_seconds = (time.perf_counter() - start) * self.entries / sum(len(shard.rows) for shard in shards)
             store = TowerStore(folder)
             measured = np.isin(np.arange(len(graph.nodes)), rows)
-            # No step reads the other nodes, so their hashes are replaced by those of a node that the store has.
+            # The store lacks all other nodes. No step reads them, so they get the hashes of a node that the store has.
             content_hashes = ContentHashes(*(np.where(measured, hashes, hashes[rows[0]]) for hashes in content_hashes))
         self.stored = CachedTowers(
             store, content_hashes, accelerator.device, resident=accelerator.device.type == "cuda"
@@ -162,14 +162,14 @@ class Steps:
         return send_to_device(batch, self.accelerator.device)
 
     def step(self, variant: str, number: int) -> dict[str, float]:
-        """Run a step.
+        """Run and measure one step.
 
         Args:
             variant: one of :data:`VARIANTS`.
             number: index of the batch.
 
         Returns:
-            Seconds by phase. ``data`` is the time that the step waits for its batch.
+            Seconds of each phase. In the phase ``data``, the step waits for its batch.
         """
         clock = _Clock(self.accelerator.device)
         embed = self._plain(number, clock) if variant == "plain" else self._unique(variant, number, clock)
@@ -224,7 +224,7 @@ class Steps:
 class _Clock:
     """Measures the seconds of each phase.
 
-    It waits for the device at the end of a phase, so that work of the phase is not counted in the next one.
+    At the end of a phase, the clock waits for the device, so that no work of this phase counts for the next one.
     """
 
     def __init__(self, device: torch.device):
@@ -237,7 +237,7 @@ class _Clock:
         return time.perf_counter()
 
     def done(self, phase: str) -> None:
-        """Add the time since the last call, or since the start, to ``phase``."""
+        """Add the time since the end of the previous phase to ``phase``. The first phase starts with the clock."""
         now = self._now()
         self.seconds[phase] += now - self.last
         self.last = now

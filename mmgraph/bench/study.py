@@ -1,4 +1,4 @@
-"""``bench study``: MRR on held-out edges by batch size and ``--false_negatives``, against baselines."""
+"""``bench study``: measures MRR for several batch sizes and values of ``--false_negatives``, and for baselines."""
 
 import json
 import statistics
@@ -22,8 +22,8 @@ from mmgraph.data.split import HeldOut
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
-_baselines: Baselines  # set in each process of the pool
-SETTINGS = ("keep", "mask_same", "mask_neighbors")
+_baselines: Baselines  # each process of the pool sets its own
+SETTINGS = ("keep", "mask_same", "mask_neighbors")  # values of --false_negatives
 
 
 class Case(NamedTuple):
@@ -44,29 +44,32 @@ def bench_study(
     folder: Path | None,
     path: Path | None,
 ) -> None:
-    """Train runs of ``launch.py`` and baselines, and rank the same held-out edges with all of them.
+    """Train runs of ``launch.py`` and baselines, and evaluate all of them on the same held-out edges.
 
-    The cases are all batch sizes with the three values of ``--false_negatives``, and the variants with the first batch
-    size. Each case is trained with ``num_seeds`` seeds. The baselines are MLPs on one text and one image vector per
-    node, trained with the same losses and edges, and a DistMult, trained on the edges and their relations.
+    There is a case for each batch size with each of the three values of ``--false_negatives``. Each variant gives
+    two cases with the first batch size, one with ``keep`` and one with ``mask_neighbors``. Each case is trained with
+    ``num_seeds`` seeds.
+
+    The baselines are MLPs and a DistMult. The MLPs get one text and one image vector per node, and are trained with the
+    losses and the edges of the runs. The DistMult is trained on the edges and their relations.
 
     Args:
         config: settings of the runs.
-        graph: the graph, with held-out edges.
+        graph: the graph; it must have held-out edges.
         batch_sizes: batch sizes in edges.
-        num_seeds: seeds per case, starting at the seed of ``config``.
+        num_seeds: number of seeds per case. The first is the seed of ``config``; the others follow it.
         variants: flags of ``launch.py`` for additional runs, one string per variant.
         at_once: number of concurrent runs, with one thread each.
-        folder: folder to keep the runs in, for a later start to reuse; None uses a temporary folder.
-        path: JSON file to write.
+        folder: folder for the runs. A later call with this folder reuses them. None uses a temporary folder.
+        path: JSON file to write; None writes no file.
 
     Raises:
         UserError: ``--eval_edges`` is not set, the baselines cannot be trained, ``folder`` has runs of another study,
             or a run failed, for example because of an unknown flag.
     """
-    if graph.held_out is None or config.eval_fraction:  # each seed would hold out other edges
+    if graph.held_out is None or config.eval_fraction:  # with --eval_fraction, each seed would hold out other edges
         raise UserError(
-            "bench study needs the same held-out edges for each seed: set --eval_edges (or --demo), not --eval_fraction"
+            "bench study needs the same held-out edges for all seeds: set --eval_edges or --demo, not --eval_fraction"
         )
     check_baselines(config, graph)
     cases = [Case(batch_size, setting) for batch_size, setting in product(batch_sizes, SETTINGS)]
@@ -87,8 +90,8 @@ def bench_study(
 def _baseline_rows(config: Config, batch_sizes: Sequence[int], seeds: range, at_once: int) -> list[dict[str, Any]]:
     settings = [("concat", size, negatives) for size, negatives in product(batch_sizes, SETTINGS)]
     settings += [(source, batch_sizes[0], "keep") for source in ("text_only", "image_only", "random")]
-    log(f"study: {(len(settings) + 1) * len(seeds)} baselines")
-    # Not fork: a forked process inherits the locks of this process's threads, but not the threads.
+    log(f"study: training {(len(settings) + 1) * len(seeds)} baselines")
+    # The processes are not forked. A forked process inherits the locks that other threads hold, but not these threads.
     with ProcessPoolExecutor(at_once, get_context("spawn"), _open_baselines, (config,)) as pool:
         mlps = [[pool.submit(_mlp, *setting, seed) for seed in seeds] for setting in settings]
         distmults = [pool.submit(_distmult, seed) for seed in seeds]
@@ -116,10 +119,11 @@ def _distmult(seed: int) -> dict[str, Any]:
 def _train_all(
     config: Config, graph: Graph, held_out: HeldOut, cases: Sequence[Case], seeds: range, at_once: int, folder: Path
 ) -> dict[Case, list[dict[str, Any]]]:
-    """Train all runs, or reuse those in ``folder``.
+    """Train all runs that ``folder`` does not have yet.
 
     Returns:
-        For each case, the last evaluation of each seed's run. Its key ``before`` has the MRRs before the first step.
+        For each case, a list of the last evaluations of its runs, one per seed. The key ``before`` of an evaluation has
+        the MRRs before the first step.
     """
     jobs = list(product(cases, seeds))
     settings = flags(config, demo=False)
@@ -148,7 +152,7 @@ def _train(settings: list[str], case: Case, seed: int, folder: Path) -> dict[str
                  "--save_every=0", *case.more.split()]  # fmt: skip
     finish(launch(folder, name, [*settings, *arguments], 1, threads=1), folder / f"{name}.log")
     for file in (output / "checkpoints").glob("*_epoch_*.pt"):
-        file.unlink()  # not needed, and 27 or more runs would take much disk space
+        file.unlink()  # these files are not needed, and those of 27 or more runs would take much disk space
     table = json.loads((output / "evaluation.json").read_text())
     with (output / "metrics.jsonl").open() as rows:
         first = json.loads(next(rows))
@@ -165,7 +169,7 @@ def _name(case: Case) -> str:
 
 
 def _row(name: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a row of means ± standard deviations over the tables."""
+    """Return a row for the report. Each cell has the mean and the standard deviation over the tables."""
     metrics = [table["embeddings"] for table in tables]
     cells = {}
     for embedding in ("z_graph", "fused"):

@@ -1,4 +1,4 @@
-"""The trained state, consolidated on the CPU, for a plain optimizer, DDP and DeepSpeed ZeRO."""
+"""Copies the trained state to the CPU, and restores it. Handles a plain optimizer, DDP and DeepSpeed ZeRO."""
 
 import torch
 from accelerate import Accelerator
@@ -12,13 +12,13 @@ from mmgraph.distributed.deepspeed import is_engine
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside the DDP or DeepSpeed wrapper, or ``module`` itself.
 
-    ``accelerator.unwrap_model`` is not used: it imports DeepSpeed if it is installed.
+    This function replaces ``accelerator.unwrap_model``, which imports DeepSpeed wherever DeepSpeed is installed.
     """
     return getattr(module, "module", module)
 
 
 def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedState:
-    """Copy the trained module and Adam's moments to the CPU. Call on all ranks; each gets the complete state."""
+    """Copy the trained module and Adam's moments to the CPU. Call on all ranks; each rank gets the complete state."""
     if is_engine(module):
         return zero_partitions.consolidate(module)
     weights, first, second, adam_step = {}, {}, {}, 0
@@ -38,8 +38,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: TrainedState) -> None:
     """Load the moments of a consolidated state into the optimizer. Call on all ranks.
 
-    The prepared module must already have the state's weights. Under ZeRO, also load the float32 weights, because the
-    module may store them in 16 bits.
+    The prepared module must already have the state's weights. Under ZeRO, this function also loads the float32 weights
+    into the optimizer, because the module may store only 16-bit weights.
     """
     if is_engine(module):
         zero_partitions.restore(module, trained)

@@ -12,19 +12,20 @@ from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import file_keys
 from mmgraph.utils.files import write_durably
 
-OPTIMIZER = "optimizer_state_dict."  # key prefix of the optimizer's tensors; params are numbered, as in the .pt file
+OPTIMIZER = "optimizer_state_dict."  # key prefix of the optimizer's tensors; a number follows for each parameter
 
 
 def convert(source: Path, target: Path) -> None:
-    """Convert an epoch or final file to the format of ``target``'s file ending.
+    """Convert an epoch or final file to the format that the file ending of ``target`` names.
 
-    The model's tensors keep the original trainer's keys. An epoch file's optimizer state is stored under
-    ``optimizer_state_dict.<param>.<name>``. Its epoch, loss and optimizer settings are stored in the metadata.
-    Converting the result back yields an epoch file again.
+    The model's tensors keep the original trainer's keys. In safetensors, an epoch file's optimizer state has the keys
+    ``optimizer_state_dict.<param>.<name>``, where param is a number as in the ``.pt`` file. The epoch, the loss and the
+    optimizer settings are in the metadata. The conversion back to ``.pt`` gives an epoch file again.
 
     Raises:
-        UserError: the file endings are not one ``.pt`` and one ``.safetensors``, the source is unreadable or has
-            optimizer settings that JSON cannot store, the target is a folder, or its folder does not exist.
+        UserError: the file endings are not one ``.pt`` and one ``.safetensors``; the source cannot be read; the source
+            has optimizer settings that JSON cannot store; the target is a folder; or the target's folder does not
+            exist.
     """
     if {source.suffix, target.suffix} != {".pt", ".safetensors"}:
         raise UserError(f"{source} -> {target}: one file must end in .pt and the other in .safetensors")
@@ -35,7 +36,7 @@ def convert(source: Path, target: Path) -> None:
     if source.suffix == ".pt":
         checkpoint = read_checkpoint(source)
         tensors, metadata = _to_safetensors(checkpoint)
-        # Not save_file: only the owner may read its files.
+        # save_file is not used, because only the owner may read the files that it creates.
         write_durably(target, lambda path: path.write_bytes(save(tensors, metadata)))
     else:
         write_checkpoint(target, _read_safetensors(source))
@@ -43,7 +44,7 @@ def convert(source: Path, target: Path) -> None:
 
 def _to_safetensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = dict(checkpoint.model_state_dict)
-    metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # safetensors does not preserve the order
+    metadata = {"format": "pt", "keys": json.dumps(list(tensors))}  # keys: safetensors loses their order
     if checkpoint.optimizer_state_dict is not None:
         for param, state in checkpoint.optimizer_state_dict["state"].items():
             tensors |= {f"{OPTIMIZER}{param}.{name}": torch.as_tensor(value) for name, value in state.items()}

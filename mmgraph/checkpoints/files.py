@@ -19,12 +19,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TrainedState(NamedTuple):
-    """Weights and Adam moments of the trained module, complete, on the CPU, in the order of its parameters."""
+    """The complete weights and Adam moments of the trained module, on the CPU, in the order of its parameters."""
 
     weights: dict[str, torch.Tensor]  # float32
     exp_avg: dict[str, torch.Tensor]  # Adam's first moments, float32; empty before the first step
-    exp_avg_sq: dict[str, torch.Tensor]
-    adam_step: int
+    exp_avg_sq: dict[str, torch.Tensor]  # Adam's second moments, float32; empty before the first step
+    adam_step: int  # number of steps that Adam has done
 
 
 class Checkpoint(NamedTuple):
@@ -56,7 +56,7 @@ def best_file(output: Path) -> Path:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write an epoch file, or, if ``epoch`` is None, a final file: only the ``model_state_dict``."""
+    """Write an epoch file. If the checkpoint's ``epoch`` is None, write a final file: only the ``model_state_dict``."""
     content: dict[str, Any] = checkpoint.model_state_dict
     if checkpoint.epoch is not None:
         content = {
@@ -70,15 +70,15 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save(content: Any, path: Path) -> None:
-    """Call ``torch.save``. Raise ``OSError`` if it cannot write the file."""
+    """Save ``content`` with ``torch.save``. Raise ``OSError`` if the file cannot be written."""
     try:
         torch.save(content, path)
-    except RuntimeError as error:  # torch's C++ code raises it for a full disk
+    except RuntimeError as error:  # torch's C++ code raises RuntimeError if the disk is full
         raise OSError(errno.EIO, "torch.save could not write the file (is the disk full?)", str(path)) from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read an epoch or final file of mmgraph or the original trainer. No code in the file is run.
+    """Read an epoch or final file that mmgraph or the original trainer has written. No code in the file is run.
 
     The keys may have either of the two layouts that :func:`file_keys` accepts.
 
@@ -127,7 +127,7 @@ def load_safely(path: Path, mmap: bool = False) -> Any:
 
     Args:
         path: file to load.
-        mmap: map the tensors from the file, so that they are read when they are used.
+        mmap: map the file into memory, so that a tensor is read from the disk only when it is used.
 
     Raises:
         ValueError: the file is not a zip, or its zip is compressed.
@@ -135,7 +135,7 @@ def load_safely(path: Path, mmap: bool = False) -> Any:
     """
     if not zipfile.is_zipfile(path):  # torch's older format can declare tensors without their data
         raise ValueError(
-            "not a zip file, the format of torch.save since torch 1.6; load and save an older file again with torch"
+            "not a zip file, which torch.save writes since torch 1.6; load an older file with torch and save it again"
         )
     with zipfile.ZipFile(path) as file:
         size = sum(entry.file_size for entry in file.infolist())
@@ -145,7 +145,7 @@ def load_safely(path: Path, mmap: bool = False) -> Any:
 
 
 def _check_optimizer(path: str | Path, content: object) -> None:
-    """Raise :class:`UserError` if an ``optimizer_state_dict`` does not have the structure of torch's."""
+    """Raise :class:`UserError` unless ``content`` has the structure of a torch optimizer's state dict."""
     try:
         states = content["state"]  # type: ignore[index]
         values = {f"param {i}: {name}": value for i, state in states.items() for name, value in state.items()}
@@ -179,7 +179,7 @@ def check_data(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def model_state(towers: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the ``model_state_dict`` of the original trainer, float32, on the CPU: towers, fusion, heads.
+    """Return a ``model_state_dict`` in the original trainer's format: towers, fusion and heads, float32, on the CPU.
 
     Args:
         towers: tensors of the towers under the original trainer's keys.
@@ -189,11 +189,11 @@ def model_state(towers: Mapping[str, torch.Tensor], weights: Mapping[str, torch.
 
 
 def optimizer_state(trained: TrainedState, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``optimizer_state_dict`` in the format of torch's AdamW: one group over params 0..31.
+    """Return the ``optimizer_state_dict`` in the format of torch's AdamW: one param group with params 0 to 31.
 
     Args:
-        trained: source of the moments.
-        group: the optimizer's param group, source of the settings.
+        trained: the state that contains the moments.
+        group: the optimizer's param group, which contains the settings.
     """
     names = list(trained.weights)
     settings = {key: value for key, value in group.items() if key != "params"}
@@ -210,12 +210,11 @@ def optimizer_state(trained: TrainedState, group: Mapping[str, Any]) -> dict[str
 
 
 def trained_state(checkpoint: Checkpoint, module: nn.Module, path: str | Path) -> TrainedState:
-    """Return the trained part of a checkpoint in float32; without moments if it is a final file.
+    """Return the trained part of a checkpoint in float32. A final file has no moments, so they are empty.
 
     Args:
         checkpoint: content of the file.
-        module: the module that the tensors must fit: the names and shapes of its parameters are compared. It may be on
-            the meta device.
+        module: the module whose parameter names and shapes the tensors must have. It may be on the meta device.
         path: the file, for error messages.
 
     Raises:
@@ -238,7 +237,7 @@ def trained_state(checkpoint: Checkpoint, module: nn.Module, path: str | Path) -
 
 
 def check_fit(trained: TrainedState, module: nn.Module, path: str | Path) -> None:
-    """Raise :class:`UserError` unless weights and moments have the names and shapes of ``module``, and float dtypes."""
+    """Raise :class:`UserError` unless weights and moments are floats with the names and shapes in ``module``."""
     parameters = dict(module.named_parameters())
     groups = {"weights": trained.weights}
     if trained.exp_avg or trained.exp_avg_sq:

@@ -1,4 +1,4 @@
-"""The progress of a run: the part of a resume state that is not a tensor."""
+"""The progress of a run. A resume state stores it as JSON, besides the tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ class Progress:
 
     step: int = 0
     epoch: int = 1
-    samples_in_epoch: int = 0
-    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # sums of the epoch's losses, and "steps"
-    adam_step: int = 0
+    samples_in_epoch: int = 0  # edges that the epoch's finished steps have used
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # each loss summed over the epoch's "steps"
+    adam_step: int = 0  # number of steps that Adam has done
     loss_scale: dict[str, float] | None = None  # fp16: state of the loss scale, with GradScaler's keys
-    metrics_bytes: int = 0  # size of metrics.jsonl
+    metrics_bytes: int = 0  # size of metrics.jsonl in bytes
     wandb_id: str | None = None
     best: dict[str, Any] | None = None  # see mmgraph.training.early_stopping
     unevaluated: dict[str, Any] | None = None  # metrics row of a step whose evaluation has not finished
     nonfinite_steps: int = 0  # steps skipped because a loss or gradient was not finite
 
     def advance(self, edges: int) -> None:
-        """Count a finished step."""
+        """Count a finished step and its edges."""
         self.step += 1
         self.samples_in_epoch += edges
 
@@ -36,7 +36,7 @@ class Progress:
         self.epoch, self.samples_in_epoch, self.epoch_sums = self.epoch + 1, 0, {}
 
     def leave_folder(self) -> None:
-        """Reset the fields that describe the output folder of the state. They do not apply to a new folder."""
+        """Reset the fields that describe the old output folder, because the run continues in another one."""
         self.metrics_bytes, self.nonfinite_steps = 0, 0
         self.wandb_id = self.best = self.unevaluated = None
 

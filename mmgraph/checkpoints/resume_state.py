@@ -31,13 +31,13 @@ WEIGHTS, MOMENTS, RECORD = "trainable.safetensors", "optimizer.safetensors", "st
 
 
 class StateNotReadableError(UserError):
-    """A state from a newer mmgraph, or one that cannot be read now. A run must not skip it or treat it as invalid."""
+    """A newer mmgraph wrote the state, or it cannot be read now. It may be valid, so a run must not skip it."""
 
 
 def compute_run_fingerprint(config: Config, nodes: str, edges: str) -> dict[str, Any]:
-    """Return the settings and data that must not change when a run resumes, because they change its results.
+    """Return the settings and data fingerprints that determine a run's results. They must not change on resume.
 
-    The caller adds the fingerprint of the towers after it has loaded them.
+    The caller adds the fingerprint of the towers after it has loaded the towers.
 
     Args:
         config: the run's settings.
@@ -66,21 +66,21 @@ def write_state(
         The folder of the state.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sync(folder.parent)  # folder may be new
+    sync(folder.parent)  # makes the new folder durable, if mkdir() has created one
     for leftover in folder.glob(".tmp-*"):
-        with suppress(OSError):  # on a network file system, a file in it may still be open
+        with suppress(OSError):  # on a network file system, a file in the leftover folder may still be open
             _remove(leftover)
     target, temporary = folder / f"step-{progress.step:08d}", folder / f".tmp-{os.getpid()}"
     try:
         hashes = _fill(temporary, progress, trained, run_fingerprint, config)
-        # The tensors of a step that was saved before are equal; the record differs after an evaluation, for example.
+        # If this step was saved before with equal tensors, replace only the record. An evaluation may have changed it.
         if target.exists() and _same_tensors(target, hashes):
             (temporary / RECORD).replace(target / RECORD)
         else:
-            _remove(target)  # may exist, invalid or with other tensors
+            _remove(target)  # if the target exists, it is invalid or has other tensors
             temporary.rename(target)
     finally:
-        _remove(temporary)  # still exists after an error, or if only the record was moved
+        _remove(temporary)  # the folder still exists after an error, or if only the record was moved
     sync(target)
     sync(folder)
     try:
@@ -125,10 +125,10 @@ def _same_tensors(path: Path, hashes: dict[str, str]) -> bool:
 
 
 def _prune(folder: Path, newest: Path, keep_last: int) -> None:
-    """Remove all states but ``newest`` and the valid ones before it, ``keep_last`` in total.
+    """Keep ``newest`` and the newest valid states before it, ``keep_last`` in total. Remove all other states.
 
     States with a higher number than ``newest`` are removed too. They are invalid; otherwise the run would have resumed
-    from them. Until ``keep_last`` states are found, a state that cannot be read now is kept and not counted.
+    from them. A state that cannot be read now is kept and not counted, unless ``keep_last`` newer states are kept.
     """
     kept = 0
     for path in state_folders(folder):
@@ -153,7 +153,7 @@ def _remove(path: Path) -> None:
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """Return the folders with the name of a state, newest first. They may be invalid: see :func:`read_record`."""
+    """Return the folders named like states, newest first. The states may be invalid: see :func:`read_record`."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
 
@@ -162,7 +162,7 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
     """Return the newest valid state, or None. Call ``on_invalid`` with a message for each newer state that is invalid.
 
     Raises:
-        StateNotReadableError: one of these states is from a newer mmgraph, or cannot be read now.
+        StateNotReadableError: the newest state that is not invalid is from a newer mmgraph, or cannot be read now.
     """
     for path in state_folders(folder):
         try:
@@ -176,7 +176,7 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
 
 
 def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | None:
-    """Return the newest valid state if another process wrote it after this run read ``start``, else None.
+    """Return the newest valid state if another process wrote this state after the run read ``start``, else None.
 
     Args:
         folder: folder of the states.
@@ -186,7 +186,7 @@ def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | 
     newest = newest_state(folder, on_invalid=lambda line: None)
     if newest is None or start is None or newest.resolve() != start.resolve():
         return newest
-    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # newest_state has validated it
+    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))  # newest_state has validated this file
     return newest if record["metrics_bytes"] != progress.metrics_bytes else None
 
 
@@ -201,7 +201,7 @@ def read_record(path: Path) -> dict[str, Any]:
         text = _read(path / RECORD, Path.read_bytes).decode()
         record = json.loads(text)
         hashes = record["sha256"]
-        # Before the check of the format, because this hash is the same in all formats.
+        # Check this hash before the format, because the hash is computed in the same way in all formats.
         if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):
             raise UserError(f"{path / RECORD}: damaged, its content does not match its own SHA-256")
         if record["format"] > FORMAT:
@@ -250,7 +250,7 @@ def _text(record: Mapping[str, Any]) -> str:
 def _digest(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a ``state.json``, computed without the entry for the file itself.
 
-    Older states have hashes of the tensor files only.
+    Older states contain the hashes of the tensor files only, so they have no such entry.
     """
     others = {name: value for name, value in record["sha256"].items() if name != RECORD}
     return hashlib.sha256(_text({**record, "sha256": others}).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The start of a run: a new run, a state in its output folder, or the state that ``--resume`` names."""
+"""Finds where a run starts: from the beginning, from a state in its output folder, or from the ``--resume`` state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +22,8 @@ def find_state(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | Non
     """Return the state to resume from, or None for a new run.
 
     Raises:
-        UserError: the output folder contains another run (with ``--resume never``: any run), the state that
-            ``--resume`` names is invalid, or the ``--init_from`` file of a new run does not exist.
+        UserError: the output folder contains another run; ``--resume`` is ``never`` and the folder contains any run;
+            the state that ``--resume`` names is invalid; or the ``--init_from`` file of a new run does not exist.
     """
     state = _find(config, run_fingerprint)
     if state is None and config.init_from is not None and not Path(config.init_from).is_file():
@@ -65,16 +65,19 @@ def _named_state(state: Path, output: Path, run_fingerprint: Mapping[str, Any]) 
 def read_start(
     config: Config, state: Path | None, run_fingerprint: Mapping[str, Any], frozen: Mapping[str, torch.Tensor]
 ) -> tuple[Progress, TrainedState | None]:
-    """Return the progress at the start of a run, and its trained state; None if the weights are random.
+    """Return the progress and the trained state at the start of a run.
+
+    The trained state is None if the run starts from random weights.
 
     Args:
         config: the run's settings.
         state: from :func:`find_state`.
         run_fingerprint: the run's fingerprint, including the towers.
-        frozen: the towers' tensors under the original trainer's keys. An ``--init_from`` file must have the same.
+        frozen: the towers' tensors under the original trainer's keys. An ``--init_from`` file must have equal tensors.
 
     Raises:
-        UserError: the state belongs to a run with another fingerprint, or the state or file does not fit the model.
+        UserError: the state belongs to a run with another fingerprint, the state or the ``--init_from`` file does not
+            fit the model, or the file's epoch is not before ``--epochs``.
     """
     if state is not None:
         check_run_fingerprint(state, run_fingerprint, f"{state} was written with other towers")
@@ -90,13 +93,19 @@ def read_start(
 
 
 def _read_init_from(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple[TrainedState, int]:
-    """Return the trained state and the last finished epoch of ``--init_from``. Its towers must equal this run's."""
+    """Return the trained state and the last finished epoch of the ``--init_from`` file.
+
+    The towers in the file must be equal to those of this run.
+    """
     path = Path(str(config.init_from))
     checkpoint = read_checkpoint(path)
     for key, tensor in frozen.items():
         other = checkpoint.model_state_dict.get(key)
         if other is None or other.shape != tensor.shape or not torch.equal(other.float(), tensor.float()):
-            raise UserError(f"--init_from {path}: its towers differ from --model_name {config.model_name} ({key})")
+            raise UserError(
+                f"--init_from {path}: the towers in the file differ from --model_name {config.model_name} (in {key}); "
+                "set --model_name to the model that the file was trained with"
+            )
     epoch = checkpoint.epoch or 0
     if epoch >= config.epochs:
         raise UserError(f"--init_from {path}: epoch {epoch} is already finished; raise --epochs (now {config.epochs})")
@@ -108,7 +117,7 @@ def _read_init_from(config: Config, frozen: Mapping[str, torch.Tensor]) -> tuple
 
 
 def _empty_module(config: Config) -> TrainedModule:
-    """Return the run's trained module on the meta device: names and shapes to compare with, without memory."""
+    """Return the run's trained module on the meta device. It has names and shapes to compare with, but no data."""
     widths = tower_shapes(config.model_name).widths
     with torch.device("meta"):
         return TrainedModule(*widths, config.fused_dim, config.proj_dim)
@@ -116,7 +125,7 @@ def _empty_module(config: Config) -> TrainedModule:
 
 def _used(output: Path) -> bool:
     """Whether an output folder contains states, or checkpoints other than the best file."""
-    best = best_file(output)  # the first evaluation may write it before there is a state
+    best = best_file(output)  # the first evaluation may write this file before the first state exists
     written = [path for path in (output / "checkpoints").glob("*.pt") if path != best]
     return bool(written) or any((output / "state").glob("step-*/state.json"))
 
@@ -129,7 +138,7 @@ def check_run_fingerprint(state: Path, run_fingerprint: Mapping[str, Any], what:
         run_fingerprint: fingerprint of this run.
         what: start of the error message; the differences follow.
     """
-    defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # for flags that are newer than the state
+    defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # values of flags that an older state lacks
     before = {**defaults, **read_record(state)["identity"]}
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"

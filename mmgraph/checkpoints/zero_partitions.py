@@ -1,4 +1,4 @@
-"""Join ZeRO's partitions into one state that any other launch can read, and split such a state again.
+"""Joins ZeRO's partitions into one state that any other launch can read, and splits such a state again.
 
 DeepSpeed is imported inside the functions: the import takes seconds and prints messages, and most runs do not need it.
 """
@@ -12,7 +12,7 @@ from mmgraph.checkpoints.files import TrainedState
 
 
 def consolidate(engine: Any) -> TrainedState:
-    """Join the partitions of all ranks on the CPU, float32. Call on all ranks; each gets the complete state."""
+    """Join the partitions of all ranks in float32 on the CPU. Call on all ranks; each rank gets the complete state."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     states = [state for state in engine.basic_optimizer.state.values() if "exp_avg" in state]
@@ -27,9 +27,9 @@ def consolidate(engine: Any) -> TrainedState:
 
 
 def restore(engine: Any, trained: TrainedState) -> None:
-    """Load a complete state into this rank's partitions.
+    """Load a complete state into this rank's float32 partitions.
 
-    The module was prepared with these weights, so its low-precision copies already have them.
+    The low-precision weights stay as they are, because the module was prepared with the state's weights.
     """
     for name, parameter in engine.module.named_parameters():
         _set(parameter, trained.weights[name])
@@ -57,7 +57,7 @@ def _create_moments(engine: Any, adam_step: int) -> None:
 
 
 def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
-    """Set this rank's part of a weight, or of its ``moment``, from the complete tensor."""
+    """Set this rank's part of a parameter from the complete tensor ``value``: the weight, or the named ``moment``."""
     from deepspeed import comm
     from deepspeed.utils import (
         safe_set_full_fp32_param,
@@ -66,7 +66,7 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
         safe_set_local_optimizer_state,
     )
 
-    if hasattr(parameter, "ds_tensor"):  # stage 3: the full setters fail if the size is not divisible by the ranks
+    if hasattr(parameter, "ds_tensor"):  # stage 3: the full setters fail if the ranks do not divide the size evenly
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value.flatten(), (0, size * comm.get_world_size() - value.numel()))
         value = padded.narrow(0, size * comm.get_rank(), size)
@@ -83,15 +83,17 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
 def loss_scale(engine: Any) -> dict[str, float] | None:
     """Return the state of fp16's dynamic loss scale, or None if there is none.
 
-    The keys are GradScaler's, and ``cur_hysteresis``, which only DeepSpeed has.
+    The keys are those of GradScaler, and also ``cur_hysteresis``, which only DeepSpeed has.
     """
     if not engine.fp16_enabled() or not engine.optimizer.loss_scaler.dynamic:
         return None
     scaler = engine.optimizer.loss_scaler
-    steps = scaler.cur_iter - scaler.last_overflow_iter - 1  # since the last overflow; not reset when the scale grows
+    # Steps since the last overflow. In contrast to GradScaler's count, they are not reset when the scale grows.
+    steps = scaler.cur_iter - scaler.last_overflow_iter - 1
     return {
         "scale": scaler.cur_scale,
-        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,  # DeepSpeed's scale grows one step later
+        # Minus 1, because DeepSpeed's scale grows one step later than GradScaler's.
+        "_growth_tracker": (steps - 1) % scaler.scale_window if steps else -1,
         "cur_hysteresis": scaler.cur_hysteresis,
     }
 

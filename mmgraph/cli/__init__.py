@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Run the exit hooks and end this process, on a launched rank without Python's teardown.
+    """Run the exit hooks and end this process. A launched rank skips Python's teardown.
 
     DeepSpeed never releases its process groups. If a gloo thread releases a collective's tensors during the teardown,
     the process aborts (pytorch issue 190489), and the launcher would report a finished run as failed. If an exit hook
-    of another package may hang, only mmgraph's own clean-up runs.
+    of another package may hang, mmgraph's own clean-up runs instead of the exit hooks.
     """
     if hooks_may_hang():
         from mmgraph.data.table_cache import remove_temporary_folders
@@ -41,7 +41,7 @@ def leave(code: int) -> NoReturn:
         end_process(code, end_workers, remove_temporary_folders, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
-    # No public function runs the exit hooks without the teardown. The hook that is registered first runs last, and
-    # could end the process. But sys.exit waits for all threads before it runs any hook, also for a thread that is stuck
-    # in a collective or on a disk.
+    # No public function runs the exit hooks without the teardown. A hook that is registered first runs last, so it
+    # could end the process after sys.exit. But sys.exit waits for all threads before it runs any hook, even for a
+    # thread that is stuck in a collective or on a disk.
     end_process(code, atexit._run_exitfuncs)

@@ -12,21 +12,26 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(metavar="WHAT", required=True, dest="what")
 
     step = benchmarks.add_parser(
-        "step", help="time of a step by phase: as in the original trainer, with live towers, from the tower store"
+        "step",
+        help="time of a step and of its phases: as in the original trainer, with live towers, and from the tower store",
     )
-    data = benchmarks.add_parser("data", help="decoding, tokenizing, cache hits and the memory of tables")
-    data.add_argument("--tables", action="store_true", help="measure only the memory of tables, over an epoch")
+    data = benchmarks.add_parser(
+        "data", help="time to decode and tokenize, hits of the image cache, and memory of the tables"
+    )
+    data.add_argument("--tables", action="store_true", help="measure only the memory of the tables, over an epoch")
     scale = benchmarks.add_parser(
-        "scale", help="one run of N processes against N runs of one process, with one thread per process"
+        "scale",
+        help="throughput of one run of N processes, compared with N runs of one process; each process has one thread",
     )
     scale.add_argument("--processes", type=positive, default=2, help="largest number of processes (default: 2)")
     scale.add_argument("--steps", type=positive, default=8, help="steps per run (default: 8)")
-    loss = benchmarks.add_parser("loss", help="InfoNCE in chunks against plain InfoNCE: time and memory")
+    loss = benchmarks.add_parser("loss", help="time and memory of InfoNCE in chunks, compared with plain InfoNCE")
     loss.add_argument(
         "--sizes", type=positive, nargs="+", default=[1024, 4096, 8192], help="batch sizes (default: 1024 4096 8192)"
     )
     study = benchmarks.add_parser(
-        "study", help="MRR on held-out edges by batch size and false negatives, against baselines"
+        "study",
+        help="MRR on held-out edges for each batch size and value of --false_negatives, compared with baselines",
     )
     study.add_argument("--batch_sizes", "--batch-sizes", type=positive, nargs="+", default=[64, 256, 1024])
     study.add_argument("--seeds", type=positive, default=3, help="seeds per setting, starting at --seed (default: 3)")
@@ -46,7 +51,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     study.add_argument(
         "--folder",
         type=Path,
-        help="folder to keep the runs in, for a later start to reuse (default: a temporary folder)",
+        help="folder that keeps the runs, so that a later study can reuse them (default: a temporary folder)",
     )
     study.add_argument("--json", type=Path, help="JSON file to write the figures to")
     for benchmark, rounds in ((step, 7), (data, 1), (scale, 5), (loss, 5)):
@@ -54,32 +59,34 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
             "--repeats",
             type=positive,
             default=rounds,
-            help=f"rounds; figures are medians over them (default: {rounds})",
+            help=f"number of rounds; figures are medians over the rounds (default: {rounds})",
         )
         benchmark.add_argument("--json", type=Path, help="JSON file to write the figures to")
 
     graph = benchmarks.add_parser(
-        "graph", help="build a graph to measure on, and towers of the size of ViT-B/32 with random weights"
+        "graph", help="build a graph for benchmarks, and towers with the size of ViT-B/32 and random weights"
     )
     graph.add_argument("folder", type=Path, help="output folder, new or empty")
     graph.add_argument(
-        "--structure", type=Path, help="edge table (src_id, dst_id) whose edges are used (default: generated edges)"
+        "--structure", type=Path, help="edge table (src_id, dst_id) to take the edges from (default: generated edges)"
     )
     graph.add_argument(
         "--num_nodes",
         "--num-nodes",
         type=positive,
         default=10_000,
-        help="nodes, without --structure (default: 10,000)",
+        help="number of nodes, if --structure is not set (default: 10,000)",
     )
     graph.add_argument(
         "--num_edges",
         "--num-edges",
         type=positive,
         default=100_000,
-        help="edges, without --structure (default: 100,000)",
+        help="number of edges, if --structure is not set (default: 100,000)",
     )
-    graph.add_argument("--num_images", "--num-images", type=not_negative, help="unique images (default: one per node)")
+    graph.add_argument(
+        "--num_images", "--num-images", type=not_negative, help="number of unique images (default: one per node)"
+    )
 
 
 def positive(text: str) -> int:

@@ -14,8 +14,11 @@ from mmgraph.errors import UserError
 from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
-OTHERS_WAIT_SECONDS = 5  # most errors occur on all ranks: rank 0 prints first, and the launcher ends the others
-# Errors of the machine. Other OSErrors, such as EBADF and ENOENT, are bugs: a missing file of a user is a UserError.
+# Most errors occur on all ranks. The other ranks wait before they print, so that rank 0 prints first and the launcher
+# ends the others.
+OTHERS_WAIT_SECONDS = 5
+# Errors of the machine. Other OSErrors, such as EBADF and ENOENT, are bugs. (If a user's file is missing, the code
+# raises UserError.)
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no disk space
     errno.EACCES, errno.EPERM, errno.EROFS,  # no permission
@@ -39,7 +42,7 @@ def run(action: Callable[[], int]) -> int:
         if code is None:
             if not hooks_may_hang():
                 raise
-            traceback.print_exc()  # raise would run the exit hooks; the caller ends with leave(), which does not
+            traceback.print_exc()  # raise would run the exit hooks, which may hang; the caller's leave() skips them
             return 1
         return code
     except KeyboardInterrupt:
@@ -69,7 +72,8 @@ def _report(error: Exception) -> int | None:
 def end_workers() -> None:
     """Kill the DataLoader workers.
 
-    They ignore SIGTERM, which is a stop request to the ranks, so Python would wait for them forever at exit.
+    At exit, Python would send SIGTERM to the workers and wait for them forever: they ignore SIGTERM, because it is a
+    stop request to the ranks.
     """
     workers = multiprocessing.active_children()
     if not workers:
@@ -85,7 +89,7 @@ def _lost_worker(error: RuntimeError) -> str | None:
     """Return a description of a DataLoader worker that died or hangs, or None for other errors."""
     reason = " ".join(str(error).split())
     if reason.startswith("DataLoader timed out"):
-        return f"timed out after --collective_timeout: a DataLoader worker hangs ({reason})"
+        return f"waited longer than --collective_timeout for a DataLoader worker, which hangs ({reason})"
     if reason.startswith("DataLoader worker"):
         return f"lost a DataLoader worker ({reason}); if it ran out of memory, lower --num_workers or --cache_size"
     return None
@@ -101,9 +105,9 @@ def _lost_contact(error: RuntimeError) -> str | None:
     reason = " ".join(str(error).split())
     if (
         not isinstance(error, DistError) and "gloo" not in reason
-    ):  # gloo raises RuntimeErrors that contain paths of its source
+    ):  # gloo raises plain RuntimeErrors, whose text contains paths of gloo's source
         return None
     reason = re.sub(r"\[\S+:\d+\] ", "", reason).split(". ")[0][:200]
     if "timed out" in reason.lower() or "timeout" in reason.lower():
-        return f"timed out after --collective_timeout: another rank hangs or has died ({reason})"
-    return f"lost another rank ({reason}): see its error or the launcher's summary for the cause"
+        return f"waited longer than --collective_timeout for another rank, which hangs or has died ({reason})"
+    return f"lost another rank ({reason}): for the cause, see that rank's error or the launcher's summary"

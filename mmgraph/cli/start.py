@@ -1,4 +1,4 @@
-"""Open the accelerator and the graph."""
+"""Build the Accelerator and load the graph."""
 
 from pathlib import Path
 

@@ -26,14 +26,14 @@ def run_training(arguments: list[str]) -> int:
         return 0
     run = build_run(config, accelerator, graph)
     code = run.train(at_end=write_report if config.report else None)
-    accelerator.end_training()  # not after an error: leaving the process group may wait for a dead rank
+    accelerator.end_training()  # not called after an error, because it may wait for a dead rank
     return code
 
 
 def write_report(run: "Run") -> None:
     """Write ``report.html`` at the end of a run and send its figures to the trackers. Called by all ranks.
 
-    The run is saved by then, so an error here is only logged.
+    The run is already saved, so an error of the report is only logged.
     """
     from mmgraph.distributed.collectives import raise_on_all_ranks
     from mmgraph.utils.log import log
@@ -41,7 +41,7 @@ def write_report(run: "Run") -> None:
     nodes, edges_seen = len(run.graph.nodes), run.progress.step * run.config.global_batch_size
     hint = f"to write one, run mmgraph report {run.config.output_folder}"
     if run.evaluation is None and 2 * edges_seen < nodes:
-        log(f"no report: the run was too short to see each node once; {hint} (it embeds all nodes)")
+        log(f"no report: the run was too short to see each node once; {hint} (this embeds all nodes)")
         return
     log(f"report: embedding {nodes:,} nodes; Ctrl-C skips the report")
     try:
@@ -59,6 +59,6 @@ def write_report(run: "Run") -> None:
 
 
 def _import_report():  # type: ignore[no-untyped-def]  # a module
-    from mmgraph.report import make  # imported late: scikit-learn and Bokeh take seconds
+    from mmgraph.report import make  # imported late: the import of scikit-learn and Bokeh takes seconds
 
     return make

@@ -16,7 +16,7 @@ RUN_FLAGS = {  # flags of Config that override a setting of the checkpoint's run
     "model_name": "CLIP towers that the checkpoint was trained with (default: the run's)",
     "confine_images": "refuse image paths that leave the image root",
 }
-SPLIT_FLAGS = {  # the same, for the edges to rank
+SPLIT_FLAGS = {  # flags of Config that override the edges to rank and their split, and their help
     "edges": "edge table used in training (default: the run's)",
     "eval_edges": "edge table to rank (default: the run's)",
     "eval_fraction": "fraction of the edges that the run held out (default: the run's)",
@@ -67,7 +67,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, helps: dict[str, str]) -> None:
-    """Add flags of Config with its types. A flag that is not set is None, which keeps the run's setting."""
+    """Add flags of Config, with the types of its fields. A flag that is not set is None and keeps the run's setting."""
     types = get_type_hints(Config)
     for name, help in helps.items():
         if types[name] is bool:
@@ -80,7 +80,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, helps: dict[str, str]) ->
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every verb that reads a checkpoint."""
     _add_config_flags(parser, RUN_FLAGS)
-    help = "DataLoader workers, if the towers run live (default: 0)"  # the run's value is not used
+    help = "DataLoader workers, used if the towers run live (default: 0)"  # not the run's value
     parser.add_argument(*_spellings("num_workers"), type=not_negative, default=0, metavar="N", help=help)
 
 
@@ -103,7 +103,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_cache, flags=None)  # "flags" makes run_verb accept unknown flags, those of launch.py
+    parser.set_defaults(run=_cache, flags=None)  # with "flags", run_verb accepts the flags of launch.py
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ def _neighbors(args: argparse.Namespace) -> None:
     source = args.source or newest_run()
     accelerator = build_accelerator()
     find = last_checkpoint if source.is_dir() else find_checkpoint
-    # On one rank only: a run may be writing checkpoints, and ranks could find different ones.
+    # Only the main process looks: a run may be writing checkpoints, so ranks could find different ones.
     checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))
     config = load_run_config(checkpoint, _overrides(args))
     neighbors(checkpoint, config, accelerator, query, args.embedding, args.top_k)

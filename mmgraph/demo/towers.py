@@ -1,4 +1,4 @@
-"""The demo's towers: a small CLIP in Hugging Face format, with seeded random weights and its own tokenizer."""
+"""Builds the demo's towers: a small CLIP in Hugging Face format, with seeded random weights and its own tokenizer."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ SEED, WIDTH, LAYERS, HEADS, IMAGE, PATCH, VOCABULARY = 0, 128, 2, 4, 72, 18, 409
 
 
 def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> None:
-    """Write model, tokenizer and image processor, for use as any CLIP model with ``--model_name folder``.
+    """Write model, tokenizer and image processor. Like any CLIP model, they can be used with ``--model_name folder``.
 
     Args:
         folder: folder to create.
         texts: texts to learn the tokenizer's byte-pair merges from.
-        real_size: use the size of ViT-B/32, except for the vocabulary.
+        real_size: whether the model has the size of ViT-B/32, except for the vocabulary.
     """
     tokenizer = _train_tokenizer(texts)
     small = {
@@ -42,7 +42,8 @@ def build_towers(folder: Path, texts: list[str], real_size: bool = False) -> Non
         model = CLIPModel(config)
     folder.mkdir()
     config.save_pretrained(folder)
-    # Not model.save_pretrained: it imports DeepSpeed if installed, which takes seconds and prints messages.
+    # model.save_pretrained is not used, because it imports an installed DeepSpeed, which takes seconds and prints
+    # messages.
     (folder / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
     tokenizer.save_pretrained(folder)
     (folder / RANDOM_WEIGHTS_MARK).write_text(
@@ -59,8 +60,9 @@ def _train_tokenizer(texts: list[str]) -> CLIPTokenizer:
         show_progress=False,
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
-        # The word-final letters are special tokens, so that their ids are in this order. Otherwise the ids follow the
-        # order of a hash table, which differs between builds and changes how ties between merges are broken.
+        # The word-final letters are special tokens, because special tokens get their ids in the given order. Otherwise
+        # their ids follow the order of a hash table, which differs between builds and changes how ties between merges
+        # are broken.
         special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
     )
     backend.train_from_iterator(texts, trainer)

@@ -18,7 +18,7 @@ from mmgraph.utils.files import explain_disk_errors
 Result = TypeVar("Result")
 
 
-SYNC_SECONDS = 5
+SYNC_SECONDS = 5  # time between two syncs in work_on_all_ranks()
 
 
 def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
@@ -30,7 +30,7 @@ def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result])
     Raises:
         UserError: the call failed on another rank with a user error; the message names the rank.
         RunError: the call failed on another rank with any other error; the message names the rank.
-        Exception: the call failed on this rank; its error is raised unchanged.
+        Exception: the call failed on this rank; the error of the call is raised unchanged.
     """
     error: Exception | None = None
     try:
@@ -85,11 +85,12 @@ def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterat
     """Do this rank's work, and sync with the other ranks every few seconds, so that all learn of a failure early.
 
     Args:
-        counts: does this rank's work; yields the number of items done since the last yield, or 0 while it waits for
-            other ranks.
+        counts: iterator that does this rank's work. It yields the number of items done since its last yield, or 0
+            while it waits for other ranks.
 
     Yields:
-        The number of items that the other ranks have done since the last sync, until all ranks are done.
+        At each sync, the number of items that the other ranks have done since the sync before. Ends when all ranks are
+        done.
 
     Raises:
         UserError: the work of a rank fails (see :func:`raise_on_all_ranks`).
@@ -103,10 +104,10 @@ def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterat
 
 
 def _sums_between_syncs(counts: Iterator[int]) -> Iterator[int]:
-    """Yield the sum of ``counts`` every ``SYNC_SECONDS``, or earlier after a count of 0. The rank syncs at each yield.
+    """Add up ``counts``, and yield the sum since the last yield every ``SYNC_SECONDS`` and after a count of 0.
 
-    A sync only after each complete shard would be too late: with large towers, a shard can take minutes on one rank
-    and seconds on another.
+    The rank syncs at each yield. A sync only after each complete shard would not be enough: with large towers, a shard
+    can take minutes on one rank and seconds on another, which would then wait in its sync.
     """
     total, start = 0, time.monotonic()
     for count in counts:

@@ -1,6 +1,6 @@
 """Set up DeepSpeed's ZeRO.
 
-DeepSpeed is imported inside the functions: the import takes seconds and prints, and most runs do not use it.
+DeepSpeed is imported inside the functions: the import takes seconds and prints messages, and most runs do not need it.
 """
 
 import logging
@@ -14,13 +14,13 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_avai
 import mmgraph
 from mmgraph.errors import UserError
 
-RESERVED_KEYS = {  # keys of a DeepSpeed config that would conflict with the run's flags, and these flags
+RESERVED_KEYS = {  # key of a DeepSpeed config that conflicts with flags of the run -> these flags
     "optimizer": "AdamW with --learning_rate and --weight_decay",
     "scheduler": "--lr_schedule",
     "gradient_clipping": "--max_grad_norm",
     "gradient_accumulation_steps": "--micro_batch_size, which keeps the loss over the full batch",
 }
-CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # `accelerate launch` sets it to deepspeed_config_file
+CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # variable that `accelerate launch` sets to deepspeed_config_file
 
 
 def build_plugin(cpu: bool) -> DeepSpeedPlugin:
@@ -36,7 +36,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         raise UserError("the accelerate config uses DeepSpeed, which is not installed: run pip install deepspeed")
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate would treat each rank as a separate world
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # if set, Accelerate would treat each rank as a separate world
     import deepspeed
     from deepspeed.utils import logger
 
@@ -47,11 +47,11 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get(CONFIG_FILE, "none")
     if path != "none":
-        # The path may be relative to the checkout, although the launch is from another folder.
+        # The path may be relative to the checkout while the working directory is another folder.
         in_checkout = Path(mmgraph.__file__).parent.parent / path
         os.environ[CONFIG_FILE] = path if Path(path).exists() or not in_checkout.exists() else str(in_checkout)
-    # Accelerate rejects mixed_precision in its own config next to a DeepSpeed JSON, although it uses that precision for
-    # each "auto" in the JSON.
+    # Accelerate rejects a config with both mixed_precision and a DeepSpeed JSON, although it uses this precision for
+    # each "auto" in the JSON. So mixed_precision is removed from the fields that Accelerate checks.
     fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     os.environ["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(name for name in fields if name != "mixed_precision")
     try:
@@ -68,7 +68,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
 def disable_zero3_for_towers() -> None:
     """Keep transformers from partitioning the frozen towers when it loads them under ZeRO-3.
 
-    DeepSpeed does not manage the towers.
+    The towers are not part of the DeepSpeed engine, so nothing would gather their partitioned weights.
     """
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -76,9 +76,10 @@ def disable_zero3_for_towers() -> None:
 
 
 def configure_deepspeed(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
-    """Write the run's values into DeepSpeed's config, before ``prepare``. Do nothing if DeepSpeed is not in use.
+    """Write the run's values into DeepSpeed's config. Called before ``prepare``. Without DeepSpeed, do nothing.
 
-    Gradient clipping must be set: DeepSpeed clips at 1.0 by default, and Accelerate turns "auto" into 1.0.
+    Gradient clipping must be set to a number, also to disable it: DeepSpeed clips at 1.0 by default, and Accelerate
+    turns "auto" into 1.0.
 
     Args:
         accelerator: the run's Accelerator.
@@ -94,10 +95,12 @@ def configure_deepspeed(accelerator: Accelerator, micro_batch: int, max_grad_nor
     settings["gradient_clipping"] = max_grad_norm
     settings["train_micro_batch_size_per_gpu"] = micro_batch
     settings["train_batch_size"] = micro_batch * accelerator.num_processes
-    if "bf16" in settings:  # else stages 1 and 2 may apply a step that is not finite
+    if "bf16" in settings:  # without this, stages 1 and 2 may apply a non-finite gradient
         settings["bf16"]["check_grad_overflow"] = True
     if settings["zero_optimization"].get("stage", 0) == 0:
-        raise UserError("ZeRO stage 0 is plain data parallel training: use accelerate_configs/multi_gpu.yaml")
+        raise UserError(
+            "ZeRO stage 0 is plain data parallel training: use accelerate_configs/multi_gpu.yaml, without DeepSpeed"
+        )
     from deepspeed.accelerator import get_accelerator
 
     if accelerator.mixed_precision == "fp16" and not get_accelerator().is_fp16_supported():
@@ -105,5 +108,5 @@ def configure_deepspeed(accelerator: Accelerator, micro_batch: int, max_grad_nor
 
 
 def is_engine(module: Any) -> bool:
-    """Whether a prepared module is a DeepSpeed engine with ZeRO partitions (not stage 0: its parameters are plain)."""
+    """Whether a prepared module is a DeepSpeed engine with ZeRO partitions. Stage 0 has none."""
     return hasattr(module, "zero_optimization_stage") and module.zero_optimization_stage() > 0

@@ -29,8 +29,8 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         collective_timeout: seconds that a rank waits for the other ranks before it fails.
 
     Raises:
-        UserError: the launch does not fit this machine, or would silently train wrongly, such as with ranks that each
-            train alone.
+        UserError: the launch does not fit this machine, or it would train wrongly without an error, for example each
+            rank alone.
     """
     cpu = not torch.accelerator.is_available()
     deepspeed = _is_requested("DEEPSPEED")
@@ -50,13 +50,14 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
             step_scheduler_with_optimizer=False,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True,  # the sampler's batches are global; each rank takes its slice
-                even_batches=False,  # repeated edges would be false negatives
+                even_batches=False,  # do not fill the last batch with repeated edges: they would be false negatives
                 dispatch_batches=False,
                 non_blocking=True,
             ),
             # gloo sums in the order of DDP's buckets, and DDP reorders its buckets after the first step unless it looks
-            # for unused parameters. Without this, a resumed run of 3 or more ranks differs in the last bits. Two ranks
-            # get the same sums in any order, so there the flag stays off to avoid DDP's warning.
+            # for unused parameters. With reordered buckets, a resumed run of 3 or more ranks would differ in the last
+            # bits from an uninterrupted run. With 2 ranks, the order does not change the sums, so the flag stays off
+            # to avoid DDP's warning.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=cpu and _launched_processes() > 2),
                 process_group,
@@ -74,7 +75,8 @@ def _join(timeout: timedelta, backend: str) -> None:
     """Initialize the process group under a prefix of torchrun's store that no earlier start has used.
 
     torchrun keeps one store across restarts (``--max_restarts``), and ranks would find the addresses of dead ranks in
-    it. So each rank requests the number of this start from rank 0, under a random key that no other start has used.
+    it. So each rank asks rank 0 for the number of this start. Rank 0 stores the answer under a random key that the rank
+    has chosen, so that no rank reads the answer to a request of an earlier start.
     """
     environment = os.environ
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -88,7 +90,9 @@ def _join(timeout: timedelta, backend: str) -> None:
         try:
             start = int(store.get(f"mmgraph/answers/{name}"))
         except dist.DistStoreError:
-            raise UserError(f"rank {rank} got no answer from rank 0 within --collective_timeout") from None
+            raise UserError(
+                f"rank {rank} got no answer from rank 0 in time (--collective_timeout); see the output of rank 0"
+            ) from None
         store.set(f"mmgraph/{start}/{rank}", "is here")
     dist.init_process_group(
         backend, store=dist.PrefixStore(f"mmgraph/{start}", store), rank=rank, world_size=world_size, timeout=timeout
@@ -96,14 +100,17 @@ def _join(timeout: timedelta, backend: str) -> None:
 
 
 def _answer(store: dist.Store, start: int, world_size: int, deadline: float) -> None:
-    """Answer requests on rank 0 until every rank has confirmed this start.
+    """On rank 0, answer the other ranks' requests until every rank has confirmed this start.
 
-    Requests of dead ranks from an earlier start are answered too.
+    The store may contain requests of dead ranks from an earlier start. Rank 0 answers these requests too, which has no
+    effect.
     """
     missing = list(range(1, world_size))
     while missing := [rank for rank in missing if not store.check([f"mmgraph/{start}/{rank}"])]:
         if time.monotonic() > deadline:
-            raise UserError(f"rank 0 got no message from rank(s) {missing} within --collective_timeout")
+            raise UserError(
+                f"rank 0 got no message from rank(s) {missing} in time (--collective_timeout); see their output"
+            )
         for rank in missing:
             if store.check([f"mmgraph/asks/{rank}"]):
                 store.set(f"mmgraph/answers/{store.get(f'mmgraph/asks/{rank}').decode()}", str(start))
@@ -113,7 +120,7 @@ def _answer(store: dist.Store, start: int, world_size: int, deadline: float) -> 
 def _refuse_lone_process() -> None:
     """Raise :class:`UserError` if several CPU processes were requested and only one was started.
 
-    ``accelerate launch --cpu --num_processes 2`` does this. It sets MASTER_ADDR, but not RANK.
+    ``accelerate launch --cpu --num_processes 2`` starts only one. This launch sets MASTER_ADDR, but not RANK.
     """
     environment = os.environ
     if (
@@ -141,7 +148,7 @@ def check_gpus(local_ranks: int, visible: int) -> None:
     if local_ranks > visible:
         raise UserError(
             f"{local_ranks} processes were started on host {os.uname().nodename}, but only {visible} GPUs are visible; "
-            "set --num_processes to the total over all machines (GPUs x machines), and check CUDA_VISIBLE_DEVICES"
+            "set --num_processes to the number of GPUs on all machines together, and check CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -162,12 +169,13 @@ def _check_world(accelerator: Accelerator) -> None:
         raise UserError("DeepSpeed was requested but is not in use: start with accelerate launch, without --cpu")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
-            "gradient_accumulation_steps must be 1: contrastive losses need the full batch; set --global_batch_size"
+            "gradient_accumulation_steps must be 1: contrastive losses need the full batch; for larger batches, set "
+            "--global_batch_size"
         )
 
 
 def check_batch_size(batch_size: int, num_edges: int, num_processes: int) -> None:
-    """Raise :class:`UserError` if a global batch does not divide evenly over the ranks or is larger than the graph."""
+    """Raise :class:`UserError` if ``batch_size`` is not a multiple of ``num_processes`` or exceeds ``num_edges``."""
     if batch_size % num_processes:
         below = batch_size - batch_size % num_processes
         sizes = " or ".join(str(size) for size in (below, below + num_processes) if size)
@@ -189,7 +197,7 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
     )
     hint = ""
     if device != "cpu" and batch_size // count < 64:
-        hint = f"; give each GPU 64 or more: set --global_batch_size {64 * count}"
+        hint = f"; give each GPU 64 edges or more: set --global_batch_size {64 * count}"
     threads = f", {torch.get_num_threads()} thread(s) each" if device == "cpu" else ""
     return (
         f"{count} process{'es' if count > 1 else ''} ({accelerator.distributed_type.value}), device {device}{threads}, "
@@ -198,12 +206,12 @@ def describe(accelerator: Accelerator, batch_size: int) -> str:
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """Return the dtype in which the launch's precision computes matrix products."""
+    """Return the dtype of matrix products in the mixed precision of the launch."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory of this rank so far, in GB (10^9 bytes): of the GPU, or of the process on a CPU."""
+    """Return this rank's peak memory so far, in GB (10^9 bytes): GPU memory on a GPU, else the process's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     # not getrusage: a process inherits that value from its parent

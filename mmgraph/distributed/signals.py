@@ -25,18 +25,18 @@ class StopRequest:
     ``stop_agreed`` becomes true when all ranks know of the request; they stop after the same step.
 
     A rank never finishes its step if the other ranks are gone. A watchdog therefore ends a process that has received a
-    stop signal and does not finish its step in time, unless :meth:`disarm` was called. It prints the reason.
+    stop signal and does not finish its step in time, and prints the reason. :meth:`disarm` turns the watchdog off.
 
     Args:
-        grace: seconds that the watchdog waits beyond the usual time of a step. Less than 30, because a launcher kills
-            the remaining processes 30 s after it has forwarded a signal.
+        grace: seconds that the watchdog waits beyond the usual time of a step. Use less than 30, because a launcher
+            kills the remaining processes 30 s after it has forwarded a signal.
     """
 
     def __init__(self, grace: float):
         self.requested, self.stop_agreed = False, False
         self._grace, self._stopping = grace, threading.Event()
-        self._last_step = -math.inf  # when the last step was finished with the other ranks
-        self._step_seconds = 0.0  # longest recent step
+        self._last_step = -math.inf  # start of the current step; -inf: no step yet; inf: watchdog suspended
+        self._step_seconds = 0.0  # duration of the longest recent step
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -64,14 +64,14 @@ class StopRequest:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             self._stopping.set()
-            # Closing the write end would not end the thread, because DataLoader workers hold copies of it.
+            # Closing the write end would not end the thread, because DataLoader workers hold copies of this end.
             os.write(write, bytes([NO_SIGNAL]))
             watcher.join()
             os.close(read)
             os.close(write)
 
     def step_finished(self) -> None:
-        """Record a finished step. Called when its predecessor's losses have arrived, so the other ranks are alive."""
+        """Record a finished step. The losses of the step before have arrived from all ranks, so these are alive."""
         now = time.monotonic()
         if math.isfinite(self._last_step):
             self._step_seconds = max(now - self._last_step, 0.9 * self._step_seconds)
@@ -81,7 +81,7 @@ class StopRequest:
     def pause_watchdog(self) -> Iterator[None]:
         """Suspend the watchdog during the block, in which the main process writes and the other ranks wait for it.
 
-        A rank that hangs here runs into the timeout of the collectives.
+        If a rank hangs in the block, the timeout of the collectives ends the run.
         """
         self._last_step = math.inf
         yield
@@ -131,7 +131,7 @@ class StopRequest:
                 rank = os.environ.get("RANK", "0")
                 print(
                     f"mmgraph: rank {rank} received a stop signal, and its step takes more than {self._grace:g} s "
-                    "(--stop_grace) longer than usual: it exits without a new resume state; the last one is intact",
+                    "(--stop_grace) longer than usual: it exits without a new resume state; the last state is intact",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -141,9 +141,9 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Let the kernel send SIGTERM to this process if ``accelerate launch`` dies without forwarding its signal.
+    """Let the kernel send SIGTERM to this process when ``accelerate launch`` dies.
 
-    Otherwise the ranks would outlive a launcher that is killed.
+    A launcher that is killed cannot forward a signal, so its ranks would outlive it.
     """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # always set by the launcher
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher always sets it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -28,7 +28,10 @@ MAX_RELATIONS = 20  # rows of the printed table
 
 
 def find_features(sources: Sequence[Path]) -> list[Path]:
-    """Return the feature files in ``sources`` (files or folders), or an empty list for a run or a checkpoint.
+    """Return the feature files that are in ``sources``. If ``sources`` has a run or a checkpoint, the list is empty.
+
+    Args:
+        sources: files or folders.
 
     Raises:
         UserError: feature files are mixed with runs, checkpoints or other files.
@@ -60,28 +63,31 @@ def _is_checkpoint(path: Path) -> bool:
         return False
     try:
         return isinstance(load_safely(path, mmap=True), dict)
-    except Exception:  # the function that reads the file later reports the error
+    except Exception:  # the file is read again later, and that call reports the error
         return not path.name.startswith("features_")
 
 
 def evaluate(
     checkpoint: Path | None, features: Sequence[Path], config: Config, accelerator: Accelerator, path: Path | None
 ) -> None:
-    """Rank held-out edges by a checkpoint's embeddings or by feature files. Called by all ranks.
+    """Rank held-out edges by a checkpoint's embeddings or by feature files. All processes must call this function.
 
-    The main process prints the table.
+    Only the main process prints the table.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original trainer; None to rank by ``features``.
-        features: files in any of :data:`mmgraph.inference.feature_files.FORMATS`; not used with a checkpoint.
-        config: settings of the graph and of the edges to rank.
-        path: JSON file to write the table to.
+        checkpoint: an epoch or final file, written by mmgraph or the original trainer; None to rank by ``features``.
+        features: feature files, in any of :data:`mmgraph.inference.feature_files.FORMATS`. They are ignored if
+            ``checkpoint`` is not None.
+        config: settings that name the graph and the edges to rank.
+        path: JSON file to write the table to; None writes no file.
 
     Raises:
-        UserError: there are no edges to rank, or the files do not fit the graph.
+        UserError: there are no edges to rank, or a file does not fit the graph.
     """
     if not config.evaluates:
-        raise UserError("no edges to rank: set --eval_edges FILE, or --eval_fraction to the run's value")
+        raise UserError(
+            "no edges to rank: set --eval_edges to an edge table, or --eval_fraction to its value in the run"
+        )
     graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
     assert graph.held_out is not None
     trained = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
@@ -105,18 +111,22 @@ def _features_of(path: Path, graph: Graph, nodes_path: str) -> torch.Tensor:
     vectors, ids = read_features(path)
     count = len(graph.nodes)
     if len(vectors) != count:
-        raise UserError(f"{path} has {len(vectors):,} vectors, but {nodes_path} has {count:,} nodes")
+        raise UserError(
+            f"{path} has {len(vectors):,} vectors, but {nodes_path} has {count:,} nodes; give files of the same graph"
+        )
     if ids is None:
         return vectors
     with graph.nodes.column("node_id") as column:
         rows = find_ids(pa.chunked_array([pa.array(ids, pa.large_string())]), column.cast(pa.large_string()))
     if (rows < 0).any():
-        raise UserError(f"{path} has no vector for node '{graph.nodes.ids([int(rows.argmin())])[0]}'")
+        raise UserError(
+            f"{path} has no vector for node '{graph.nodes.ids([int(rows.argmin())])[0]}'; give files of the same graph"
+        )
     return vectors[torch.from_numpy(rows)]
 
 
 def _print_table(table: Table, path: Path | None) -> None:
-    log(f"{table['edges']:,} held-out edges, each ranked in both directions, among {table['nodes']:,} nodes")
+    log(f"{table['edges']:,} held-out edges; both ends of each are ranked among {table['nodes']:,} nodes")
     header = ("", "MRR", "Hits@1", "Hits@3", "Hits@10", "100 sampled: MRR", "Hits@10")
     rows = [
         (name, *_digits(values.values()), *_digits([table["sampled"][name][key] for key in ("mrr", "hits@10")]))
@@ -127,7 +137,7 @@ def _print_table(table: Table, path: Path | None) -> None:
     for key, note in (("retrieval", ""), ("retrieval_shuffled", ", shuffled between nodes")):
         if values := table.get(key):
             log(
-                f"retrieval of the image that a text was fused with, among {values['images']:,} images{note}: "
+                f"retrieval of the image that each text was fused with, among {values['images']:,} images{note}: "
                 f"R@1 {values['r@1']:.4f}, R@10 {values['r@10']:.4f}"
             )
     if table["relations"]:
@@ -139,7 +149,7 @@ def _print_table(table: Table, path: Path | None) -> None:
         for line in text_table([("MRR by relation", *columns), *shown], "<" + ">" * len(columns)):
             log(line)
         if len(by_size) > MAX_RELATIONS:
-            log(f"and {len(by_size) - MAX_RELATIONS:,} more relations with fewer edges (--json writes all)")
+            log(f"and {len(by_size) - MAX_RELATIONS:,} more relations with fewer edges (--json writes all relations)")
     if path is not None:
         content = json.dumps(table, indent=1) + "\n"
         with explain_disk_errors(path, "set --json to a file in an existing folder with free disk space"):

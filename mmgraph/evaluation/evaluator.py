@@ -1,4 +1,7 @@
-"""Evaluates embeddings on all ranks: ranks held-out edges, and measures how well texts retrieve their images."""
+"""Evaluates embeddings: ranks held-out edges, and measures how well texts retrieve their images.
+
+A rank is always the position of an edge or an image. The ranks of torch.distributed are called processes here.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,33 +21,35 @@ from mmgraph.inference.node_sharding import Embeddings, embed_shard, gather_shar
 from mmgraph.utils.log import log
 
 TRAINED = ("z_graph", "fused")
-ALIGNED = ("z_text", "z_vis")  # compared by the text-image loss
-FIXED = ("text_only", "image_only", "concat")  # not changed by training
+ALIGNED = ("z_text", "z_vis")  # the text-image loss compares these two
+FIXED = ("text_only", "image_only", "concat")  # training does not change these
 RANDOM_WIDTH = 128
-MAX_TEXTS = 10_000  # queries of the text-image retrieval, drawn by the seed
+MAX_TEXTS = 10_000  # maximum number of texts in the text-image retrieval; they are drawn with the seed
 
 Table = dict[str, Any]
 
 
 class Ranks(NamedTuple):
-    """The ranks of M held-out edges by one embedding."""
+    """The ranks of M held-out edges, computed from one embedding."""
 
-    filtered: np.ndarray  # (2, M): of destinations by similarity to their sources, then of sources by destinations
-    sampled: np.ndarray  # (M,): of destinations among 100 random nodes
+    filtered: np.ndarray  # (2, M): row 0 has the ranks of the destinations, row 1 those of the sources
+    sampled: np.ndarray  # (M,): ranks of the destinations among 100 random nodes
 
 
 class Evaluation:
-    """Ranks held-out edges by the nodes' embeddings. All methods are called by all ranks.
+    """Ranks held-out edges by the nodes' embeddings. All processes must call each method.
 
-    Each held-out edge is two queries: its destination is ranked among all nodes by similarity to its source, and its
-    source by similarity to its destination. The query node and its other neighbors are not candidates, whether they are
-    linked in training or held out, in any relation and direction. Self-loops are skipped, and an edge that the table
-    repeats is ranked once. Each rank holds all nodes' vectors of one embedding at a time, O(nodes x dim), and ranks its
-    shard of the queries.
+    Each held-out edge gives two queries. The first ranks the destination among all nodes, by similarity to the source.
+    The second ranks the source, by similarity to the destination. The query node and its other neighbors are not
+    candidates. A neighbor is any node that a training or held-out edge links with the query node, in any relation and
+    direction. Self-loops are skipped. An edge that occurs several times in the table is ranked once.
+
+    Each process holds the vectors of all nodes in one embedding at a time, O(nodes x dim), and computes the ranks of
+    its shard of the queries.
 
     Args:
         accelerator: the run's accelerator.
-        trained: the training edges.
+        trained: adjacency of the training edges.
         held_out: the edges to rank.
         seed: seed of the random embeddings, the sampled negatives, the retrieval queries and the shuffled images.
 
@@ -59,23 +64,26 @@ class Evaluation:
         edges = np.unique(np.column_stack([held_out.rows, relations]), axis=0)
         edges = edges[edges[:, 0] != edges[:, 1]]
         if not len(edges):
-            raise UserError("no held-out edge links two different nodes: there is nothing to evaluate on")
+            raise UserError(
+                "no held-out edge links two different nodes, so there is nothing to rank; set another --eval_edges"
+            )
         self.rows, self.relations = torch.from_numpy(edges[:, :2]), edges[:, 2]  # (M, 2), (M,)
         leaked = trained.count(self.rows.to(trained.keys.device))
         if leaked:
             log(
-                f"warning: {leaked:,} of {len(edges):,} held-out edges link nodes that are also linked in training, "
-                "which inflates all metrics"
+                f"warning: {leaked:,} of {len(edges):,} held-out edges link nodes that a training edge also links; "
+                "this inflates all metrics"
             )
         held_out_pairs = Adjacency(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
         self.known = [neighbors.to(accelerator.device) for neighbors in (trained, held_out_pairs)]
-        self.fixed: dict[str, Ranks] = {}  # of FIXED and random embeddings, filled by the first evaluation
+        self.fixed: dict[str, Ranks] = {}  # by the FIXED and random embeddings; computed in the first evaluation
 
     def evaluate(self, embeddings: Embeddings, outputs: NodeOutputs) -> Table:
-        """Return the full table of a trained module, which must be in float32 on the device.
+        """Return the evaluation table of a trained module.
 
         Args:
-            embeddings: :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings` of the module.
+            embeddings: :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings` of the module. The
+                module must be in float32, on this process's device.
             outputs: tower outputs of the graph's nodes.
         """
         names = (*ALIGNED, *TRAINED, *(() if self.fixed else FIXED))
@@ -98,7 +106,7 @@ class Evaluation:
         return gather_shards(self.accelerator, shard, self.num_nodes)
 
     def ranks(self, vectors: torch.Tensor) -> Ranks:
-        """Rank the held-out edges by the embeddings of all nodes, (N, d), which every rank passes."""
+        """Rank the held-out edges by the embeddings of all nodes, (N, d). Every process must pass all of them."""
         vectors = round_to_grid(vectors.to(self.accelerator.device))
         mine = rank_range(self.accelerator, len(self.rows))
         source, destination = self.rows[mine.start : mine.stop].to(vectors.device).T  # (m,) each
@@ -111,12 +119,12 @@ class Evaluation:
         return Ranks(gathered[:2], gathered[2])
 
     def random_ranks(self) -> Ranks:
-        """Rank the held-out edges by random embeddings, as the lower baseline."""
+        """Rank the held-out edges by random embeddings, as a baseline."""
         generator = torch.Generator().manual_seed(self.seed)
         return self.ranks(torch.randn(self.num_nodes, RANDOM_WIDTH, generator=generator))
 
     def table(self, ranks: Mapping[str, Ranks]) -> Table:
-        """Return MRR and Hits by embedding, and the MRR by relation if the held-out edges have relations."""
+        """Return MRR and Hits of each embedding. If the held-out edges have relations, add the MRR of each relation."""
         present = np.unique(self.relations).tolist() if self.names else []
         return {
             "held_out": self.held_out,
@@ -130,7 +138,8 @@ class Evaluation:
     def _retrieval(self, shard: dict[str, torch.Tensor]) -> Table:
         """Measure how often a text retrieves the image that it was fused with.
 
-        Texts and images are those of all nodes that have words and an image. Without such nodes the table is empty.
+        The texts and images are from all nodes that have both words and an image. Without such nodes, the result is
+        empty.
         """
         z_text, z_vis = (round_to_grid(self._gathered(shard.pop(name))) for name in ALIGNED)
         rows = self._gathered(shard.pop("complete")).nonzero().flatten()  # (C,)
@@ -150,7 +159,7 @@ def _of_relation(ranks: Mapping[str, Ranks], chosen: np.ndarray) -> Table:
 
 
 def derangement(count: int, seed: int) -> np.ndarray:
-    """Return a permutation of 0..count-1, drawn by the seed, without fixed points if ``count`` is 2 or more."""
+    """Return a random permutation of 0..count-1, without fixed points if ``count`` > 1. It depends only on the seed."""
     order = permuted(np.arange(count), count, seed, 0)
     image_rows = np.empty(count, dtype=np.int64)
     image_rows[order] = np.roll(order, 1)
@@ -164,16 +173,16 @@ def one_line(table: Table) -> str:
     others = ", ".join(f"{name} {values['mrr']:.4f}" for name, values in embeddings.items() if name != "z_graph")
     line = f"MRR of z_graph {z_graph['mrr']:.4f} ({others}), Hits@10 {z_graph['hits@10']:.3f}"
     for name, text in (
-        ("retrieval", "; a text retrieves the image it was fused with in"),
-        ("retrieval_shuffled", ", with shuffled images in"),
+        ("retrieval", "; texts retrieve the image they were fused with in"),
+        ("retrieval_shuffled", ", and with shuffled images in"),
     ):
         if table[name]:
-            line += f"{text} {table[name]['r@1']:.0%}"
+            line += f"{text} {table[name]['r@1']:.0%} of cases"
     return line
 
 
 def metrics(table: Table) -> dict[str, float]:
-    """Return an evaluation as a step's metrics, such as ``eval/z_graph/mrr``, without the relations."""
+    """Return an evaluation as metrics of a step, such as ``eval/z_graph/mrr``. The metrics by relation are left out."""
     values_by_name: dict[str, float] = {}
     for group, prefix in (("embeddings", "eval"), ("sampled", "eval_sampled")):
         for name, values in table[group].items():

@@ -1,9 +1,9 @@
-"""Exact ranks by cosine similarity. Summation order, chunk sizes and the number of processes do not change them.
+"""Exact ranks by cosine similarity. Summation order, chunk sizes and the number of processes do not change the ranks.
 
 The values of unit vectors are rounded to multiples of 2^-24, which float32 represents exactly. A product of two values
-is then a multiple of 2^-48. Partial sums of a dot product of unit vectors stay near 1, so they need about 49 bits.
-float64 has 53, so it adds these products without rounding, in any order. Equal vectors have equal scores to the bit, so
-ties are exact.
+is then a multiple of 2^-48. The partial sums in a dot product of two unit vectors do not exceed 1 by much, so they need
+about 49 bits. float64 has 53 bits, so the sum has no rounding error in any order. Equal vectors therefore have exactly
+the same score, and every tie is detected.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from mmgraph.errors import UserError
 
 GRID = 2.0**24
 QUERY_CHUNK, CANDIDATE_CHUNK = 512, 8192  # a tile of float64 scores takes 32 MB
-VALUE_CHUNK = 1 << 22  # values in a chunk of negatives' vectors; 32 MB in float64
+VALUE_CHUNK = 1 << 22  # values of negatives' vectors that are processed at once; 32 MB in float64
 SAMPLED = 100  # random negatives per positive, as in the original trainer
-NEGATIVE_CHUNK = 1024  # positives whose negatives are drawn from one generator
+NEGATIVE_CHUNK = 1024  # number of positives whose negatives one generator draws
 
 
 def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def round_to_grid(vectors: torch.Tensor) -> torch.Tensor:
     vectors = F.normalize(vectors.float(), dim=1)
     if not vectors.isfinite().all():
         row = int((~vectors.isfinite()).any(dim=1).nonzero()[0])
-        raise UserError(f"the embedding of row {row} is not finite: edges cannot be ranked")
+        raise UserError(f"the embedding of node row {row} is not finite, so edges cannot be ranked")
     return vectors.mul_(GRID).round_().div_(GRID)
 
 
@@ -45,12 +45,12 @@ def filtered_ranks(
     """Return the rank of each target among all nodes, by similarity to its query. The best rank is 1.
 
     The query itself and its other neighbors are not candidates (Bordes et al., 2013). A tie gets the mean rank: 1 + the
-    number of candidates with a higher score + half the number of other candidates with the same score.
+    number of candidates with a higher score + half the number of other candidates with the target's score.
 
     Args:
         vectors: (N, d), from :func:`round_to_grid`.
         queries, targets: (Q,) int64 rows; no query is its own target.
-        known: adjacencies that together have all true edges.
+        known: adjacencies that together contain all known edges.
         query_vectors: (Q, d) vectors to use for the queries. Default: ``vectors[queries]``.
 
     Returns:
@@ -70,7 +70,9 @@ def filtered_ranks(
 
 
 def matching_ranks(queries: torch.Tensor, candidates: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Return the rank of each query's match among all candidates, (Q,) float64; ties as in :func:`filtered_ranks`.
+    """Return the rank of each query's match among all candidates, (Q,) float64.
+
+    A tie gets the mean rank, as in :func:`filtered_ranks`.
 
     Args:
         queries, candidates: (Q, d) and (C, d), from :func:`round_to_grid`.
@@ -101,7 +103,8 @@ def _mean_ranks(
             remove(scores, part, first)
             index = targets[part] - first
             inside = torch.nonzero((index >= 0) & (index < scores.shape[1])).flatten()
-            scores[inside, index[inside]] = target_scores[part][inside]  # remove() also excludes targets: put them back
+            # remove() also excludes the targets, so their scores are restored.
+            scores[inside, index[inside]] = target_scores[part][inside]
             above[part] += (scores > target_scores[part, None]).sum(1)
             equal[part] += (scores == target_scores[part, None]).sum(1)
     return 1 + above + (equal - 1) / 2
@@ -110,14 +113,15 @@ def _mean_ranks(
 def sampled_ranks(
     vectors: torch.Tensor, queries: torch.Tensor, targets: torch.Tensor, first: int, seed: int
 ) -> torch.Tensor:
-    """Return the rank of each target among itself and 100 random nodes, unfiltered: (Q,) float64.
+    """Return the rank of each target among itself and 100 random nodes: (Q,) float64.
 
-    This is the protocol of the original trainer. The nodes are drawn uniformly from all nodes but the target. The
-    draw depends only on the seed and on the positive's index.
+    This is the protocol of the original trainer. The random nodes are drawn uniformly from all nodes except the target.
+    Known neighbors are not excluded. The draw depends only on the seed and on the index of the positive, which is a
+    pair of query and target.
 
     Args:
         vectors, queries, targets: as in :func:`filtered_ranks`.
-        first: index of the first of these positives among all positives.
+        first: index of ``queries[0]`` among the positives of all processes.
         seed: seed of the draw.
     """
     ranks = [vectors.new_empty(0, dtype=torch.float64)]
@@ -135,9 +139,9 @@ def sampled_ranks(
 
 
 def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
-    """Draw integers in [0, ``below``) for the positives ``first`` to ``first + count - 1``: (count, 100) int64.
+    """Draw 100 integers in [0, ``below``) for each positive ``first`` to ``first + count - 1``: (count, 100) int64.
 
-    The draw of a positive depends only on its number and the seed, not on ``first`` or ``count``.
+    The integers of a positive depend only on its index and the seed, not on ``first`` or ``count``.
     """
     chunks = range(first // NEGATIVE_CHUNK, (first + count - 1) // NEGATIVE_CHUNK + 1)
     drawn = [np.random.default_rng([seed, chunk]).integers(0, below, (NEGATIVE_CHUNK, SAMPLED)) for chunk in chunks]
@@ -145,5 +149,5 @@ def _negatives(first: int, count: int, below: int, seed: int) -> torch.Tensor:
 
 
 def summary(ranks: np.ndarray) -> dict[str, float]:
-    """Return MRR and Hits@1, 3 and 10 of ranks of any shape. A rank of 1.5, from a tie, does not count for Hits@1."""
+    """Return MRR and Hits@1, 3 and 10 of ranks of any shape. A tie can give rank 1.5, which is no hit for Hits@1."""
     return {"mrr": float((1 / ranks).mean()), **{f"hits@{k}": float((ranks <= k).mean()) for k in (1, 3, 10)}}

@@ -19,7 +19,7 @@ from mmgraph.inference.pretrained import Inference
 from mmgraph.utils.files import lock_folder
 from mmgraph.utils.log import log
 
-KEPT_FOLDERS = 3  # shard folders of other checkpoints or settings: another process may be reading one
+KEPT_FOLDERS = 3  # shard folders of other checkpoints or settings to keep, because another process may read them
 
 
 class NodeVectors(NamedTuple):
@@ -35,18 +35,19 @@ NO_VECTORS = NodeVectors(np.empty((0, 0), np.float32), np.empty(0, np.uint8))
 def embed_all_nodes(
     inference: Inference, config: Config, accelerator: Accelerator, embedding: str, folder: Path
 ) -> NodeVectors:
-    """Embed all nodes, or read the cached embeddings. Called by all ranks.
+    """Embed all nodes, or read the cached embeddings. Call on all ranks.
 
     Args:
         embedding: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
-        folder: where the embeddings are cached. If it cannot be written to, they are not cached.
+        folder: cache folder for the embeddings. If all ranks are on one machine, the folder need not be writable: the
+            embeddings are then not cached.
 
     Returns:
         The embeddings on the main process, :data:`NO_VECTORS` on the other ranks.
 
     Raises:
-        UserError: another process is embedding these nodes, a vector is not finite, or ``folder`` cannot be written to
-            and the ranks are on several machines.
+        UserError: another process is writing embeddings to the folder; a vector is not finite; or the ranks are on
+            several machines and ``folder`` cannot be written to.
     """
     shards = FeatureShards(inference, folder / embedding, (embedding,), config.truncated_images)
     with ExitStack() as stack:
@@ -66,24 +67,25 @@ def _read(shards: FeatureShards, embedding: str) -> NodeVectors:
 
 
 def normalize_rows(vectors: torch.Tensor) -> np.ndarray:
-    """Scale (N, d) rows to unit length, float32. Raises :class:`UserError` if a row is not finite."""
+    """Scale (N, d) vectors to unit length, in float32. Raise :class:`UserError` if a vector is not finite."""
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
         raise UserError(
-            f"the embedding of row {int((~finite).nonzero()[0])} is not finite, so its nearest nodes are undefined"
+            f"the embedding of row {int((~finite).nonzero()[0])} is not finite, so it has no nearest nodes; "
+            "use another checkpoint"
         )
     return F.normalize(vectors.float(), dim=1).cpu().numpy()
 
 
 def _open(folder: Path, stack: ExitStack, world_size: int) -> Path:
-    """Create and lock the folder. If that fails and all ranks are on this machine, return a temporary folder."""
+    """Create and lock the folder. If it is not writable and all ranks are on this machine, use a temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if lock_folder(folder, stack):
             return folder
     except OSError as error:
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-            raise UserError(f"{folder}: {error.strerror}") from None
+            raise UserError(f"{folder}: {error.strerror}; make the folder writable, or use one machine") from None
         log(f"{folder}: {error.strerror}; the embeddings are computed but not cached")
         return Path(stack.enter_context(TemporaryDirectory()))
     raise UserError(f"{folder}: another process is writing embeddings to it; try again when it has finished")

@@ -1,4 +1,4 @@
-"""Writes the embeddings of all nodes to files: on all ranks, in constant memory, and resumable."""
+"""Writes the embeddings of all nodes to files. All ranks compute, memory is constant, and interrupted calls resume."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,20 +23,21 @@ FEATURES = ("z_graph", "fused", "text_only", "image_only", "concat")
 def encode(
     checkpoint: Path, config: Config, accelerator: Accelerator, output: Path, features: Sequence[str], file_format: str
 ) -> None:
-    """Write ``features_<name>.<file_format>``: one float32 vector per node, in node order. Called by all ranks.
+    """Write ``features_<name>.<file_format>``: one float32 vector per node, in node order. Call on all ranks.
 
-    All ranks embed shards of nodes and store them in a hidden folder in ``output``; an interrupted call resumes from
-    these shards. Then the shards are joined into the output files. Each feature is written by one rank.
+    All ranks embed shards of nodes, and store the shards in a hidden folder in ``output``. After an interruption, the
+    next call resumes from these shards. At the end, the shards are joined into the output files. One rank writes each
+    file.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original trainer.
+        checkpoint: an epoch or final file that mmgraph or the original trainer has written.
         output: folder to write to. All ranks must see it.
         features: names from :data:`FEATURES`.
         file_format: file format, one of :data:`mmgraph.inference.feature_files.FORMATS`.
 
     Raises:
-        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`; or a feature or the format is unknown,
-            ``output`` cannot be written to, or another process is encoding into it.
+        UserError: see :func:`mmgraph.inference.pretrained.open_checkpoint`. Also if a feature or the format is unknown,
+            ``output`` cannot be written to, or another process is encoding into ``output``.
     """
     _check(features, file_format)
     with ExitStack() as stack:
@@ -75,10 +76,11 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not lock_folder(folder, stack):
             raise UserError(
-                f"--output_dir {folder}: another process is encoding into it; choose another folder or wait for it"
+                f"--output_dir {folder}: another process is encoding into this folder; wait until it has finished, or "
+                "choose another folder"
             )
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: {error.strerror}") from None
+        raise UserError(f"--output_dir {folder}: {error.strerror}; choose a writable folder") from None
 
 
 def _finish(shards: FeatureShards, output: Path, file_format: str) -> None:
@@ -91,4 +93,7 @@ def _finish(shards: FeatureShards, output: Path, file_format: str) -> None:
     if counts:
         log(f"nodes whose image is black or partial: {counts}")
     shutil.rmtree(shards.folder)
-    log(f"{', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes: {output}/features_*.{file_format}")
+    log(
+        f"wrote {', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes to "
+        f"{output}/features_*.{file_format}"
+    )

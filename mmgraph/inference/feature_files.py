@@ -26,8 +26,8 @@ def write_features(
 
     The contents by format:
 
-    - ``.pt``: a tensor, written by ``torch.save``. Until it is complete, it takes twice its size on the disk.
-    - ``.safetensors``: one tensor, named like the file without ``features_`` and suffix.
+    - ``.pt``: a tensor, written by ``torch.save``. Writing needs twice the file's size on the disk.
+    - ``.safetensors``: one tensor. Its name is the file's name without ``features_`` and without the suffix.
     - ``.npy``: an array.
     - ``.parquet``: columns ``node_id`` (text) and ``vector`` (a list of d float32).
 
@@ -36,10 +36,10 @@ def write_features(
     Args:
         shape: N and d.
         blocks: (n, d) float32 arrays, N rows in total.
-        ids: ``node_id`` columns of the same blocks; used for Parquet only.
+        ids: the ``node_id`` column of each block; used for Parquet only.
 
     Yields:
-        The number of rows of each block, once it is written.
+        The number of rows of each block, after the block is written.
 
     Raises:
         ValueError: the blocks do not have N rows (not checked for Parquet).
@@ -78,12 +78,15 @@ def _write_parquet(
 
 
 def _write_pt(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Iterator[int]:
-    """Write the vectors to a raw file, then save a memory map of it: ``torch.save`` takes only a complete tensor."""
+    """Write the vectors to a raw file, map this file into memory, and save the map.
+
+    ``torch.save`` needs one complete tensor. The map is complete without taking memory for all vectors.
+    """
     raw = path.with_suffix(".raw")
     try:
         with raw.open("wb") as file:
             yield from _write_rows(file, shape[0], blocks)
-        # shared: the kernel counts the pages of a private map, which is writable, as memory of this process.
+        # The map is shared, because the kernel counts the pages of a private, writable map as memory of this process.
         vectors = torch.from_file(str(raw), shared=True, size=shape[0] * shape[1], dtype=torch.float32)
         save(vectors.view(shape), path)
     finally:
@@ -115,10 +118,10 @@ _HEADERS = {".npy": _write_npy_header, ".safetensors": _write_safetensors_header
 
 
 def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
-    """Read a feature file in any of the formats.
+    """Read a feature file in any of :data:`FORMATS`.
 
     Returns:
-        The vectors, (N, d) float32; and the N node ids if the file is Parquet, else None.
+        The vectors, (N, d) float32, and the N node ids. The ids are None unless the file is Parquet.
 
     Raises:
         UserError: the file does not exist, or is not a feature file.

@@ -30,19 +30,21 @@ from mmgraph.towers.cached import VISIBLE_SECONDS
 from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 
-SHARD_NODES = 16 * BATCH  # nodes per shard; an interrupted rank loses at most one shard
+SHARD_NODES = 16 * BATCH  # nodes per shard; at an interruption, each rank loses at most one shard
 
 
 def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int = 0) -> None:
-    """Build the missing shards, assigned to the ranks in turn. Called by all ranks.
+    """Build the missing shards. Call on all ranks.
 
-    An interrupted call loses only the unfinished shards: the next call builds the remaining ones.
+    The shards are assigned to the ranks in turn. An interrupted call loses only its unfinished shards, and the next
+    call builds all shards that are still missing.
 
     Args:
-        others: how many shard folders of other checkpoints, features or settings are kept.
+        others: number of shard folders of other checkpoints, features or settings to keep.
 
     Raises:
-        UserError: not all machines see the folder, or its disk is full.
+        UserError: not all machines see the folder.
+        RunError: the folder's disk is full or fails.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     on_main_process(accelerator, lambda: shards.make_folder(others))
@@ -60,7 +62,7 @@ def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int 
 
 
 def missing_shards(shards: "FeatureShards", accelerator: Accelerator) -> list[int]:
-    """Return the numbers of the shards that do not exist, are damaged or are out of date. Called by all ranks.
+    """Return the numbers of the shards that do not exist, are damaged or are out of date. Call on all ranks.
 
     A shard is out of date if one of its images has changed. Each rank checks a part of the shards.
     """
@@ -77,11 +79,11 @@ def progress_bar(accelerator: Accelerator, total: int, initial: int, unit: str) 
 
 
 def show_progress(counts: Iterator[int], shown: "tqdm[Any]", output: Path) -> Iterator[int]:
-    """Yield ``counts`` and add them to the progress bar. A disk error is raised again with a remedy.
+    """Yield ``counts`` and add them to the progress bar. The message of a disk error gets a remedy.
 
     Args:
         shown: the progress bar.
-        output: the folder that the error message names.
+        output: folder to name in the message of a disk error.
     """
     with explain_disk_errors(output, "free disk space, then run the same command again to resume"):
         for count in counts:
@@ -104,8 +106,8 @@ class FeatureShards:
     """Shards of a graph's features in a hidden folder of ``output``: one file for each range of consecutive nodes.
 
     The folder's name is a hash of the node table, the checkpoint, ``truncated_images``, the feature names and the shard
-    size. The features also depend on the images: each shard stores a digest of the paths, sizes and times of its image
-    files, and is rebuilt if they have changed.
+    size. The features also depend on the images. Each shard therefore stores a digest of the paths, sizes and times of
+    its image files, and the shard is rebuilt if the digest has changed.
     """
 
     def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], truncated_images: str):
@@ -130,7 +132,7 @@ class FeatureShards:
         self.folder.mkdir(exist_ok=True)
 
     def missing_shards(self, numbers: Sequence[int], missing: list[int]) -> Iterator[int]:
-        """Append to ``missing`` the shards that do not exist, are damaged or are out of date. Yields 1 per shard."""
+        """Append to ``missing`` the shards that do not exist, are damaged or are out of date. Yield 1 per shard."""
         for number in numbers:
             if not self._is_current(number):
                 missing.append(number)
@@ -146,10 +148,10 @@ class FeatureShards:
         return metadata == {"images": self._images(number), "sha256": _digest(tensors)}
 
     def wait_for(self, numbers: Sequence[int]) -> None:
-        """Wait until this rank sees these shards: a network file system may show them late.
+        """Wait until this rank sees these shards, because a network file system may show them late.
 
         Raises:
-            UserError: some are not visible after :data:`VISIBLE_SECONDS`.
+            UserError: some shards are not visible after :data:`VISIBLE_SECONDS`.
         """
         deadline = time.monotonic() + VISIBLE_SECONDS
         while not all(self.file(number).is_file() for number in numbers):
@@ -165,17 +167,19 @@ class FeatureShards:
         images = self.inference.images
         for node in self.inference.nodes.scan(self.rows(number), images.columns):
             signature = images.signature(images.locate(node), MIN_AGE_NS)
-            if signature is None:  # changed too recently to trust its times: the next run builds this shard again
+            # The image changed too recently to trust its times. A random value makes the next run rebuild the shard.
+            if signature is None:
                 signature = os.urandom(HASH.itemsize)
             digest.update(signature.ljust(HASH.itemsize, b"\0"))
         return digest.hexdigest()
 
     @torch.no_grad()
     def make(self, numbers: Sequence[int]) -> Iterator[int]:
-        """Embed and write these shards. Yields the number of nodes of each batch."""
+        """Embed the nodes of these shards, and write the shards. Yield the number of nodes of each batch."""
         outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
         for number in numbers:
-            images = self._images(number)  # before embedding: the next run notices an image that changes meanwhile
+            # Computed before the embeddings, so that the next run notices an image that changes in the meantime.
+            images = self._images(number)
             batches: dict[str, list[torch.Tensor]] = {}
             left = len(self.rows(number))
             while left:
@@ -191,7 +195,7 @@ class FeatureShards:
             write_durably(self.file(number), partial(_write, content))
 
     def write(self, features: Sequence[str], file_format: str) -> Iterator[int]:
-        """Join the shards into one file per feature, in format ``file_format``. Yields the number of rows written."""
+        """Join the shards into one file per feature, in format ``file_format``. Yield the number of rows written."""
         for feature in features:
             shape = len(self.inference.nodes), self._read(0, feature).shape[1]
             shards = (self._read(number, feature).numpy() for number in range(len(self)))
@@ -209,7 +213,7 @@ class FeatureShards:
         """Read one tensor for all nodes.
 
         Args:
-            name: a feature, which is (N, d) float32; or ``causes``, the stored name of the image status, (N,) uint8.
+            name: a feature, whose tensor is (N, d) float32, or ``causes``: the image status, (N,) uint8.
         """
         return torch.cat([self._read(number, name) for number in range(len(self))])
 
@@ -219,6 +223,6 @@ class FeatureShards:
 
     def _ids(self) -> Iterator[pa.ChunkedArray]:
         for number in range(len(self)):
-            # Opened again for each shard, so that the memory-mapped pages of the column are released.
+            # The column is opened again for each shard, so that its memory-mapped pages are released after each shard.
             with self.inference.nodes.column("node_id") as ids:
                 yield ids.slice(SHARD_NODES * number, SHARD_NODES)

@@ -25,8 +25,8 @@ from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
-EDGE_CHUNK = 1 << 20
-MAX_NAMES = 20_000  # names that a misspelled name is compared with
+EDGE_CHUNK = 1 << 20  # edges that are read at a time
+MAX_NAMES = 20_000  # maximum number of names that a misspelled name is compared with
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 5  # nodes listed in an error message
 
@@ -39,9 +39,9 @@ class Match(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A search query: a node of the graph (id or name), or a new node (text, image file or both).
+    """A search query. ``str(query)`` describes a new node.
 
-    ``str(query)`` describes a new node.
+    For a node of the graph, ``node`` is its id or name. For a new node, ``text``, ``image`` (a file) or both are set.
     """
 
     node: str | None = None
@@ -55,20 +55,23 @@ class Query(NamedTuple):
 
 
 def query_of(node: str | None, text: str | None, image: str | None) -> Query:
-    """Build a query from flags.
+    """Build a query from the values of the flags ``--node``, ``--text`` and ``--image``.
 
     Raises:
         UserError: no flag is set, ``node`` is combined with ``text`` or ``image``, or a value is empty or not UTF-8.
     """
     if node is not None and (text is not None or image is not None):
         raise UserError(
-            "--node is for a node of the graph, --text and --image are for a new node: set one or the other"
+            "--node is for a node of the graph, --text and --image are for a new node; set only --node, or only --text "
+            "and --image"
         )
     if node is None and text is None and image is None:
-        raise UserError("no query: set --node NAME; or, for a new node, --text TEXT, --image FILE or both")
+        raise UserError(
+            "no query; for a node of the graph, set --node NAME; for a new node, --text TEXT, --image FILE or both"
+        )
     for flag, value in (("node", node), ("text", text), ("image", image)):
         if value is not None and not value.strip():
-            raise UserError(f"--{flag} is empty")
+            raise UserError(f"--{flag} is empty; give a value, or leave the flag out")
         if value is not None and value != value.encode(errors="replace").decode():
             raise UserError(f"--{flag} {value!r}: not valid UTF-8")
     return Query(node, text, image)
@@ -79,13 +82,13 @@ def nearest_neighbors(
 ) -> list[list[Match]]:
     """Return the ``count`` nearest of N nodes for each of Q queries, nearest first.
 
-    Ties are in the order of the node table. If several nodes tie for the last position, it is undefined which of them
-    are returned.
+    Equally near nodes are in the order of the node table. If more nodes tie than fit into the last positions, it is
+    undefined which of them are returned.
 
     Args:
         vectors: (N, d) float32, of unit length.
         queries: (Q, d) float32, of unit length.
-        own: for each query, its own row, which is excluded; None for a query that is not in the graph.
+        own: the row of each query's own node, which is not returned. None if the query is not a node of the graph.
     """
     candidates = min(len(vectors), count + 1)
     # The default metric is Euclidean distance. For unit vectors it gives the same order as cosine similarity.
@@ -93,7 +96,7 @@ def nearest_neighbors(
     nearest = search.kneighbors(queries, return_distance=False)  # (Q, candidates)
     matches = []
     for query, rows, row_of_query in zip(queries, nearest, own, strict=True):
-        # Not a matrix product: it may sum equal rows in different orders and so break ties.
+        # einsum is used, because a matrix product may sum equal rows in different orders and so break ties.
         similarities = np.einsum("nd,d->n", vectors[rows].astype(np.float64), query.astype(np.float64)).clip(-1, 1)
         order = np.lexsort((rows, -similarities))
         ranked = [Match(int(rows[i]), float(similarities[i])) for i in order if rows[i] != row_of_query]
@@ -130,12 +133,16 @@ def _find(nodes: NodeTable, ids: pa.ChunkedArray, names: pa.ChunkedArray, name: 
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column as text: ids in an Arrow table may have any type."""
+    """Return a column as text, because ids in an Arrow table may have any type."""
     return column if pa.types.is_string(column.type) else column.cast(pa.large_string())
 
 
 def _alike(ids: pa.ChunkedArray, names: pa.ChunkedArray, name: str) -> list[int]:
-    """Return up to three rows with the name in another case, or else containing it, or else spelled similarly."""
+    """Return up to three rows that resemble ``name``.
+
+    These are rows whose name differs only in case. If there are none, rows whose id or name contains ``name``. If there
+    are none either, rows whose name has a similar spelling.
+    """
     same = _where(pc.equal(pc.utf8_lower(names), name.lower()))[:3]
     if len(same):
         return [int(row) for row in same]
@@ -158,7 +165,7 @@ class Links:
     Args:
         rows: rows of the nodes.
         trained: the training edges.
-        held_out: the held-out edges, if any.
+        held_out: the held-out edges; None if there are none.
     """
 
     def __init__(self, rows: Sequence[int], trained: EdgeTable | np.ndarray, held_out: HeldOut | None):
@@ -174,7 +181,7 @@ class Links:
             self.pairs[label] |= {(source, destination), (destination, source)}
 
     def between(self, left: int, right: int) -> str:
-        """Return ``trained`` or ``held out`` for the edge between two nodes, or an empty string without an edge."""
+        """Return ``trained`` or ``held out`` for the edge between two nodes; without an edge, an empty string."""
         return next((label for label in ("trained", "held out") if (left, right) in self.pairs[label]), "")
 
 
@@ -189,7 +196,7 @@ def id_of(nodes: NodeTable, row: int) -> str:
 
 
 def name_in(node: Mapping[str, Any], node_id: str) -> str:
-    """Return the same as :func:`name_of`, for a row that is already read."""
+    """Return what :func:`name_of` returns, from a row of the node table that has already been read."""
     name = node.get("short_name")
     shown = plain(name) if isinstance(name, str) else ""
     return shown or plain(node_id)
@@ -217,7 +224,8 @@ def resolve_query(query: Query, inference: Inference, embedding: str) -> int | n
         embedding: name of the embedding.
 
     Raises:
-        UserError: as :func:`find_node` and :meth:`Inference.embed_new`; or the new node's embedding is not finite.
+        UserError: see :func:`find_node` and :meth:`Inference.embed_new`. Also if the embedding of the new node is not
+            finite.
     """
     if query.node is not None:
         return find_node(inference.nodes, query.node)
@@ -225,7 +233,10 @@ def resolve_query(query: Query, inference: Inference, embedding: str) -> int | n
 
 
 def embeddings_folder(checkpoint: Path) -> Path:
-    """Return the cache folder for a checkpoint's embeddings: in its run's folder, or else beside the file."""
+    """Return the cache folder for a checkpoint's embeddings.
+
+    It is in the run's folder. If the checkpoint is not in a run's folder, it is beside the checkpoint.
+    """
     folder = checkpoint.parent.parent if run_settings(checkpoint) else checkpoint.parent
     return folder / "embeddings"
 
@@ -233,19 +244,19 @@ def embeddings_folder(checkpoint: Path) -> Path:
 def neighbors(
     checkpoint: Path, config: Config, accelerator: Accelerator, query: Query, embedding: str, count: int
 ) -> None:
-    """Print the nodes nearest to a query. Called by all ranks.
+    """Print the nodes nearest to a query. Call on all ranks.
 
     Args:
-        checkpoint: an epoch or final file, of mmgraph or the original trainer.
+        checkpoint: an epoch or final file that mmgraph or the original trainer has written.
         embedding: name of the embedding.
         count: number of nodes to print.
 
     Raises:
-        UserError: as :func:`mmgraph.inference.pretrained.open_checkpoint`, :func:`resolve_query` and
+        UserError: see :func:`mmgraph.inference.pretrained.open_checkpoint`, :func:`resolve_query` and
             :func:`mmgraph.inference.embeddings.embed_all_nodes`.
     """
     inference = open_checkpoint(checkpoint, config, accelerator)
-    # Resolved first, so that a wrong query fails before all nodes are embedded.
+    # The query is resolved first, so that a wrong query fails before all nodes are embedded.
     target = raise_on_all_ranks(accelerator, lambda: resolve_query(query, inference, embedding))
     embedded = embed_all_nodes(inference, config, accelerator, embedding, embeddings_folder(checkpoint))
 
@@ -254,7 +265,7 @@ def neighbors(
         [matches] = nearest_neighbors(embedded.vectors, vector[None], count, [row])
         links = None if row is None else load_links([row], inference, config)
         if row is None and not (query.text and query.image):
-            log(f"the query has {'no image: a black image' if query.text else 'no text: one space'} is used")
+            log(f"the query has {'no image, so a black image' if query.text else 'no text, so one space'} is used")
         if row is None and has_random_weights(config.model_name):
             log("the towers have random weights, so the nodes nearest to a new text or image are not meaningful")
         log(_title(query, row, inference.nodes, checkpoint, embedding))
@@ -276,5 +287,5 @@ def _table(matches: Sequence[Match], nodes: NodeTable, row: int | None, links: L
         edge = (links.between(int(row), match.row) or "-",) if links and row is not None else ()
         node_id = plain(id_of(nodes, match.row))
         cells.append((str(position), f"{match.similarity:.4f}", *edge, node_id, name_of(nodes, match.row)))
-    # Numbers are right-aligned, text is left-aligned. The name is last and not padded: it may have wide characters.
+    # Numbers are right-aligned, text is left-aligned. The name may have wide characters, so it is last and not padded.
     return text_table(cells, ">>" + "<" * (len(header) - 3) + "-")

@@ -31,14 +31,14 @@ class Outputs(NamedTuple):
 
 
 class NodeOutputs:
-    """The token source for evaluation and encoding, which need all nodes.
+    """Yields the tower outputs of nodes, for evaluation and encoding, which need all nodes.
 
     Args:
         nodes, images: the graph's node table and image source.
         inputs: builds the inputs of live towers.
         source: a tower store that has all nodes, or live towers. Live towers run in float32.
         workers: number of DataLoader workers that read images for live towers.
-        timeout: seconds that a worker may take for a batch.
+        timeout: maximum time in seconds that a worker may take for a batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class NodeOutputs:
 
         Args:
             parts: ranges of rows.
-            image_rows: (N,) for each node, the row whose image is used. Default: the node's own row.
+            image_rows: (N,) for each of the graph's N nodes, the row whose image is used. Default: the node's own row.
         """
         batches = _Batches(parts, image_rows)
         if isinstance(self.source, CachedTowers):
@@ -71,14 +71,15 @@ class NodeOutputs:
 
     @torch.no_grad()
     def _from_towers(self, towers: Towers, batches: "_Batches") -> Iterator[Outputs]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns after every fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise, tokenizers warns after every fork
         device = next(towers.text_model.parameters()).device
         loader = DataLoader(
             batches,
             batch_size=None,
             collate_fn=partial(_collate, self.nodes, self.images, self.inputs),
             num_workers=self.workers,
-            timeout=self.timeout if self.workers else 0,  # without it, a worker that hangs blocks this process forever
+            # Without a timeout, a worker that hangs blocks this process forever.
+            timeout=self.timeout if self.workers else 0,
             worker_init_fn=start_worker,
         )
         for batch in loader:
@@ -89,7 +90,7 @@ class NodeOutputs:
 
 
 class _Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The rows of each batch and the rows of its images, computed on access instead of stored."""
+    """Dataset of batches: the rows of a batch's nodes and the rows of its images. Rows are computed when accessed."""
 
     def __init__(self, parts: Sequence[range], image_rows: np.ndarray | None):
         self.parts, self.image_rows = parts, image_rows

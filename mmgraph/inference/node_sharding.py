@@ -11,14 +11,14 @@ from mmgraph.data.images import is_black
 from mmgraph.inference.node_outputs import BATCH, NodeOutputs
 from mmgraph.towers.tokens import Tokens
 
-PART = 1 << 14  # rows of each rank per gather
-NO_WORDS = 2  # tokens of a text without words: start and end
+PART = 1 << 14  # rows that each rank passes to one gather
+NO_WORDS = 2  # number of tokens of a text without words: start and end
 
 Embeddings = Callable[[Tokens], dict[str, torch.Tensor]]
 
 
 def rank_range(accelerator: Accelerator, count: int, multiple: int = 1) -> range:
-    """Return this rank's range of ``count`` items. All ranges start at a multiple of ``multiple`` or are empty."""
+    """Return this rank's range of ``count`` items. A range starts at a multiple of ``multiple``, or it is empty."""
     rank, size = accelerator.process_index, _size(accelerator, count, multiple)
     return range(min(count, size * rank), min(count, size * (rank + 1)))
 
@@ -41,14 +41,15 @@ def embed_shard(
         embeddings: :meth:`mmgraph.models.multimodal_graph_encoder.TrainedModule.embeddings` of a module.
         outputs: tower outputs of the graph's nodes.
         kinds: names of the embeddings.
-        image_rows: as in :meth:`NodeOutputs.of`.
+        image_rows: see :meth:`NodeOutputs.of`.
 
     Returns:
-        By name: each embedding, (n, d) float32; ``complete``, (n,) uint8, 1 for nodes that have words and an image; and
-        ``image_status``, (n,) uint8 indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
+        Tensors by name. Each embedding is (n, d) float32. ``complete`` is (n,) uint8, 1 for nodes that have words and
+        an image. ``image_status`` is (n,) uint8, indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
     """
     rows, parts = rank_range(accelerator, len(outputs.nodes), BATCH), dict[str, list[torch.Tensor]]()
-    for batch in outputs.of([rows or range(1)], image_rows):  # a rank without nodes embeds one to get the widths
+    # A rank without nodes embeds node 0, only to get the widths of the embeddings.
+    for batch in outputs.of([rows or range(1)], image_rows):
         embedded = embeddings(batch.tokens)
         has_words = (batch.tokens.text_mask.sum(1) > NO_WORDS).cpu()
         has_picture = torch.from_numpy(~is_black(batch.image_status, outputs.inputs.truncated_images))
@@ -60,7 +61,7 @@ def embed_shard(
 
 
 def gather_shards(accelerator: Accelerator, shard: torch.Tensor, nodes: int) -> torch.Tensor:
-    """Gather the shards of all ranks in node order, on every rank's device. Called by all ranks.
+    """Gather the shards of all ranks in node order, on the device of every rank. Call on all ranks.
 
     Args:
         shard: this rank's shard, from :func:`embed_shard`.
@@ -75,12 +76,12 @@ def gather_shards(accelerator: Accelerator, shard: torch.Tensor, nodes: int) -> 
 
 
 def gather_on_main_process(accelerator: Accelerator, shard: torch.Tensor, nodes: int) -> torch.Tensor:
-    """Gather the shards of all ranks in node order, on the CPU of the main process. Called by all ranks.
+    """Gather the shards of all ranks in node order, on the CPU of the main process. Call on all ranks.
 
-    The shards are gathered in parts, so that no device and no other rank holds all rows.
+    The shards are gathered in parts, so that no device and no other rank needs memory for all rows.
 
     Args:
-        shard, nodes: as in :func:`gather_shards`.
+        shard, nodes: see :func:`gather_shards`.
 
     Returns:
         All rows on the main process, an empty tensor on the other ranks.

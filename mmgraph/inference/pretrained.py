@@ -1,4 +1,4 @@
-"""Opens a checkpoint of mmgraph or the original trainer, and the nodes to embed with it."""
+"""Opens a checkpoint that mmgraph or the original trainer has written, and the nodes to embed with the checkpoint."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ HEADS = 8  # attention heads of the fusion
 
 
 def newest_run() -> Path:
-    """Return the folder in ``runs/`` whose run finished last. Raises :class:`UserError` if no run has finished."""
+    """Return the folder in ``runs/`` whose run finished last. Raise :class:`UserError` if no run has finished."""
     finished = [folder for folder in Path("runs").glob("*") if final_file(folder).is_file()]
     if not finished:
         raise UserError("no run in the folder runs/ has finished; give a run's folder")
@@ -55,7 +55,7 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return the newest epoch or final file of a run. Raises :class:`UserError` if the run has none."""
+    """Return the newest epoch or final file of a run. Raise :class:`UserError` if the run has no such file."""
     final = final_file(folder)
     checkpoints = [path for path in (*epoch_files(folder), final) if path.is_file()]
     if not checkpoints:
@@ -64,16 +64,18 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
-    """Return the settings of a checkpoint's run, replaced by those in ``overrides`` that are not None.
+    """Return the settings of a checkpoint's run. Values in ``overrides`` that are not None replace the run's values.
 
     Raises:
-        UserError: the checkpoint is not in a run's folder and ``overrides`` has no node table, the run's node table
-            does not exist, or the run's ``config.yaml`` is invalid.
+        UserError: the checkpoint is not in a run's folder, and ``overrides`` has no node table; the run's node table
+            does not exist; or the run's ``config.yaml`` is invalid.
     """
     run = run_settings(checkpoint) or {}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "nodes" not in {**run, **overrides}:
-        raise UserError(f"{checkpoint} is not in a run's folder: set --nodes")
+        raise UserError(
+            f"{checkpoint} is not in a run's folder, so the graph is unknown; set --nodes to its node table"
+        )
     if "eval_edges" in overrides or "eval_fraction" in overrides:
         run = {name: value for name, value in run.items() if name not in ("eval_edges", "eval_fraction")}
     try:
@@ -82,7 +84,7 @@ def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
         raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
     if "nodes" not in overrides and not Path(run_config.nodes).exists():
         raise UserError(
-            f"{run_config.nodes} (from {checkpoint.parent.parent / 'config.yaml'}) does not exist: run this in "
+            f"{run_config.nodes} (from {checkpoint.parent.parent / 'config.yaml'}) does not exist; run this command in "
             "the folder that training was started in, or set --nodes, --image_root and --model_name"
         )
     return dataclasses.replace(run_config, **overrides)
@@ -95,15 +97,15 @@ class Inference(NamedTuple):
     images: ImageSource
     module: TrainedModule
     outputs: NodeOutputs
-    towers: Towers  # on the device of live towers, else on the CPU
+    towers: Towers  # on the CPU if outputs come from a tower store, else on this rank's device
     nodes_fingerprint: str
     checkpoint_fingerprint: str
 
     @torch.no_grad()
     def embed_new(self, text: str | None, image_path: str | None) -> dict[str, torch.Tensor]:
-        """Return all embeddings, (d,) each, of a node that is not in the graph, from a text, an image or both.
+        """Return all embeddings, (d,) each, of a new node that has a text, an image or both.
 
-        A missing text is replaced by one space and a missing image by a black one, as for the graph's nodes.
+        A missing text is replaced by one space, and a missing image by a black image, as for the graph's nodes.
 
         Raises:
             UserError: the image cannot be read.
@@ -112,7 +114,7 @@ class Inference(NamedTuple):
         input_ids, attention_mask = inputs.tokenize([text or " "])
         pictures, [status] = inputs.read_images([UNRESOLVED_FILES.locate({"image_path": image_path})])
         if status == IMAGE_STATUS.index("truncated"):
-            log(f"{image_path} is truncated; the run's truncated_images setting applies")
+            log(f"{image_path} is truncated; it is used as the run's truncated_images setting says")
         elif image_path is not None and status:
             raise UserError(f"{image_path}: {IMAGE_STATUS[status]}")
         device = next(self.towers.text_model.parameters()).device
@@ -124,9 +126,9 @@ class Inference(NamedTuple):
 
 
 def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) -> Inference:
-    """Load a checkpoint, and open the graph's nodes and their token source. Called by all ranks.
+    """Load a checkpoint, and open the graph's nodes and their token source. Call on all ranks.
 
-    Tokens are read from the tower store if it has float32 tokens of all nodes. Otherwise the checkpoint's own towers
+    Tokens are read from the tower store if it has float32 tokens of all nodes. Otherwise, the towers in the checkpoint
     run live.
 
     Raises:
@@ -166,10 +168,10 @@ def load_pretrained_encoder(
     """Load an encoder from an epoch or final file, in eval mode. All weights and widths come from the file.
 
     Args:
-        checkpoint_path: a file of mmgraph or the original trainer.
+        checkpoint_path: a file that mmgraph or the original trainer has written.
         device: where to put the encoder. If CUDA is requested but not available, the CPU is used and a line is logged.
-        model_name: CLIP model whose configuration the towers have. Default: the model in the run's ``config.yaml``
-            beside the checkpoint's folder, else ViT-B/32.
+        model_name: CLIP model that the checkpoint's towers belong to; only its configuration is used. Default: the
+            model in the run's ``config.yaml``, beside the checkpoint's folder. Without such a file: ViT-B/32.
 
     Raises:
         UserError: the file cannot be read, or does not fit the towers' configuration.
@@ -179,18 +181,22 @@ def load_pretrained_encoder(
     widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
     if len(widths) < 2 or widths[0] % HEADS or not min(widths):
         raise UserError(
-            f"{checkpoint_path}: widths are {tuple(widths)}; the first, the fusion's, must be a multiple of {HEADS}"
+            f"{checkpoint_path}: fusion and projections have the widths {tuple(widths)}; the fusion's width must be a "
+            f"multiple of {HEADS}, and no width may be 0"
         )
     with torch.device("meta"):  # the file's shapes are checked before memory is allocated for them
         expected = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths).state_dict()
     for key in [*expected, *state]:
         if key not in state or key not in expected:
             where = "is missing in" if key not in state else "is unexpected in"
-            raise UserError(f"{checkpoint_path}: {key} {where} the file; is {name} the model it was trained with?")
+            raise UserError(
+                f"{checkpoint_path}: {key} {where} the file for the model {name}; give the model that the "
+                "checkpoint was trained with"
+            )
         if state[key].shape != expected[key].shape:
             raise UserError(
-                f"{checkpoint_path}: {key} has shape {tuple(state[key].shape)}, but {tuple(expected[key].shape)} with "
-                f"the towers of {name}; give the model it was trained with"
+                f"{checkpoint_path}: {key} has shape {tuple(state[key].shape)}, but the towers of {name} need shape "
+                f"{tuple(expected[key].shape)}; give the model that the checkpoint was trained with"
             )
     encoder = MultimodalGraphEncoder.from_towers(empty_towers(name), *widths)
     encoder.load_state_dict(state)
@@ -201,13 +207,13 @@ def load_pretrained_encoder(
 
 
 def model_name_of_run(checkpoint_path: str | Path) -> str | None:
-    """Return the CLIP model that a checkpoint's run was trained with, or None if the run's settings are not found."""
+    """Return the name of the CLIP model in the settings of a checkpoint's run. Without such settings, return None."""
     settings = run_settings(checkpoint_path)
     return settings.get("model_name") if settings else None
 
 
 def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
-    """Return the ``config.yaml`` of the run that a checkpoint is in, or None if it does not exist or is not valid."""
+    """Return the settings in the ``config.yaml`` of a checkpoint's run. Without a valid file, return None."""
     path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -9,23 +9,23 @@ import torch.nn.functional as F
 from mmgraph.losses.gather import gather_with_gradients
 from mmgraph.losses.negative_mask import FalseNegatives, NegativeMask
 
-LOGIT_CHUNK = 1 << 24  # logits in memory at a time, 64 MB in float32; a larger logit matrix is computed in chunks
+LOGIT_CHUNK = 1 << 24  # maximum number of logits in memory (64 MB in float32); more are computed in chunks
 
 
 class Losses(NamedTuple):
     """The losses of a batch; scalars, float32."""
 
     total: torch.Tensor  # mm + graph_loss_weight * graph
-    mm: torch.Tensor  # text against image of the same node
-    graph: torch.Tensor  # anchor against positive
-    masked_counts: tuple[torch.Tensor, ...] = ()  # (mm, graph): masked false negatives per query; () if masking is off
+    mm: torch.Tensor  # text-image loss: compares each text with the image of its node
+    graph: torch.Tensor  # graph loss: compares each anchor with its positive
+    masked_counts: tuple[torch.Tensor, ...] = ()  # masked false negatives per query: (mm, graph), or () without masking
 
 
 class BatchNodes(NamedTuple):
     """The nodes of this rank's embeddings: its b anchors, then its b positives."""
 
     rows: torch.Tensor  # (2b,) int64, rows of the node table
-    missing_image: torch.Tensor  # (2b,) bool
+    missing_image: torch.Tensor  # (2b,) bool, True for a node without an image
 
 
 def info_nce_loss(logits: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def info_nce_loss(logits: torch.Tensor) -> torch.Tensor:
         logits: (N, N) similarities divided by the temperature; the positives are on the diagonal.
 
     Returns:
-        Scalar: the mean of the cross-entropy over rows and the cross-entropy over columns.
+        Scalar: the mean of two cross-entropies, one over the rows and one over the columns.
     """
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -52,27 +52,27 @@ def contrastive_losses(
 ) -> Losses:
     """Compute this rank's losses against the global batch.
 
-    Each rank computes its rows and columns of the global logit matrix. The mean of the losses over ranks is the loss of
-    a single process with the complete batch. The same is true of the gradients, which DDP averages.
+    Each rank computes its rows and columns of the global logit matrix. The mean of the ranks' losses equals the loss of
+    a single process with the complete batch. DDP averages the gradients over ranks, so they are also equal.
 
     Args:
         z_graph, z_text, z_vis: (2b, proj_dim) each, rows of unit length: this rank's b anchors, then its b positives.
             Every rank has the same b.
         temperature: divisor of the cosine similarities.
         graph_loss_weight: weight of the graph loss in the total.
-        false_negatives: which entries to mask in the denominators (false negative elimination, Huynh et al., 2022);
-            None masks nothing, as in the original trainer.
-        nodes: the nodes of the embeddings; required with ``false_negatives``.
+        false_negatives: rules that select logits to exclude from the denominators (false negative elimination, Huynh et
+            al., 2022). None excludes nothing, as in the original trainer.
+        nodes: the nodes of the embeddings; required if ``false_negatives`` is set.
 
     Raises:
-        ValueError: ``false_negatives`` without ``nodes``.
+        ValueError: ``false_negatives`` is set, but ``nodes`` is None.
     """
     local = [z.float().unflatten(0, (2, -1)) for z in (z_graph, z_text, z_vis)]  # (2, b, proj_dim) each
     gathered, offset, edges = local, 0, local[0].shape[1]  # b
     if dist.is_initialized() and dist.get_world_size() > 1:
         gathered = list(gather_with_gradients(torch.stack(local), dim=2))  # (2, B, proj_dim): all anchors and positives
         offset = edges * dist.get_rank()
-    labels = torch.arange(offset, offset + edges, device=local[0].device)  # (b,) indices in the global batch
+    labels = torch.arange(offset, offset + edges, device=local[0].device)  # (b,) this rank's edges in the global batch
     node_labels = torch.cat([labels, labels + gathered[0].shape[1]])  # (2b,) the positives follow all B anchors
     masks = _Masks() if false_negatives is None else _build_masks(false_negatives, nodes, labels, node_labels)
     graph_loss = _info_nce(tuple(local[0]), tuple(gathered[0]), labels, temperature, masks.graph)
@@ -82,14 +82,17 @@ def contrastive_losses(
 
 
 class _Masks(NamedTuple):
-    """Masks of each loss, for this rank's rows and columns of the logits. The default masks nothing."""
+    """Two masks per loss: one for this rank's rows of logits, one for its columns. The default masks nothing."""
 
     graph: tuple[NegativeMask, NegativeMask] | None = None
     mm: tuple[NegativeMask, NegativeMask] | None = None
     mm_weights: torch.Tensor | None = None  # (2b,) weight of each node in the mean cross-entropy
 
     def counts(self) -> tuple[torch.Tensor, ...]:
-        """Return the masked false negatives per query of mm and graph. The computation of the losses counts them."""
+        """Return the masked false negatives per query: in the text-image loss, then in the graph loss.
+
+        Call this after the losses are computed, because that computation counts the masked entries.
+        """
         return tuple(
             torch.stack([mask.count / mask.queries for mask in masks]).mean()
             for masks in (self.mm, self.graph)
@@ -109,7 +112,7 @@ def _build_masks(
     if false_negatives.missing_images:
         absent = gathered[1].flatten().bool()  # (2B,)
         present = ~nodes.missing_image
-        # With these weights, the mean over ranks is the mean over all nodes with an image.
+        # With these weights, the mean of the ranks' losses is the mean over all nodes that have an image.
         weights = present * (len(absent) / (~absent).sum().clamp(min=1))
     graph = false_negatives.graph_masks(rows, all_rows, labels)
     mm = false_negatives.text_image_mask(rows.flatten(), all_rows.flatten(), node_labels, absent)
@@ -124,16 +127,16 @@ def _info_nce(
     masks: tuple[NegativeMask, NegativeMask] | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute :func:`info_nce_loss` of this rank's rows and columns of the logit matrix.
+    """Compute the loss of :func:`info_nce_loss` from this rank's rows and columns of the logit matrix.
 
-    A matrix of more than ``LOGIT_CHUNK`` entries is computed in chunks and never stored in full.
+    More than ``LOGIT_CHUNK`` logits are computed in chunks and never stored in full.
 
     Args:
         local: left and right embeddings of this rank, (n, d) each.
         gathered: left and right embeddings of all ranks, (N, d) each.
         labels: (n,) indices of the local embeddings in the gathered ones.
-        masks: entries to mask in the denominators, for the rows and for the columns.
-        weights: (n,) weights of the cross-entropies in their mean; default: 1.
+        masks: one mask for the rows and one for the columns: logits to exclude from the denominators. Default: none.
+        weights: (n,) weights of the n queries' cross-entropies in their mean. Default: 1.
     """
     if len(local[0]) * len(gathered[0]) > LOGIT_CHUNK:
         single_process = local[0].data_ptr() == gathered[0].data_ptr()
@@ -160,12 +163,13 @@ def _cross_entropy(
 
 
 class _ChunkedInfoNCE(torch.autograd.Function):
-    """:func:`_info_nce` in O((n + N) d) memory.
+    """Computes :func:`_info_nce` in O((n + N) d) memory.
 
-    A chunk contains complete rows of logits, so the forward pass computes its softmax and its gradients while the chunk
-    is in memory. The backward pass recomputes nothing (as in Liger's fused linear cross-entropy, Hsu et al., 2024).
+    A chunk contains complete rows of logits. The forward pass therefore computes the chunk's softmax, and the gradients
+    from it, while the chunk is in memory. The backward pass only scales these gradients. Liger's fused linear
+    cross-entropy (Hsu et al., 2024) does the same.
 
-    ``all_left`` and ``all_right`` are None in a single process: ``left`` and ``right`` are then the complete batch.
+    In a single process, ``left`` and ``right`` are the complete batch, and ``all_left`` and ``all_right`` are None.
     """
 
     @staticmethod
@@ -215,7 +219,7 @@ def _chunked_cross_entropy(
 ) -> torch.Tensor:
     """Return the summed cross-entropy, a scalar, of the (n, N) logits ``queries @ keys.T / temperature``.
 
-    Adds the gradients to ``query_grad`` (n, d) and ``key_grad`` (N, d), without the factor 1 / temperature, which the
+    Add the gradients to ``query_grad`` (n, d) and ``key_grad`` (N, d). They lack the factor 1 / temperature, which the
     caller applies.
     """
     loss = queries.new_zeros(())
@@ -229,7 +233,8 @@ def _chunked_cross_entropy(
         losses = normalizer - logits.gather(1, targets[:, None])  # (s, 1)
         weight = None if weights is None else weights[start : start + len(chunk), None]  # (s, 1)
         loss += losses.sum() if weight is None else (losses * weight).sum()
-        logit_grad = logits.sub_(normalizer).exp_()  # softmax, in place; without the one-hot labels, it is the gradient
+        # In place: the softmax. The next line subtracts the one-hot labels, which gives the gradient of the logits.
+        logit_grad = logits.sub_(normalizer).exp_()
         logit_grad[torch.arange(len(chunk), device=queries.device), targets] -= 1
         if weight is not None:
             logit_grad *= weight

@@ -1,4 +1,4 @@
-"""Gathering of embeddings over all ranks, with gradients."""
+"""Gathers embeddings from all ranks, with gradients."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def gather_with_gradients(local: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """(...) on each rank -> (world_size, ...) on every rank."""
+    """Stacks the tensors of all ranks: (...) on each rank -> (world_size, ...) on every rank."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:

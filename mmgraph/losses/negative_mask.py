@@ -1,4 +1,4 @@
-"""Masks for false negatives: logits that are excluded from the denominators of the losses."""
+"""Masks that exclude the logits of false negatives from the denominators of the losses."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,23 @@ from mmgraph.data.content_hashes import ContentHashes, without_file
 
 
 class NegativeMask:
-    """Masks entries in the logits of n queries over all N columns, one chunk of queries at a time.
+    """Computes which logits to mask for n queries over N columns, one chunk of queries at a time.
 
-    An entry is a false negative if its column's node has the same image as one of the query's own nodes, is one of
-    these nodes, or is a neighbor of the query's node. The column of a query's positive is never masked.
+    The own nodes of a query are its node and, in the graph loss, also the node of its positive. A logit is a false
+    negative if the node of its column is an own node, has the same image as an own node, or is a neighbor of the
+    query's node. The column of a query's positive is never masked.
 
     Args:
-        own_images: image numbers of the queries' own nodes, (n,) each: of the query's node and, in the graph loss, of
-            its positive's node. An empty tuple masks nothing by image.
+        own_images: image numbers of the queries' own nodes: (n,) for the queries' nodes and, in the graph loss, (n,)
+            for their positives' nodes. An empty tuple masks neither own nodes nor equal images.
         columns: (N,) image numbers of the columns' nodes.
         labels: (n,) column of each query's positive.
-        linked: the adjacency, node rows of the queries (n,) and node rows of the columns (N,); None masks no neighbors.
-        absent: (N,) bool, columns to mask for all queries.
+        linked: the adjacency, the queries' node rows (n,) and the columns' node rows (N,). None masks no neighbors.
+        absent: (N,) bool, columns to mask for all queries. None masks no column.
 
     Attributes:
-        count: false negatives in the chunks computed so far, before ``absent`` is applied; a scalar tensor.
+        count: scalar tensor, the number of false negatives in the chunks computed so far. Logits that only ``absent``
+            masks are not counted.
         queries: number of queries in these chunks.
     """
 
@@ -62,17 +64,19 @@ class NegativeMask:
 
 
 class FalseNegatives(NamedTuple):
-    """The masking rules of a run, with the data of its N nodes that they need, on the device."""
+    """The masking rules of a run. Their data about the graph's N nodes is on the device."""
 
-    image_numbers: torch.Tensor  # (N,) int64, as image_numbers() returns them
-    mask_same: bool  # mask the query's own nodes, and nodes with the same image as one of them
-    neighbors: Adjacency | None  # mask these neighbors in the graph loss
+    image_numbers: torch.Tensor  # (N,) int64, from image_numbers()
+    mask_same: bool  # mask the query's own nodes, and nodes with the same image as an own node
+    neighbors: Adjacency | None  # mask the neighbors in this adjacency in the graph loss; None masks no neighbors
     missing_images: bool  # exclude nodes without an image from the text-image loss
 
     def graph_masks(
         self, local: torch.Tensor, all_ranks: torch.Tensor, labels: torch.Tensor
     ) -> tuple[NegativeMask, NegativeMask] | None:
-        """Return the masks of anchors over all positives and of positives over all anchors; None without masking.
+        """Return two masks: of this rank's anchors over all positives, and of its positives over all anchors.
+
+        Return None if the graph loss masks nothing.
 
         Args:
             local: (2, b) node rows of this rank's anchors and positives.
@@ -98,16 +102,17 @@ class FalseNegatives(NamedTuple):
             local: (2b,) node rows of this rank's nodes.
             all_ranks: (2B,) node rows of all ranks' nodes.
             labels: (2b,) indices of this rank's nodes among all nodes.
-            absent: (2B,) bool, nodes to mask.
+            absent: (2B,) bool, True for nodes to mask. None masks no node.
         """
         own_images = (self.image_numbers[local],) if self.mask_same else ()
         return NegativeMask(own_images, self.image_numbers[all_ranks], labels, absent=absent)
 
 
 def image_numbers(content_hashes: ContentHashes) -> torch.Tensor:
-    """Return an image number for each node, (N,) int64: equal if the image files have the same bytes.
+    """Return an image number for each node, (N,) int64.
 
-    A node without an image file gets a unique number.
+    Two nodes have the same number if and only if their image files have the same bytes. A node without an image file
+    has a unique number.
     """
     _, numbers = np.unique(content_hashes.images, return_inverse=True)
     unique = len(numbers) + np.arange(len(numbers))
@@ -125,7 +130,7 @@ def build_false_negatives(
 
     Args:
         config: the run's settings.
-        num_nodes: N.
+        num_nodes: number of nodes in the graph.
         content_hashes: hashes of the nodes' images; needed unless ``false_negatives`` is ``keep``.
         neighbors: adjacency of the training edges; needed if ``false_negatives`` is ``mask_neighbors``.
         device: device for the tensors.

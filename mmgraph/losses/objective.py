@@ -1,7 +1,7 @@
 """The objective of a run: its losses by name, and their weighted sum.
 
-To add a loss, write a function, add a flag for its weight, and extend :data:`LABELS` and :class:`Objective`. Metrics
-rows, log lines, charts and trackers then include it.
+To add a loss, write a function, add a flag for its weight, and extend :data:`LABELS` and :class:`Objective`. The loss
+then appears in metrics rows, log lines, charts and trackers.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # names of the losses
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of a rank's b edges: b anchors, then b positives; (2b, proj_dim) each, rows of unit length."""
+    """Embeddings of a rank's b edges, (2b, proj_dim) each: b anchors, then b positives. Each row has unit length."""
 
     graph: torch.Tensor
     text: torch.Tensor
@@ -37,9 +37,10 @@ class Objective:
     """Computes the losses of a batch.
 
     Args:
-        config: the run's settings; sets the temperature, the graph loss weight, and whether a truncated image
+        config: the run's settings. They include the temperature, the graph loss weight, and whether a truncated image
             counts as missing.
-        false_negatives: which entries to mask in the denominators; None masks nothing, as in the original trainer.
+        false_negatives: rules that select logits to exclude from the denominators. None excludes nothing, as in the
+            original trainer.
     """
 
     def __init__(self, config: Config, false_negatives: FalseNegatives | None):
@@ -61,5 +62,5 @@ class Objective:
     def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:
         if self.false_negatives is None or batch.image_status is None:
             return None
-        black = torch.from_numpy(is_black(batch.image_status, self.config.truncated_images))  # (U,)
+        black = torch.from_numpy(is_black(batch.image_status, self.config.truncated_images))  # (U,) unique nodes
         return BatchNodes(batch.rows, black.to(batch.rows.device)[batch.inverse])

@@ -1,1 +1,4 @@
-"""The report: one self-contained HTML page for one or several runs, written by ``mmgraph report`` or at a run's end."""
+"""Writes a report: one self-contained HTML page about one or several runs.
+
+``mmgraph report`` writes a report about any runs. A training run can also write its own report when it ends.
+"""

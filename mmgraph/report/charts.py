@@ -1,4 +1,4 @@
-"""Bokeh charts of runs: metrics over the steps, ranks of held-out edges over training, and the map of nodes."""
+"""Draws Bokeh charts of runs: metrics of each step, MRR and Hits of each evaluation, and the map of nodes."""
 
 import json
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from mmgraph.evaluation.evaluator import FIXED, TRAINED
 from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.report.history import RANKS, Run, thinned
 
-MAX_POINTS = 1_000  # per curve
-FEW_POINTS = 50  # solid lines of ranks with fewer points have a marker at each point
+MAX_POINTS = 1_000  # largest number of points in a curve
+FEW_POINTS = 50  # a solid line of MRR or Hits with fewer points has a marker at each point
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 BASELINES = (*FIXED, "random")
-CURVES = {  # name in metrics.jsonl -> title
+CURVES = {  # name in metrics.jsonl -> title of the chart
     TOTAL: "loss",
     **{name: f"{label} loss" for name, label in LABELS.items()},
     "lr": "learning rate",
@@ -63,7 +63,7 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
     """Build a chart for each metric of :data:`CURVES` that at least one run has recorded.
 
     Returns:
-        The charts, and the largest number of steps that a point is the mean of.
+        The charts, and the largest number of steps that one point averages.
     """
     charts, max_steps = [], 1
     for key, title in CURVES.items():
@@ -79,10 +79,10 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
 
 
 class RankLine(NamedTuple):
-    """A line in the charts of ranks: one embedding of one run."""
+    """A line in the charts of MRR and Hits. It shows one embedding of one run."""
 
     run: Run
-    embedding: str  # its name
+    embedding: str  # name of the embedding
     label: str
     colour: str
 
@@ -92,10 +92,10 @@ class RankLine(NamedTuple):
 
 
 def rank_lines(runs: Sequence[Run]) -> list[RankLine]:
-    """Choose the lines of the charts of ranks.
+    """Choose the lines of the charts of MRR and Hits.
 
-    With one run, there is a line for each embedding. With several runs, each run has a line for ``z_graph`` and a line
-    for the baseline with the highest MRR in its last evaluation.
+    For a single run, there is a line for each embedding. For several runs, each run has a line for ``z_graph`` and a
+    line for the baseline that has the highest MRR in the run's last evaluation.
     """
     if len(runs) == 1:
         names = [name for name in (*TRAINED, *BASELINES) if f"eval/{name}/mrr" in runs[0].evaluations]
@@ -110,7 +110,7 @@ def rank_lines(runs: Sequence[Run]) -> list[RankLine]:
 
 
 def ranks(lines: Sequence[RankLine]) -> list[Chart]:
-    """Build the charts of MRR and Hits over training."""
+    """Build the charts of MRR and Hits during training."""
     charts = []
     for metric, title in RANKS.items():
         drawn = []
@@ -126,7 +126,7 @@ def ranks(lines: Sequence[RankLine]) -> list[Chart]:
 
 
 def colours(count: int) -> list[str]:
-    """Return ``count`` CSS colors; they repeat after ``len(COLOURS)``."""
+    """Return ``count`` CSS colors. After ``len(COLOURS)`` colors, they repeat."""
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
@@ -149,7 +149,10 @@ def _chart(key: str, title: str, lines: Sequence[Line]) -> Chart:
 
 
 def _extent(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
-    """Return the limits of a y axis: the range of the values plus 5 %. With ``from_zero``, the axis includes 0."""
+    """Return the limits of a y axis.
+
+    The limits are those of the values, with a margin of 5 % of their range. With ``from_zero``, the axis includes 0.
+    """
     values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -157,11 +160,11 @@ def _extent(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
 
 
 def node_map(key: str, positions: np.ndarray, names: Sequence[str], pictures: Sequence[str]) -> Chart:
-    """Draw M nodes at their positions, each as its image, or as a dot if it has none.
+    """Draw M nodes at their positions. A node is drawn as its image, or as a dot if ``pictures`` has no image for it.
 
     Args:
         key: name of the chart.
-        positions: (M, 2).
+        positions: (M, 2), x and y of each node.
         names: M texts for the tooltips.
         pictures: M ``data:`` URIs; an empty string for a node that is drawn as a dot.
     """
@@ -186,7 +189,7 @@ def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
     if pictured:
         plot.image_url("picture", "x", "y", 26, 26, w_units="screen", h_units="screen", anchor="center", source=source)
         tip = f'<img src="@picture" alt="" width="72">{tip}'
-    # The hover tool does not react to images, so each image has an invisible dot of its size.
+    # The hover tool does not react to images, so an invisible dot of the same size lies over each image.
     size, alpha = (26, 0.0) if pictured else (6, 0.6)
     dots = plot.scatter("x", "y", source=source, size=size, color=COLOURS[0], alpha=alpha)
     plot.add_tools(HoverTool(renderers=[dots], tooltips=tip, limit=2))
@@ -195,5 +198,5 @@ def _draw_nodes(plot: Any, source: ColumnDataSource, pictured: bool) -> None:
 def _embedded(plot: Any) -> str:
     plot.background_fill_color = plot.border_fill_color = None
     plot.outline_line_color = None
-    # A node's name may contain "</script", which would close the script element, or "<!--".
+    # A node's name may contain "</script" or "<!--". In a script element, both would change how the page is parsed.
     return json.dumps(json_item(plot)).replace("<", "\\u003c")

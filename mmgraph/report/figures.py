@@ -1,4 +1,4 @@
-"""The parts of a report that are sent to trackers: images of the map and the gallery, and tables."""
+"""Builds the parts of a report that are sent to trackers: images of the map and of the gallery, and tables."""
 
 from typing import Any, NamedTuple
 
@@ -7,18 +7,18 @@ from PIL.Image import Image
 from mmgraph.report.page import Shown, relations_of
 from mmgraph.report.pictures import scattered, sheet
 
-MAP_PIXELS, GALLERY_PIXELS = 1200, 100  # side of the map, and of a node's image in the gallery
+MAP_PIXELS, GALLERY_PIXELS = 1200, 100  # side of the map, and side of a node's image in the gallery
 
 
 class Figures(NamedTuple):
-    """Images and tables of a report, by tag."""
+    """Images and tables of a report. The keys are the names that they get in a tracker."""
 
     pictures: dict[str, Image]
     tables: dict[str, tuple[list[str], list[list[Any]]]]  # columns, rows
 
 
 def figures(shown: Shown) -> Figures:
-    """Build the figures of one run."""
+    """Build the images and tables of one run."""
     result = Figures({}, {})
     if shown.nodes is not None:
         positions = [(float(x), float(y)) for x, y in shown.nodes.positions]

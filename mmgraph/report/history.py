@@ -1,4 +1,4 @@
-"""Reads a run's folder: settings, metrics of all steps and evaluations, and the environment of each start."""
+"""Reads a run's folder: its settings, the metrics of all steps and evaluations, and the environment of each start."""
 
 import json
 from array import array
@@ -23,14 +23,14 @@ class Run(NamedTuple):
     name: str
     folder: Path
     settings: dict[str, Any]
-    steps: Columns  # (S,) float64 each, by their names in metrics.jsonl; NaN for missing values
-    evaluations: Columns  # (E,) float64 each: ``step``, ``eval/...`` and ``eval_sampled/...``
+    steps: Columns  # by name in metrics.jsonl, (S,) float64 each; a missing value is NaN
+    evaluations: Columns  # (E,) float64 each, for ``step``, ``eval/...`` and ``eval_sampled/...``
     table: Table | None  # the last evaluation, including relations and retrieval
     starts: list[dict[str, Any]]  # see mmgraph.utils.environment.record_start
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs with :func:`read_run`. Runs with the same name are named by their folders instead."""
+    """Read several runs with :func:`read_run`. If several runs have the same name, use their folders as names."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
@@ -44,13 +44,13 @@ def read_run(folder: Path) -> Run:
     """
     config = folder / "config.yaml"
     if not config.is_file():
-        raise UserError(f"{folder}: not a run's folder (it has no config.yaml)")
+        raise UserError(f"{folder}: not a run's folder (it has no config.yaml); give the output folder of a run")
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{config}: must consist of 'flag: value' lines")
+        raise UserError(f"{config}: must be a YAML mapping of flags to values")
     steps, evaluations = _read_metrics(folder / "metrics.jsonl")
     name = str(settings.get("run_name") or folder.resolve().name)
     return Run(name, folder, settings, steps, evaluations, _read_table(folder / "evaluation.json"), read_starts(folder))
@@ -83,7 +83,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Columns:
-    """Collects rows of numbers as columns of float64, so that a long run takes 8 bytes a value."""
+    """Collects rows of numbers as columns of float64. A value then takes only 8 bytes, which matters for long runs."""
 
     def __init__(self) -> None:
         self.columns, self.length = dict[str, "array[float]"](), 0
@@ -116,7 +116,9 @@ def _read_table(path: Path) -> Table | None:
 
 
 def _check_table(table: Table) -> None:
-    """Check the values that a page needs from a table of :meth:`mmgraph.evaluation.evaluator.Evaluation.evaluate`.
+    """Check that a table has the values that a page needs.
+
+    :meth:`mmgraph.evaluation.evaluator.Evaluation.evaluate` returns such a table.
 
     Raises:
         ValueError: the table has no embeddings.
@@ -137,11 +139,11 @@ def _check_table(table: Table) -> None:
 
 
 def thinned(columns: Columns, name: str, max_points: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Reduce a column to at most ``max_points`` points, each the mean of the same number of consecutive steps.
+    """Reduce a column to at most ``max_points`` points. Each point averages the same number of consecutive steps.
 
     Returns:
-        (P,) the last step of each point; (P,) the means of the finite values, NaN for a point without any; and the
-        number of steps per point (the last point may have fewer).
+        The last step of each point, (P,); the mean of the finite values of each point, (P,), which is NaN if there are
+        none; and the number of steps per point. The last point may have fewer steps.
     """
     steps, values = columns["step"], columns[name]
     size = -(-len(steps) // max_points) or 1

@@ -1,4 +1,4 @@
-"""Writes report pages: from the folders of runs, and at the end of a run."""
+"""Writes report pages from the folders of runs, or at the end of a training run."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from mmgraph.report.page import Shown, write_page
 from mmgraph.utils.files import explain_disk_errors
 from mmgraph.utils.log import log
 
-EMBEDDING = "z_graph"  # the embedding of the map and of the nearest nodes
+EMBEDDING = "z_graph"  # the embedding that the map and the nearest nodes are computed from
 FILE = "report.html"
 
 
@@ -36,18 +36,19 @@ def report(
     accelerator: Accelerator,
     queries: Sequence[Query],
 ) -> None:
-    """Write one page for several runs. Called by all ranks, which embed the nodes together.
+    """Write one page about several runs. All ranks must call this function, because they share the nodes to embed.
 
     Args:
-        folders: folders of runs, finished or not. If the nodes of a run cannot be embedded, the page gives the reason.
+        folders: folders of finished or unfinished runs. If the nodes of a run cannot be embedded, the page gives the
+            reason.
         output: the HTML file.
-        overrides: settings that replace those of the runs.
+        overrides: settings that replace the settings of the runs.
         accelerator: the Accelerator of this launch.
-        queries: nodes to show first in the gallery.
+        queries: nodes to show at the start of the gallery.
 
     Raises:
-        UserError: a folder is not a run's folder, ``output`` is not a usable path, or there are queries and a query
-            cannot be resolved or the nodes of a run cannot be embedded.
+        UserError: a folder is not a run's folder, ``output`` is not a usable path, a query cannot be resolved, or there
+            are queries and the nodes of a run cannot be embedded.
         RunError: the file cannot be written.
     """
     runs = raise_on_all_ranks(accelerator, lambda: read_runs(folders))
@@ -55,7 +56,7 @@ def report(
     shown = [_shown(run, overrides, accelerator, queries, MAP_NODES // len(runs)) for run in runs]
 
     def write() -> None:
-        with explain_disk_errors(target.parent, "free some space, or set --output to another file"):
+        with explain_disk_errors(target.parent, "free some disk space, or set --output to a file on another disk"):
             write_page(target, shown)
         log(f"report: {output} ({target.stat().st_size / 1e6:.1f} MB)")
 
@@ -77,9 +78,9 @@ def _writable(output: Path) -> Path:
 def _shown(
     run: Run, overrides: Mapping[str, Any], accelerator: Accelerator, queries: Sequence[Query], max_nodes: int
 ) -> Shown:
-    """Prepare a run for the page: with its nodes, or with the reason why they cannot be shown.
+    """Prepare a run for the page. The result has the run's nodes, or the reason why the nodes cannot be shown.
 
-    Called by all ranks. Only the main process gets the nodes.
+    All ranks must call this function. Only the main process gets the nodes.
     """
     try:
         checkpoint = broadcast_from_main_process(accelerator, lambda: last_checkpoint(run.folder))
@@ -90,7 +91,7 @@ def _shown(
     except UserError as error:
         if queries:
             raise
-        log(f"{run.folder}: the report has no map and no nearest nodes: {error}")
+        log(f"{run.folder}: the report has no map and no nearest nodes, because the nodes cannot be embedded: {error}")
         return Shown(run, None, str(error))
     run_nodes = NodesOfRun(
         inference.nodes, inference.images, vectors, config.truncated_images, config.seed, checkpoint.name
@@ -114,18 +115,18 @@ def end_of_run(
 ) -> Figures | None:
     """Write ``report.html`` into a run's folder.
 
-    Called by all ranks, which embed the nodes together. Then the main process writes the page, and the other ranks do
-    not wait for it.
+    All ranks must call this function, because they share the nodes to embed. Then the main process writes the page. The
+    other ranks do not wait for the page.
 
     Args:
         config: settings of the run.
         accelerator: the run's Accelerator.
         graph: the run's graph.
-        module: the trained module, with all parameters, in float32, on the device.
+        module: the trained module with all parameters, in float32, on this rank's device.
         outputs: tower outputs of the graph's nodes.
 
     Returns:
-        The figures for trackers on the main process, None on the other ranks.
+        On the main process, the figures for trackers; on the other ranks, None.
     """
     output = config.output_folder
     shard = raise_on_all_ranks(accelerator, lambda: embed_shard(accelerator, module.embeddings, outputs, (EMBEDDING,)))

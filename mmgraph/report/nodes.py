@@ -17,19 +17,19 @@ from mmgraph.inference.embeddings import NodeVectors
 from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest_neighbors, plain
 from mmgraph.report.pictures import thumbnails
 
-MAP_NODES = 2_000  # on all maps of a page together
-GALLERY_NODES, NEAREST = 12, 8  # nodes in the gallery, and nearest nodes of each
-MAP_SIDE, GALLERY_SIDE = 48, 96  # pixels
+MAP_NODES = 2_000  # maximum number of nodes on all maps of a page together
+GALLERY_NODES, NEAREST = 12, 8  # nodes in the gallery, and nearest nodes that are shown for each of them
+MAP_SIDE, GALLERY_SIDE = 48, 96  # maximum width and height of a node's image, in pixels
 EXAMPLES = 3  # nodes listed for each image status, except for complete images
-MAX_TEXT_LENGTH = 160  # characters of a name, text or path on the page
-PERPLEXITY = 30.0  # of t-SNE; lower for a small sample
+MAX_TEXT_LENGTH = 160  # maximum number of characters of a name, a text or a path on the page
+PERPLEXITY = 30.0  # of t-SNE; a small sample needs a lower value
 MIN_TSNE_NODES = 8
 
 
 class Node(NamedTuple):
     """A node on the page."""
 
-    row: int | None  # None for a query that is not a node of the graph
+    row: int | None  # None if the node is a query that is not in the graph
     node_id: str
     name: str
     text: str
@@ -41,7 +41,7 @@ class Neighbor(NamedTuple):
 
     node: Node
     similarity: float  # cosine
-    edge: str  # "trained", "held out", or empty without an edge
+    edge: str  # "trained" or "held out"; empty if there is no edge
 
 
 class Entry(NamedTuple):
@@ -63,13 +63,13 @@ class Nodes(NamedTuple):
     """The node sections of a run's report."""
 
     total: int  # nodes in the graph
-    checkpoint: str  # name of the checkpoint that the embeddings are from
-    map: list[Node]  # the sample, in the order of the node table
-    positions: np.ndarray  # (len(map), 2), from 0 to 1
+    checkpoint: str  # name of the checkpoint that computed the embeddings
+    map: list[Node]  # the nodes on the map, in the order of the node table
+    positions: np.ndarray  # (len(map), 2): x and y of each node on the map, from 0 to 1
     gallery: list[Entry]
-    requested: int  # entries at the start of the gallery that were requested by queries
+    requested: int  # number of entries that queries requested; they are at the start of the gallery
     edges_known: bool
-    mean_similarity: float  # mean over all pairs of different nodes in the sample
+    mean_similarity: float  # mean cosine similarity of all pairs of different nodes on the map
     image_status: list[StatusCount]
     seed: int
 
@@ -91,7 +91,7 @@ class NodesOfRun(NamedTuple):
     embedded: NodeVectors
     truncated_images: Literal["partial", "black"]
     seed: int
-    checkpoint: str  # name of the checkpoint that the embeddings are from
+    checkpoint: str  # name of the checkpoint that computed the embeddings
 
 
 def show_nodes(
@@ -100,12 +100,12 @@ def show_nodes(
     load_links: Callable[[Sequence[int]], Links | None],
     max_nodes: int = MAP_NODES,
 ) -> Nodes:
-    """Draw a random sample of nodes, compute its map, and find the nearest nodes of the gallery's nodes.
+    """Draw a random sample of nodes for the map, and find the nearest nodes of each node in the gallery.
 
     Args:
         run_nodes: the nodes of a run.
-        queries: nodes to show first in the gallery.
-        load_links: returns the edges of the given rows, or None if the edges are not known.
+        queries: nodes to show at the start of the gallery.
+        load_links: returns the edges of the nodes with the given rows, or None if the edges are not known.
         max_nodes: maximum number of nodes on the map.
     """
     total = len(run_nodes.nodes)
@@ -145,16 +145,16 @@ def _for_gallery(run_nodes: NodesOfRun, drawn: np.ndarray) -> list[int]:
 def arrange(vectors: np.ndarray, seed: int) -> np.ndarray:
     """Project (M, d) unit vectors to positions in a square, so that similar vectors are close together.
 
-    The method is t-SNE (van der Maaten and Hinton, 2008) of the cosine distances, initialized by PCA. With fewer than
-    :data:`MIN_TSNE_NODES` nodes, it is PCA alone.
+    The method is t-SNE (van der Maaten and Hinton, 2008) on the cosine distances, with initial positions by PCA. For
+    fewer than :data:`MIN_TSNE_NODES` vectors, the method is PCA alone.
 
     Returns:
-        (M, 2), from 0 to 1.
+        (M, 2): x and y of each vector, from 0 to 1.
     """
     if len(vectors) < 2 or not np.ptp(vectors, axis=0).any():
         return np.full((len(vectors), 2), 0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal vectors cause warnings, but they are valid input
+        warnings.simplefilter("ignore")  # equal vectors are valid input, but cause warnings
         if len(vectors) < MIN_TSNE_NODES:
             positions = PCA(min(2, *vectors.shape), random_state=seed).fit_transform(vectors)
         else:

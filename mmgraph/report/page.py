@@ -1,4 +1,4 @@
-"""Builds the report page, one self-contained HTML file that shows runs and their nodes."""
+"""Builds the report page: one self-contained HTML file that shows runs and their nodes."""
 
 import dataclasses
 import time
@@ -20,8 +20,9 @@ from mmgraph.report.pictures import as_uri
 from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.files import write_durably
 
-MAP_PICTURE_BYTES = 3_000_000  # image data in all maps of a page; nodes whose images do not fit are drawn as dots
-SUMMARY_STEPS = 100  # last steps, for the mean loss and the median throughput in the summary
+# Maximum size of the images in all maps of a page together. A node whose image does not fit is drawn as a dot.
+MAP_PICTURE_BYTES = 3_000_000
+SUMMARY_STEPS = 100  # the summary shows the mean loss and the median throughput of this many last steps
 
 
 class Shown(NamedTuple):
@@ -85,7 +86,7 @@ def node_map_of(number: int, nodes: Nodes | None, runs: int) -> tuple[Chart, int
         runs: number of runs on the page.
 
     Returns:
-        The map, and the number of nodes that are drawn as images. None without nodes.
+        The map, and the number of nodes that are drawn as images; None if ``nodes`` is None.
     """
     if nodes is None:
         return None
@@ -103,7 +104,7 @@ def _label(node: Node) -> str:
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """Return the main figures of a run as pairs of label and value."""
+    """Return the most important values of a run as pairs of label and value."""
     steps = run.steps
     if not steps:
         return [("steps", "none yet")]
@@ -131,9 +132,9 @@ def _summary(run: Run) -> list[tuple[str, str]]:
 
 
 def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:
-    """Yield the rows of the evaluation table: name of the embedding, whether it is a baseline, and the values.
+    """Yield the rows of the evaluation table: name of the embedding, whether it is a baseline, and its values.
 
-    The values are MRR and Hits among all nodes, then MRR and Hits@10 among 100 random negatives.
+    The first values are MRR and Hits among all nodes. The last two are MRR and Hits@10 among 100 random nodes.
     """
     for name, values in table["embeddings"].items():
         sampled = table["sampled"][name]
@@ -141,9 +142,10 @@ def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:
 
 
 def relations_of(table: Table | None) -> tuple[list[str], list[tuple[str, int, list[float]]]] | None:
-    """Return the names of the embeddings, and a row for each relation: name, number of edges, MRR by embedding.
+    """Return the names of the embeddings, and a row for each relation.
 
-    Relations with more edges are first. Without relations, the result is None.
+    A row has the name of the relation, its number of edges, and the MRR of each embedding. The rows are sorted by the
+    number of edges, the largest first. If the table has no relations, the result is None.
     """
     if table is None or not table.get("relations"):
         return None
@@ -158,14 +160,14 @@ def relations_of(table: Table | None) -> tuple[list[str], list[tuple[str, int, l
 def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str], str]]:
     """Return a row for each setting: name, help text, value in each run, and CSS class.
 
-    The class is ``differs`` if the runs have different values, ``changed`` if they have the same value and it is not
-    the default, or else ``default``. Settings that differ are first.
+    The class is ``differs`` if the runs have different values. If all runs have the same value, the class is
+    ``default`` for the default value, and ``changed`` for any other value. Rows of class ``differs`` are first.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        field = fields.get(name)  # None for a setting that this version does not have
-        # An older run may lack a setting: its value is then the default.
+        field = fields.get(name)  # None if this version does not have the setting
+        # A run of an older version may lack a setting. The default is shown in its place.
         values = [run.settings.get(name, field.default if field else None) for run in runs]
         changed = field is None or any(value != field.default for value in values)
         css_class = "differs" if any(value != values[0] for value in values) else "changed" if changed else "default"
@@ -180,7 +182,7 @@ def _plain(value: Any) -> str:
 
 
 def _start(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield for each start of a run a title and rows of its environment: name and value."""
+    """Yield a title and the environment, as pairs of name and value, for each start of a run."""
     for start in starts:
         versions, step = start.get("versions"), start.get("from_step")
         facts = {

@@ -1,4 +1,4 @@
-"""Thumbnails of nodes' images, decoded as for the towers, for the page and for trackers."""
+"""Makes thumbnails of nodes' images for the page and for trackers. Images are decoded as for the towers."""
 
 import base64
 import io
@@ -14,9 +14,11 @@ from PIL import Image
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import decode_picture, is_black
 
-WORKERS = 2  # threads: the decoders release the GIL. Not more, as each may hold an image of 179 million pixels
-SECONDS = 120  # time limit; images that are not read by then are skipped
-QUALITY = 70  # of WebP
+# Number of threads. Threads are enough, because the decoders release the GIL. There are only 2, because each thread may
+# hold an image of 179 million pixels.
+WORKERS = 2
+SECONDS = 120  # time limit; images that are not read within this time are skipped
+QUALITY = 70  # of WebP images, from 0 to 100
 
 
 def thumbnails(
@@ -24,12 +26,12 @@ def thumbnails(
 ) -> list[Image.Image | None]:
     """Return thumbnails of at most ``side`` x ``side`` pixels, in the order of the references.
 
-    A thumbnail is None if the towers get a black image instead of the node's, or if it is not read within
+    A thumbnail is None if the towers get a black image instead of the node's image, or if the image is not read within
     :data:`SECONDS`.
 
     Args:
-        images: the image source.
-        references: references from ``images.locate``.
+        images: the source that reads the images.
+        references: references of images, from ``images.locate``.
         side: maximum width and height in pixels.
         truncated: as in :func:`mmgraph.data.images.decode_picture`.
     """
@@ -45,14 +47,15 @@ def thumbnails(
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
         return picture
 
-    # decode_picture saves, changes and restores the warning filters. They are shared by all threads, so a thread may
-    # restore them while another one decodes. The restored filters must therefore ignore warnings too.
+    # decode_picture saves the warning filters, sets filters that ignore warnings, and restores the saved ones. All
+    # threads share the filters, so one thread may restore them while another one decodes. The saved filters must
+    # therefore ignore warnings too.
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore")
         try:
             return list(pool.map(small, references))
         finally:
-            pool.shutdown(cancel_futures=True)  # after an interrupt, do not decode the rest
+            pool.shutdown(cancel_futures=True)  # after an interrupt, the remaining images are not decoded
 
 
 def as_uri(picture: Image.Image) -> str:
@@ -63,9 +66,9 @@ def as_uri(picture: Image.Image) -> str:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image | None]], side: int) -> Image.Image:
-    """Draw rows of images on one image, each in a square of ``side`` pixels, with a gap after the first of each row.
+    """Draw rows of images on one image. Each image gets a square of ``side`` pixels; None gives a white square.
 
-    A None leaves its square white.
+    A gap follows the first square of each row.
     """
     gap = side // 4
     width = max(map(len, rows)) * side + gap
@@ -82,12 +85,12 @@ def sheet(rows: Sequence[Sequence[Image.Image | None]], side: int) -> Image.Imag
 def scattered(
     pictures: Sequence[Image.Image | None], positions: Sequence[tuple[float, float]], size: int
 ) -> Image.Image:
-    """Draw images on a square of ``size`` pixels.
+    """Draw images at given positions on a white square.
 
     Args:
-        pictures: the images, each scaled down to 1/40 of ``size``; None is skipped.
-        positions: an (x, y) for each image, from 0 to 1; y points up.
-        size: width and height in pixels.
+        pictures: the images. An image is scaled down to at most 1/40 of ``size``; None is skipped.
+        positions: (x, y) of each image, from 0 to 1; y points up.
+        size: width and height of the square in pixels.
     """
     canvas = Image.new("RGB", (size, size), "white")
     for picture, (x, y) in zip(pictures, positions, strict=True):

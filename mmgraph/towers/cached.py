@@ -34,7 +34,7 @@ from mmgraph.towers.tokens import Tokens
 from mmgraph.utils.files import cache_folder, create_once
 from mmgraph.utils.log import log
 
-VISIBLE_SECONDS = 120  # to wait for files of other hosts, which a network file system may show late
+VISIBLE_SECONDS = 120  # maximum wait for files that other hosts have written; a network file system may show them late
 GPU_SHARE = 0.5  # --tower_cache_device auto: maximum size of a store in GPU memory, as a fraction of the free memory
 
 
@@ -45,7 +45,7 @@ class CachedTowers:
         store: a store with an entry for each text and image in ``content_hashes``.
         content_hashes: hashes of the graph's texts and images.
         device: device of the returned tokens.
-        resident: load the tokens of all nodes to the device's memory.
+        resident: whether to load the tokens of all nodes to the device's memory in advance.
 
     Raises:
         UserError: the store lacks entries.
@@ -71,7 +71,7 @@ class CachedTowers:
             self.lengths = self.resident.offsets.diff().cpu().numpy()  # (N_text,) tokens per text
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterator[EdgeBatch]:
-        """Yield the loader's batches with their tokens. A thread reads the next batch's tokens while a step runs."""
+        """Yield the loader's batches with tokens. While a step runs, a thread reads the tokens of the next batch."""
         with ThreadPoolExecutor(1) as reader:
             waiting = deque[tuple[EdgeBatch, Future[Tokens]]]()
             for batch in loader:
@@ -97,7 +97,7 @@ class CachedTowers:
         return tokens.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def pooled_tokens(self, rows: np.ndarray, image_rows: np.ndarray) -> Tokens:
-        """Return tokens with the pooled outputs, on the device, as :func:`mmgraph.towers.live.run_towers` does.
+        """Return tokens and pooled outputs, on the device, like :func:`mmgraph.towers.live.run_towers`.
 
         Args:
             rows: (U,) rows of the nodes whose texts are used.
@@ -112,7 +112,7 @@ class CachedTowers:
 
 
 def load_content_hashes(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
-    """Return the hashes of a graph's texts and images. Called by all ranks; see :func:`read_content_hashes`."""
+    """Return the hashes of a graph's texts and images. Call on all ranks. See :func:`read_content_hashes`."""
     folder = cache_folder(config.nodes)
     return read_content_hashes(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
 
@@ -126,14 +126,14 @@ def open_store(
     towers: str,
     planned_nodes: int,
 ) -> CachedTowers | None:
-    """Open the tower store of a run. Missing entries are built first. Called by all ranks.
+    """Open the tower store of a run. If entries are missing, build them first. Call on all ranks.
 
     Args:
         config, accelerator, graph: settings, Accelerator and data of the run.
         content_hashes: hashes of the graph's texts and images.
         inputs: converts texts and images to tower inputs.
         towers: fingerprint of the towers' weights.
-        planned_nodes: number of nodes that live towers would process in this run.
+        planned_nodes: number of nodes that live towers would process in this run. Each repetition of a node counts.
 
     Returns:
         The token source; None if the towers must run live. This happens only with ``--tower_cache auto``, and the
@@ -145,12 +145,12 @@ def open_store(
     store_recipe = raise_on_all_ranks(accelerator, lambda: recipe(config, accelerator.mixed_precision, inputs, towers))
     store = raise_on_all_ranks(accelerator, lambda: TowerStore(store_recipe.folder))
     shards = missing_shards(store, content_hashes)
-    if any(gather_object([bool(shards)])):  # each host may have a separate folder
+    if any(gather_object([bool(shards)])):  # ranks can differ, because each host may have a separate folder
         expected = cost(config, store_recipe, graph, inputs, shards)
         refused = None
         if config.tower_cache == "auto" and planned_nodes <= sum(len(shard.rows) for shard in shards) / 2:
-            refused = f"the planned steps see {planned_nodes:,} nodes, not more than the tower store lacks"
-        # Each host may have a separate disk.
+            refused = f"live towers would process {planned_nodes:,} nodes, not more than the tower store lacks"
+        # Ranks can differ, because each host may have a separate disk. One refusal counts for all ranks.
         refusals = gather_object([refused or refusal(store_recipe.folder, expected.bytes)])
         refused = next((reason for reason in refusals if reason is not None), None)
         if refused is not None and config.tower_cache == "auto":
@@ -158,7 +158,7 @@ def open_store(
             return None
         if refused is not None:
             raise UserError(
-                f"--tower_cache {config.tower_cache}: {refused}; set it to another folder, or to off for live towers"
+                f"--tower_cache {config.tower_cache}: {refused}; set another folder, or off to run the towers live"
             )
         build(config, accelerator, graph, inputs, store_recipe, shards, expected)
         store = raise_on_all_ranks(accelerator, lambda: _reopen_after_build(store_recipe.folder, content_hashes))
@@ -173,7 +173,8 @@ def open_store(
 def _reopen_after_build(folder: Path, content_hashes: ContentHashes) -> TowerStore:
     """Open a store that was just built.
 
-    A network file system may take a minute to show the files that other hosts have written, so this waits for them.
+    A network file system may take a minute to show the files that other hosts have written. This function waits for
+    these files.
 
     Raises:
         UserError: the store still lacks entries after :data:`VISIBLE_SECONDS`.
@@ -195,17 +196,17 @@ def existing_store(
     inputs: NodeInputs,
     towers: str,
 ) -> CachedTowers | None:
-    """Open the tower store with float32 tokens, without building anything. Called by all ranks.
+    """Open the tower store with float32 tokens. Build nothing. Call on all ranks.
 
     Args:
         config, accelerator: settings of the run, and the Accelerator of this launch.
         nodes, images: the graph's node table and image source.
-        digest: fingerprint of the node table at the time when it was opened.
+        digest: fingerprint of the node table, from the time when the table was opened.
         inputs: contains the tokenizer and the preprocessing.
         towers: fingerprint of the towers' weights.
 
     Returns:
-        The token source; None if the store does not exist or does not have all nodes.
+        The token source; None if the store does not exist, or lacks the text or image of a node.
 
     Raises:
         UserError: the store is damaged.
@@ -213,7 +214,7 @@ def existing_store(
     config = dataclasses.replace(config, tower_cache_dtype="float32")
     store_recipe = recipe(config, accelerator.mixed_precision, inputs, towers)
     if not all(gather_object([store_recipe.folder.is_dir()])):
-        return None  # without a store, the nodes need not be hashed
+        return None  # return before the nodes are hashed: only a store needs the hashes
     content_hashes = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
     store = raise_on_all_ranks(accelerator, lambda: TowerStore(store_recipe.folder))
     if any(gather_object([bool(missing_shards(store, content_hashes))])):
@@ -222,7 +223,7 @@ def existing_store(
 
 
 def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
-    """Build the tower store of a run with these settings, without training. Called by all ranks.
+    """Build the tower store that a run with these settings would use, without training. Call on all ranks.
 
     Raises:
         UserError: the store cannot be built.
@@ -258,14 +259,14 @@ def _stage(store: TowerStore, local: Path, accelerator: Accelerator) -> TowerSto
         failure = f"--tower_cache_local {local}: {error.strerror}"
     failures = [reason for reason in gather_object([failure]) if reason is not None]
     if failures:
-        log(f"the tower store is read from its original folder, because it could not be copied: {failures[0]}")
+        log(f"the tower store could not be copied, so it is read from its original folder: {failures[0]}")
         return store
     return raise_on_all_ranks(accelerator, lambda: TowerStore(target))
 
 
 def _is_resident(config: Config, store: TowerStore, device: torch.device) -> bool:
     if config.tower_cache_device == "cuda" and device.type != "cuda":
-        raise UserError("--tower_cache_device cuda: this run has no CUDA device; set it to auto or cpu")
+        raise UserError("--tower_cache_device cuda: this run has no CUDA device; set --tower_cache_device auto or cpu")
     if config.tower_cache_device != "auto" or device.type != "cuda":
         return config.tower_cache_device == "cuda"
     size = sum(file.stat().st_size for file in (*store.texts.files, *store.images.files))

@@ -107,7 +107,7 @@ def load_towers(model_name: str) -> Towers:
         UserError: the model cannot be loaded as a CLIP model, or weights are missing.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else each load reports the weights of the other tower as unused
+    transformers_logging.set_verbosity_error()  # otherwise, each load warns that the other tower's weights are unused
     transformers_logging.disable_progress_bar()
     try:
         (text_model, text_report), (vision_model, vision_report) = (  # type: ignore[misc]
@@ -128,7 +128,7 @@ def load_towers(model_name: str) -> Towers:
 
 
 def random_towers(text_config: CLIPTextConfig, vision_config: CLIPVisionConfig) -> Towers:
-    """Build towers with random weights from their configurations, to be filled from a checkpoint."""
+    """Build towers from their configurations. The weights are random, so load them from a checkpoint afterwards."""
     return _freeze(CLIPTextModel(text_config), CLIPVisionModel(vision_config))
 
 
@@ -184,7 +184,7 @@ def _freeze(text_model: CLIPTextModel, vision_model: CLIPVisionModel) -> Towers:
 def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
     """Return both towers' tensors under the original trainer's keys.
 
-    A key starts with the tower's name twice, in every version of transformers.
+    Each key starts with the tower's name twice. This does not depend on the version of transformers.
     """
     return {
         file_key(f"{name}.{key}"): tensor
@@ -204,10 +204,10 @@ def file_key(key: str) -> str:
 
 
 def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
-    """Return :func:`tower_state` of a hub name or a folder, without loading the towers.
+    """Return the :func:`tower_state` of the model with a hub name or in a folder.
 
-    The tensors are memory-mapped from the weight files. If a file is broken or has another layout, the towers are
-    loaded with :func:`load_towers` instead.
+    The tensors are memory-mapped from the model's weight files, so no towers are built. Only if a file is broken or has
+    another layout, this function calls :func:`load_towers`.
 
     Raises:
         UserError: see :func:`load_towers`.
@@ -226,7 +226,7 @@ def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
 
 
 def _weight_files(model_name: str) -> list[str]:
-    """Return the weight files that transformers would load, or an empty list."""
+    """Return the weight files that transformers would load. The list is empty if no file is found."""
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         try:
             path = cached_file(model_name, name)

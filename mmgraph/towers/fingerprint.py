@@ -19,7 +19,7 @@ MODEL_FILES = (
 
 
 def towers_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of both towers' tensors (names, shapes, bytes as float32), in hexadecimal."""
+    """Return the SHA-256 of both towers' tensors, in hexadecimal: of their names, shapes and float32 values."""
     digest = hashlib.sha256()
     for tower in TOWER_NAMES:
         prefix = f"{tower}.{tower}."
@@ -33,8 +33,8 @@ def towers_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 def file_fingerprints(model_name: str) -> dict[str, str]:
     """Return the SHA-256 of each file of a model, by file name.
 
-    The files are read from the model's folder, or from the hub cache on this machine. Without such files, the result is
-    empty. This takes seconds and loads no model.
+    The files are read from the model's folder, or from the hub cache on this machine. If there are no such files, the
+    result is empty. This function takes seconds and loads no model.
 
     Raises:
         UserError: ``model_name`` is neither a folder nor a valid name on the hub.
@@ -53,7 +53,7 @@ def file_fingerprints(model_name: str) -> dict[str, str]:
 
 
 def check_same_towers(fingerprint: str) -> None:
-    """Check that all ranks have loaded the same towers. Called by all ranks.
+    """Check that all ranks have loaded the same towers. Call on all ranks.
 
     Raises:
         UserError: a rank has loaded different towers than rank 0, for example another revision of the model.

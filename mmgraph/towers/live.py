@@ -39,7 +39,7 @@ class LiveTowers:
 
         Args:
             batch: a batch with tower inputs.
-            micro_batches: number of parts in which the nodes go through the towers, one part after the other.
+            micro_batches: number of parts that the nodes are split into. The towers process one part at a time.
         """
         assert batch.inputs is not None
         names = ("input_ids", "attention_mask", "pictures")
@@ -60,12 +60,12 @@ def run_towers(
 
     Args:
         towers: both towers, on the device of the inputs.
-        input_ids: (N, L) int64.
+        input_ids: (N, L) int64, where L is the number of tokens of the longest text.
         attention_mask: (N, L) 1 at valid text tokens, 0 at padding.
-        pixel_values: (N, 3, S, S) float32, normalized.
+        pixel_values: (N, 3, S, S) float32, normalized, where S is the side length of an image in pixels.
 
     Returns:
-        Tokens with the pooled outputs.
+        The tokens and the pooled outputs.
     """
     text = towers.text.tokens(input_ids, attention_mask)
     image = towers.image.tokens(pixel_values)

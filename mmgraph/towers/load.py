@@ -1,4 +1,4 @@
-"""Loads towers by model name, through the implementation for the model's type."""
+"""Loads the towers of a model. Each type of model has its own implementation; these functions select it."""
 
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ def _implementation(model_name: str) -> ModuleType:
 
 def _model_type(model_name: str) -> str:
     if model_name == clip.DEFAULT_MODEL:
-        return "clip"  # so that the default model needs no access to the hub
+        return "clip"  # no configuration is read, so the default model needs no access to the hub
     try:
         config, _ = PretrainedConfig.get_config_dict(model_name)
     except Exception as error:  # transformers raises various errors for broken files
@@ -35,7 +35,7 @@ def _model_type(model_name: str) -> str:
 
 
 def load_towers(model_name: str) -> Towers:
-    """Load both towers from a hub name or a folder: float32, on the CPU, frozen.
+    """Load both towers from a hub name or a folder. They are frozen, in float32, on the CPU.
 
     Raises:
         UserError: the model cannot be loaded, its ``model_type`` is not implemented, or weights are missing.
@@ -53,9 +53,9 @@ def tower_shapes(model_name: str) -> Towers:
 
 
 def empty_towers(model_name: str) -> Towers:
-    """Build both towers with random weights on torch's default device, to be filled from a checkpoint.
+    """Build both towers with random weights on torch's default device. Load weights from a checkpoint afterwards.
 
-    The default model needs no files. For other models, the configuration is read.
+    The default model needs no files. For any other model, its configuration is read.
 
     Raises:
         UserError: the configuration cannot be loaded, or its ``model_type`` is not implemented.

@@ -4,13 +4,13 @@ Each text and each image has one entry, under the hash of its content. A store c
 graphs can share it. An entry is never used for another text or image.
 
 A shard has up to ``SHARD`` text entries or image entries (more in very large stores, see ``MAX_SHARDS``). Tokens and
-patches are float32 or float16. The tensors of K entries are:
+patches are float32 or float16. A shard of K entries has these tensors, where P is the number of patches per image:
 
 ``text-<name>.safetensors``:
 
 - ``hashes``: (K, 16) uint8.
-- ``tokens``: (T, d_text), the valid tokens of all K texts, concatenated.
-- ``offsets``: (K + 1,) int64, the start of each text in ``tokens``, and T.
+- ``tokens``: (T, d_text), the T valid tokens of all K texts, concatenated.
+- ``offsets``: (K + 1,) int64, the start of each text in ``tokens``, then T.
 - ``pooled``: (K, d_text) float32.
 
 ``image-<name>.safetensors``:
@@ -18,7 +18,7 @@ patches are float32 or float16. The tensors of K entries are:
 - ``hashes``: (K, 16) uint8.
 - ``patches``: (K, P, d_vis), without the class token.
 - ``pooled``: (K, d_vis) float32.
-- ``causes``: (K,) uint8, the image status: indices into :data:`mmgraph.data.images.IMAGE_STATUS`.
+- ``causes``: (K,) uint8, the image status of each image: an index into :data:`mmgraph.data.images.IMAGE_STATUS`.
 """
 
 import ctypes
@@ -37,8 +37,9 @@ from mmgraph.data.content_hashes import HASH
 from mmgraph.errors import UserError
 from mmgraph.towers.tokens import Tokens
 
-SHARD = 512  # entries per shard; a killed build loses each rank's unfinished shard
-# Per modality. Larger stores have larger shards, because Linux by default limits a process to 65,530 memory maps.
+SHARD = 512  # entries per shard; if a build is killed, each rank loses its unfinished shard
+# Maximum number of shards that a build plans per modality. Larger stores get larger shards instead, because each shard
+# is a memory map, and Linux by default limits a process to 65,530 memory maps.
 MAX_SHARDS = 8000
 
 DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16}  # by safetensors name
@@ -47,7 +48,7 @@ TOKENS = (torch.float32, torch.float16)  # dtypes of tokens and patches
 Modality = Literal["text", "image"]
 ShardTensors = dict[str, torch.Tensor]
 
-# For each tensor of a shard: its number of dimensions, and its possible dtypes.
+# The number of dimensions and the possible dtypes of each tensor of a shard.
 LAYOUT: dict[Modality, dict[str, tuple[int, tuple[torch.dtype, ...]]]] = {
     "text": {
         "hashes": (2, (torch.uint8,)),
@@ -69,7 +70,7 @@ libc = ctypes.CDLL(None)
 def shard_name(modality: Modality, hashes: np.ndarray) -> str:
     """Return a shard's file name, which contains a hash of its entries' hashes.
 
-    Two builds that divide the entries differently write different files, so they never conflict.
+    If two builds divide the entries into different shards, the shards have different names and never conflict.
     """
     return f"{modality}-{hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()}.safetensors"
 
@@ -80,7 +81,7 @@ class Shards:
     Entries are numbered over all shards: entry k of shard s has the index ``starts[s] + k``.
 
     Raises:
-        UserError: a shard is damaged, cannot be mapped, or is from other towers than the first shard.
+        UserError: a shard is damaged, cannot be mapped, or is from different towers than the first shard.
     """
 
     def __init__(self, folder: Path, modality: Modality):
@@ -108,7 +109,7 @@ class Shards:
         return np.where(self._hashes[indices] == hashes, indices, -1)
 
     def locate(self, indices: np.ndarray) -> Sequence[tuple[ShardTensors, int]]:
-        """Return each entry's shard and its position there. Call :meth:`release` after reading the entries."""
+        """Return the shard of each entry, and the entry's position in it. Then read them and call :meth:`release`."""
         shards = self._shard_indices(indices)
         entries = indices - self.starts[shards]
         return [(self.tensors[s], e) for s, e in zip(shards.tolist(), entries.tolist(), strict=True)]
@@ -134,14 +135,14 @@ class Shards:
                 _release(shard)
 
     def gather(self, name: str, indices: np.ndarray) -> torch.Tensor:
-        """Return the rows of U entries from a tensor with one row per entry: ``pooled``, ``causes`` or ``patches``."""
+        """Return one row per entry for U entries, from the tensor ``name``: ``pooled``, ``causes`` or ``patches``."""
         rows = torch.stack([shard[name][entry] for shard, entry in self.locate(indices)])
         self.release(indices)
         return rows
 
 
 def _map_shard(file: Path, modality: Modality) -> ShardTensors:
-    """Return a shard's tensors, memory-mapped. The kernel reads the file when they are used.
+    """Return a shard's tensors, memory-mapped. The kernel reads the file when the tensors are used.
 
     Raises:
         UserError: the shard is damaged or cannot be mapped.
@@ -149,7 +150,7 @@ def _map_shard(file: Path, modality: Modality) -> ShardTensors:
     try:
         with safe_open(file, "pt"):  # checks the header against the file's size
             pass
-        # Mapped by torch, not by safetensors: this mapping is known to be safe for _release(). No file stays open.
+        # Map with torch, not with safetensors: _release() is known to be safe for torch's map. No file stays open.
         content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
         return _parse_shard(content, modality)
     except (SafetensorError, ValueError) as error:
@@ -166,9 +167,8 @@ def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
     Raises:
         ValueError: the bytes are not a valid shard of this modality.
     """
-    start = 8 + int.from_bytes(
-        content[:8].numpy().tobytes(), "little"
-    )  # a file is: header length, JSON header, tensors
+    # A file consists of the header's length (8 bytes), the header in JSON, and the tensors.
+    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
     header = json.loads(content[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
     if header.keys() != LAYOUT[modality].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
@@ -184,7 +184,7 @@ def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
         rows = {"tokens": len(tensor), "offsets": count + 1}.get(name, count)
         if tensor.ndim != dimensions or tensor.dtype not in dtypes or len(tensor) != rows:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, for {count} {modality} entries"
+                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: wrong for {count} {modality} entries"
             )
     if shard["hashes"].shape[1] != HASH.itemsize:
         raise ValueError(f"hashes have {shard['hashes'].shape[1]} bytes")
@@ -196,15 +196,15 @@ def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
 
 
 def _widths(shard: ShardTensors) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Return each tensor's dtype and shape of a row. They are equal in all shards of the same towers."""
+    """Return the dtype and the row shape of each tensor. All shards of the same towers have equal values."""
     return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in shard.items()}
 
 
 def _release(shard: ShardTensors) -> None:
     """Unmap the shard's pages that were read, as :meth:`mmgraph.data.node_table.NodeTable._release` does.
 
-    This is safe because the mapping belongs to a file and is never written to. A page that is read again comes from the
-    page cache, with the same bytes.
+    This is safe because the mapping belongs to a file and is never written to. If a page is read again, the kernel
+    takes the same bytes from the page cache or the file.
     """
     storage = shard["hashes"].untyped_storage()
     libc.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
@@ -254,12 +254,12 @@ class ResidentTokens(NamedTuple):
     """All tokens of some nodes, in the memory of one device."""
 
     text: torch.Tensor  # (T, d_text) tokens of all texts, concatenated
-    offsets: torch.Tensor  # (N_text + 1,) int64, the start of each text in ``text``, and T
-    patches: torch.Tensor  # (N_image, P, d_vis)
+    offsets: torch.Tensor  # (N_text + 1,) int64, the start of each text in ``text``, then T
+    patches: torch.Tensor  # (N_image, P, d_vis) patches of all images
 
     @classmethod
     def load(cls, store: TowerStore, texts: np.ndarray, images: np.ndarray, device: torch.device) -> "ResidentTokens":
-        """Load entries to a device, one shard at a time, so that host memory never contains all of them.
+        """Load entries to a device, one shard at a time, so that host memory never contains all entries.
 
         Args:
             texts, images: (N_text,) and (N_image,) ascending indices of entries in ``store``.
@@ -285,9 +285,9 @@ class ResidentTokens(NamedTuple):
         """Return the tokens of U nodes, on the device. Text tokens are padded with zeros.
 
         Args:
-            texts, images: (U,) rows of the nodes' texts and images among the loaded entries, on the device.
-            length: number of tokens of the longest of these texts. It is an argument, because reading it from the
-                device would block the host.
+            texts, images: (U,) positions of the nodes' texts and images among the loaded entries, on the device.
+            length: number of tokens of the longest of these texts. The caller passes this number, because reading it
+                from the device would block the host.
         """
         starts, ends = self.offsets[texts], self.offsets[texts + 1]  # (U,)
         token_rows = starts[:, None] + torch.arange(length, device=starts.device)  # (U, L)

@@ -36,9 +36,10 @@ from mmgraph.utils.files import POLL_SECONDS, claim_file, explain_disk_errors, w
 from mmgraph.utils.log import log
 from mmgraph.utils.units import duration, size
 
-# Entries (texts or images) per tower batch. Fixed, so that a shard's bytes do not depend on the number of ranks.
+# Entries (texts or images) per tower batch. The size is fixed, so that a shard's bytes do not depend on the number of
+# ranks.
 BATCH = 64
-PROGRESS_SECONDS = 60  # between two log lines
+PROGRESS_SECONDS = 60  # minimum time between two log lines
 
 
 def build(
@@ -50,18 +51,18 @@ def build(
     shards: list[Shard],
     expected: Cost,
 ) -> None:
-    """Build the missing shards of a tower store. Called by all ranks.
+    """Build the missing shards of a tower store. Call on all ranks.
 
-    Each rank builds its part of the shards, and then shards that no other rank has started. A second run that builds
-    the same store at the same time shares the work. A killed build continues where it stopped: each rank loses only its
-    unfinished shard.
+    Each rank builds its part of the shards, and then shards that no other rank has started. If two runs build the same
+    store at the same time, they share the work. If a build is killed, each rank loses only its unfinished shard, and
+    the next build continues with the missing shards.
 
     Args:
         config, accelerator, graph: settings, Accelerator and data of the run.
         inputs: converts texts and images to tower inputs.
         recipe: recipe of the store.
         shards: shards that the store on this rank's host lacks.
-        expected: estimated cost of the shards, for the log.
+        expected: estimated cost of building the shards, for the log.
 
     Raises:
         UserError: the towers cannot be loaded, a text or image changed during the build, or tokens overflow float16.
@@ -71,7 +72,7 @@ def build(
     speed = min(gather_object([matmul_flops_per_s(accelerator.device, torch.float32)]))
     seconds = expected.flops / (MATMUL_SHARE * speed * accelerator.num_processes)
     log(
-        f"tower store: building {folder} from {entries:,} texts and images, about {size(expected.bytes)} and "
+        f"tower store: building {folder} from {entries:,} texts and images takes about {size(expected.bytes)} and "
         f"{duration(seconds)} (--tower_cache off runs the towers in every step instead)"
     )
     index, builders = _builder_index(accelerator, folder)
@@ -124,7 +125,7 @@ class _Progress:
 def _builder_index(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     """Return this rank's index among the ranks that write to the same folder, and the number of these ranks.
 
-    If a new file of the main process is not visible on all ranks, each host has a separate folder.
+    The main process creates a file in the folder. If any rank does not see this file, each host has a separate folder.
     """
     probe = folder / f".probe-{uuid.uuid4().hex}"
     name = broadcast_from_main_process(accelerator, lambda: _touch(probe).name)
@@ -160,8 +161,8 @@ class _ShardBuilder(NamedTuple):
         that process is killed, this one builds the shard.
 
         Yields:
-            The number of entries of each batch, and 0 after each pass over the queue, so that this rank can sync with
-            the other ranks while it waits.
+            The number of entries of each batch. After each pass over the queue, it yields 0, so that this rank can sync
+            with the other ranks while it waits.
         """
         while queue:
             for _ in range(len(queue)):
@@ -209,7 +210,7 @@ class _ShardBuilder(NamedTuple):
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text.tokens(input_ids, mask)
             assert output.mask is not None
-            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text) -> (t, d_text), t valid tokens
+            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text), k texts -> (t, d_text), t valid tokens
             yield {"tokens": self._cast(tokens), "lengths": output.mask.sum(dim=1), "pooled": output.pooled}
 
     def _images(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:

@@ -19,7 +19,8 @@ from mmgraph.towers.store import MAX_SHARDS, SHARD, Modality, TowerStore, shard_
 from mmgraph.utils.files import cache_folder
 from mmgraph.utils.units import size
 
-FORMAT = 1  # increase it if the same text or image results in other tokens, or if the layout of shards changes
+# Increase this number when the code computes other tokens from the same text or image, or changes the shards' layout.
+FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -33,7 +34,7 @@ def nodes_seen(config: Config, graph: Graph, steps: int) -> int:
 
 
 class Recipe(NamedTuple):
-    """Everything that tokens depend on, except the text or image."""
+    """Everything that determines the tokens, except the text or image itself."""
 
     folder: Path  # the store's folder; its name contains a hash of the description
     description: dict[str, Any]
@@ -54,8 +55,8 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
 
     Args:
         config: settings of the run.
-        precision: mixed precision of the launch. With ``no``, ``--tower_cache_dtype auto`` is float32, so that
-            tokens are exact by default.
+        precision: mixed precision of the launch. With ``no``, ``--tower_cache_dtype auto`` means float32, so that the
+            tokens of a run without mixed precision are exact.
         inputs: contains the tokenizer and the preprocessing.
         towers: fingerprint of the towers' weights.
     """
@@ -64,7 +65,7 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
         dtype = "float32" if precision == "no" else "float16"
     text, image = tower_shapes(config.model_name)
     tokenizer = json.loads(inputs.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["truncation"], tokenizer["padding"]  # they depend on the tokenizer's last call
+    del tokenizer["truncation"], tokenizer["padding"]  # these two depend on the tokenizer's last call
     preprocessing = inputs.preprocessing
     description = {
         "format": FORMAT,
@@ -88,10 +89,10 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
 
 
 def missing_shards(store: TowerStore, content_hashes: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
-    """Return the shards that a store lacks for some nodes: each text and image once, in the order of the nodes.
+    """Return the shards to build so that a store has the texts and images of some nodes.
 
-    After an interrupted build, these are the remaining shards of that build. The entries are divided in the same way as
-    before, because every shard except the last is full.
+    Each missing text and image occurs once, in the order of the nodes. After an interrupted build, these are the
+    remaining shards of that build: every shard except the last is full, so the entries are divided in the same way.
 
     Args:
         store: the store, which may be empty.
@@ -118,7 +119,7 @@ class Cost(NamedTuple):
 
 
 def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shards: list[Shard]) -> Cost:
-    """Estimate the cost of building shards. Text lengths are measured on a random sample of up to 256 nodes."""
+    """Estimate the cost of building shards. The mean text length is that of up to 256 random nodes."""
     text, image = tower_shapes(config.model_name)
     counts = {
         modality: sum(len(shard.rows) for shard in shards if shard.modality == modality)
@@ -135,7 +136,7 @@ def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shard
 
 
 def refusal(folder: Path, needed: int) -> str | None:
-    """Return why ``needed`` bytes cannot be written to a folder, or None if they can. Creates the folder."""
+    """Return why ``needed`` bytes cannot be written to a folder, or None if they can. Create the folder first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

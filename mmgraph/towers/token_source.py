@@ -26,13 +26,13 @@ def open_source(
     towers: str,
     planned_nodes: int,
 ) -> TokenSource:
-    """Open the token source of a run. Called by all ranks.
+    """Open the token source of a run. Call on all ranks.
 
-    Live towers read images through an image cache, which this function sets in ``inputs``.
+    Live towers read images through an image cache, if there is one. This function sets the cache in ``inputs``.
 
     Args:
         config, accelerator, graph: settings, Accelerator and data of the run.
-        content_hashes: hashes of the graph's texts and images; None: use live towers.
+        content_hashes: hashes of the graph's texts and images; None to use live towers.
         inputs, towers, planned_nodes: see :func:`mmgraph.towers.cached.open_store`.
 
     Raises:

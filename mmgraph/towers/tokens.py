@@ -8,14 +8,17 @@ from torch import nn
 
 
 class Tokens(NamedTuple):
-    """The towers' outputs for U nodes."""
+    """The towers' outputs for U nodes: L tokens per text with padding, and P patches per image.
+
+    The text tower has width d_text, the image tower d_vis.
+    """
 
     text: torch.Tensor  # (U, L, d_text) last hidden states of the text tower
     text_mask: torch.Tensor  # (U, L) 1 at valid text tokens, 0 at padding
     patches: torch.Tensor  # (U, P, d_vis) last hidden states of the image tower, without the class token
     image_mask: torch.Tensor | None = None  # (U, P) 1 at valid patches; None: all are valid
-    text_pooled: torch.Tensor | None = None  # (U, d_text) pooled output of the text tower, if requested
-    image_pooled: torch.Tensor | None = None  # (U, d_vis) pooled output of the image tower, if requested
+    text_pooled: torch.Tensor | None = None  # (U, d_text) pooled output of the text tower; None: not requested
+    image_pooled: torch.Tensor | None = None  # (U, d_vis) pooled output of the image tower; None: not requested
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
         """Return the tokens with ``function`` applied to each tensor that is not None."""
@@ -23,7 +26,7 @@ class Tokens(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence["Tokens"]) -> "Tokens":
-        """Concatenate the tokens of several parts of the nodes, in order."""
+        """Concatenate the tokens of several groups of nodes, in order."""
         if len(parts) == 1:
             return parts[0]
         columns = zip(*parts, strict=True)
@@ -64,14 +67,14 @@ class TextTower(Protocol):
             attention_mask: (N, L) 1 at valid tokens, 0 at padding.
 
         Returns:
-            The output, always with a mask.
+            The output. Its mask is never None.
         """
 
     def flops(self, length: int) -> float:
         """Return the FLOPs of a forward pass over one text of ``length`` tokens."""
 
     def description(self) -> dict[str, Any]:
-        """Return the settings that the tokens depend on besides the weights, for the recipe of a tower store.
+        """Return the settings that, with the weights, determine the tokens. A store's recipe contains these settings.
 
         All values are plain JSON values.
         """
@@ -105,7 +108,7 @@ class ImageTower(Protocol):
         """Return the FLOPs of a forward pass over one image."""
 
     def description(self) -> dict[str, Any]:
-        """Return the settings that the tokens depend on; see :meth:`TextTower.description`."""
+        """Return the settings that determine the tokens; see :meth:`TextTower.description`."""
 
 
 class Towers(NamedTuple):
@@ -116,12 +119,12 @@ class Towers(NamedTuple):
 
     @property
     def text_model(self) -> nn.Module:
-        """The text tower's module, under the same name as in the encoder."""
+        """The text tower's module. The encoder has the module under the same name."""
         return self.text.model
 
     @property
     def vision_model(self) -> nn.Module:
-        """The image tower's module, under the same name as in the encoder."""
+        """The image tower's module. The encoder has the module under the same name."""
         return self.image.model
 
     @property

@@ -1,4 +1,4 @@
-"""Batches of a run, over all remaining epochs."""
+"""Yields the batches of all remaining epochs of a run."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -19,13 +19,13 @@ class BatchStream:
 
     Args:
         loader: DataLoader over ``sampler``, prepared by Accelerate.
-        sampler: sampler of global batches.
-        source: token source of the run. It may prefetch tokens.
+        sampler: sampler of global batches. A global batch has the edges of all ranks in one step.
+        source: token source of the run. It may prefetch the tokens of later batches.
         progress, schedule: progress and schedule of the run.
         images: counts the image files of each batch.
 
     Attributes:
-        data_wait: seconds that the training loop waited for the last batch.
+        data_wait: seconds that the training loop waited for the latest batch.
     """
 
     def __init__(
@@ -55,6 +55,6 @@ class BatchStream:
     def _record_images(self, batch: EdgeBatch) -> None:
         if batch.image_status is not None:
             self.images.note(batch.unique, batch.image_status)
-        if batch.cache_failure and not self._cache_failure_logged:  # each worker reports its failure in every batch
+        if batch.cache_failure and not self._cache_failure_logged:  # a worker repeats its failure in every later batch
             self._cache_failure_logged = True
-            log(f"the image cache stores no more images ({batch.cache_failure}); training continues without it")
+            log(f"no more images are written to the image cache ({batch.cache_failure}); training continues")

@@ -1,4 +1,4 @@
-"""Builds a run: finds its resume state, opens its data and token source, and builds its parts."""
+"""Builds a run: finds its resume state, opens its data and its token source, and builds the other parts."""
 
 import math
 from pathlib import Path
@@ -50,7 +50,7 @@ from mmgraph.training.trainer import Run
 
 
 def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
-    """Build a run. Called by all ranks. All random values depend only on the seed.
+    """Build a run. All ranks must call this function. All random values depend only on the seed.
 
     Args:
         config: the run's settings.
@@ -100,13 +100,13 @@ def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
 
 
 class _Start(NamedTuple):
-    """State of a run before its first step: new, from ``--init_from``, or resumed."""
+    """State of a run before its first step in this launch. The run is new, uses ``--init_from``, or is resumed."""
 
     state: Path | None  # folder of the resume state; None for a new run
     run_fingerprint: dict[str, Any]  # values that must not change when the run is resumed
     frozen: dict[str, torch.Tensor]  # the towers' tensors, under the keys of the original trainer
     progress: Progress
-    trained: TrainedState | None  # weights and moments; None for random weights
+    trained: TrainedState | None  # weights and Adam's moments; None if the weights are random
 
 
 def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
@@ -120,17 +120,17 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
 
 
 def _check_position(start: _Start, schedule: Schedule) -> None:
-    """Raise :class:`UserError` if this run cannot have the state's position in its epoch."""
+    """Raise :class:`UserError` if an epoch of this run cannot have the position at which the state was saved."""
     done, epoch = start.progress.samples_in_epoch, schedule.samples_per_epoch
     if done > epoch or done % schedule.config.global_batch_size:
         raise UserError(
-            f"{start.state}: belongs to another run: it has done {done:,} edges of an epoch, which does not fit the "
-            f"{epoch:,} edges of this run's epochs; set another --output_dir for a new run"
+            f"{start.state}: belongs to another run: it was saved after {done:,} edges of an epoch, and this is no "
+            f"position in an epoch of this run ({epoch:,} edges); set another --output_dir for a new run"
         )
 
 
 class _Data(NamedTuple):
-    """The run's inputs and token source, and the parts that depend on its graph."""
+    """The run's inputs and token source, and the parts that depend on the graph."""
 
     inputs: NodeInputs
     source: TokenSource
@@ -159,7 +159,7 @@ def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule:
 
 
 class _Prepared(NamedTuple):
-    """Parts that Accelerate has prepared."""
+    """The parts that Accelerate has prepared, and the number of parameters."""
 
     module: nn.Module
     optimizer: AcceleratedOptimizer
@@ -171,17 +171,19 @@ def _prepare(
     config: Config, accelerator: Accelerator, graph: Graph, sampler: GlobalBatchSampler, data: _Data, start: _Start
 ) -> _Prepared:
     d_text, d_vis = tower_shapes(config.model_name).widths
-    torch.manual_seed(config.seed)  # directly before the module is built, so that its weights depend only on the seed
+    torch.manual_seed(config.seed)  # set here, so that the weights of the module depend only on the seed
     module = TrainedModule(d_text, d_vis, config.fused_dim, config.proj_dim)
     frozen = sum(tensor.numel() for tensor in start.frozen.values())
-    parameters = sum(parameter.numel() for parameter in module.parameters()), frozen  # before ZeRO partitions them
+    # Counted before prepare(), in which ZeRO partitions the parameters.
+    parameters = sum(parameter.numel() for parameter in module.parameters()), frozen
     if start.trained is not None:
         module.load_state_dict(start.trained.weights)
     optimizer = torch.optim.AdamW(
         module.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=accelerator.scaler is None,  # if fused, Accelerate would not detect a step that the loss scaler skips
+        # Accelerate cannot detect that a loss scaler skips a step of a fused optimizer.
+        fused=accelerator.scaler is None,
     )
     live = data.inputs if isinstance(data.source, LiveTowers) else None
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
@@ -189,8 +191,8 @@ def _prepare(
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     if accelerator.num_processes > 1 and wrapped is module:
         raise UserError(
-            "the trained module is not wrapped for data parallel training, so each rank would train alone; use a "
-            "config from accelerate_configs/"
+            "the trained module is not wrapped for data parallel training, so the ranks would not share gradients; "
+            "start with a config file from accelerate_configs/"
         )
     if start.trained is not None:
         restore(wrapped, optimizer.optimizer, start.trained)
@@ -200,6 +202,6 @@ def _prepare(
 
 
 def _micro_batches(config: Config, accelerator: Accelerator) -> int:
-    """Return the number of micro batches in which a rank embeds its nodes of a step."""
+    """Return the number of micro batches into which a rank divides its nodes of a step."""
     edges = config.global_batch_size // accelerator.num_processes
     return math.ceil(edges / (config.micro_batch_size or edges))

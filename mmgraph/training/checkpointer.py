@@ -33,15 +33,17 @@ from mmgraph.training.step_log import StepLog
 
 
 class Checkpointer:
-    """Saves a run. All ranks call each method; only the main process writes.
+    """Saves a run. All ranks must call each method; only the main process writes.
 
     Args:
         config, accelerator, progress, schedule: settings, accelerator, progress and schedule of the run.
         run_fingerprint: values that must not change when the run is resumed.
         frozen: the towers' tensors, under the keys of the original trainer.
         module, optimizer: the trained module and its optimizer, prepared by Accelerate.
-        step_log, run_log: flushed before a state is written, so that no state is ahead of ``metrics.jsonl``.
-        signals: this rank's stop request. Its watchdog is paused during a save, which may take longer than a step.
+        step_log, run_log: they are flushed before a state is written, so that ``metrics.jsonl`` has all steps that the
+            state covers.
+        signals: this rank's stop request. Its watchdog is paused during a save, because a save may take longer than a
+            step.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Checkpointer:
         self.run_fingerprint, self.frozen, self.module, self.optimizer = run_fingerprint, frozen, module, optimizer
         self.step_log, self.run_log, self.signals = step_log, run_log, signals
         self.output = config.output_folder
-        self._saved: tuple[int, bool, bool] | None = None  # content of the newest state: step, evaluated, finished
+        # Content of the newest state: its step, whether this step is evaluated, and whether the run is finished.
+        self._saved: tuple[int, bool, bool] | None = None
 
     def save(self) -> None:
         """Write the row of the last step, then the resume state.
 
-        At the end of an epoch, the epoch file is written before the state. At the end of the run, so is the final file.
-        No state is written if the newest state has the same content.
+        At the end of an epoch, the epoch file is written before the state. At the end of the run, the final file is
+        also written before the state. If the newest state already has this content, only the row is written.
         """
         self.step_log.flush()
         progress, finished = self.progress, self.schedule.finished
@@ -91,7 +94,7 @@ class Checkpointer:
         """Write the best file.
 
         Args:
-            module: the full module, as :meth:`full_module` returns it.
+            module: the trained module, from :meth:`full_module`.
         """
         best = Checkpoint(model_state(self.frozen, module.state_dict()))
         self.write(lambda: write_checkpoint(best_file(self.output), best))
@@ -101,7 +104,7 @@ class Checkpointer:
         write_on_main_process(self.accelerator, self.output, write)
 
     def full_module(self) -> TrainedModule:
-        """Return the full trained module in float32, on this rank's device. Works with every backend."""
+        """Return the full trained module in float32, on this rank's device. This works with every backend."""
         weights = consolidate(self.module, self.optimizer.optimizer).weights
         return TrainedModule.from_weights(weights).to(self.accelerator.device)
 

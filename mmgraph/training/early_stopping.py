@@ -1,4 +1,4 @@
-"""The best evaluation of a run, and early stopping."""
+"""Finds the best evaluation of a run, and decides when the run stops early."""
 
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
@@ -8,12 +8,12 @@ DEFAULT_METRIC = "z_graph/mrr"
 
 
 class EarlyStopping:
-    """Tracks the best value of the ``--keep_best`` metric, and the number of evaluations since then.
+    """Tracks the best value of the ``--keep_best`` metric, and counts the evaluations since this value.
 
     Args:
         config: the run's settings.
-        progress: the run's progress; it stores the best value, so that a resumed run continues with it.
-        held_out: fingerprint of the held-out edges. Values on other edges are not compared.
+        progress: the run's progress; it stores the best value, so that a resumed run does not lose this value.
+        held_out: fingerprint of the held-out edges. A best value on other held-out edges is dropped.
     """
 
     def __init__(self, config: Config, progress: Progress, held_out: str):
@@ -23,14 +23,14 @@ class EarlyStopping:
         best = progress.best
         if best is not None and {name: best[name] for name in comparable} != comparable:
             log(
-                f"--keep_best: the previous best value is dropped; its metric is {best['metric']}, its held-out edges "
-                f"are {best['held_out']}, and one of them differs in this run"
+                f"--keep_best: the previous best value is dropped: it has the metric {best['metric']} and the held-out "
+                f"edges {best['held_out']}, and this run has another metric or other held-out edges"
             )
             best = None
         self.value = best or {**comparable, "value": None, "step": None, "misses": 0}
 
     def improves(self, step: int, embeddings: dict[str, dict[str, float]]) -> bool:
-        """Record an evaluation. Return whether it is the best so far.
+        """Record an evaluation. Return whether its metric is the best so far.
 
         Args:
             step: step of the evaluation.
@@ -47,12 +47,12 @@ class EarlyStopping:
 
     @property
     def has_best(self) -> bool:
-        """Whether there is a best evaluation."""
+        """Whether an evaluation has been recorded."""
         return self.value["step"] is not None
 
     @property
     def exhausted(self) -> bool:
-        """Whether ``--early_stopping_patience`` evaluations in a row did not improve the metric."""
+        """Whether the last ``--early_stopping_patience`` evaluations have not improved the best value."""
         return self.patience is not None and self.value["misses"] >= self.patience
 
     def __str__(self) -> str:

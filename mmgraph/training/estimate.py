@@ -1,4 +1,4 @@
-"""Estimates of disk space, memory and time per step, from the shapes of a run alone."""
+"""Estimates disk space, memory and time per step from the sizes of the towers, the trained module and the batch."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,8 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cost import MATMUL_SHARE
 from mmgraph.towers.tokens import Towers
 
-PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}  # before any tensor: Python and the loaded libraries; a CUDA context
+# Memory of a process before any tensor: on a CPU for Python and its libraries, on a GPU for the CUDA context.
+PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}
 
 
 class Shape(NamedTuple):
@@ -17,18 +18,21 @@ class Shape(NamedTuple):
 
     frozen: int  # number of parameters of both towers
     trained: int  # number of trained parameters
-    text_length: int
-    patches: int
+    text_length: int  # text tokens per node
+    patches: int  # image tokens per node
     image_size: int  # pixels per side
-    d_text: int
-    d_vis: int
+    d_text: int  # width of a text token
+    d_vis: int  # width of an image token
     fused_dim: int
-    tower_flops: float  # of both towers, for one node, forward
-    fusion_flops: float  # of the trained module, for one node, forward
+    tower_flops: float  # floating-point operations of both towers in the forward pass of one node
+    fusion_flops: float  # floating-point operations of the trained module in the forward pass of one node
 
 
 def shape(towers: Towers, config: Config) -> Shape:
-    """Return the sizes. Loads and allocates nothing if the towers are on torch's meta device."""
+    """Return the sizes of the towers and of the trained module.
+
+    If the towers are on torch's meta device, no weights are loaded or allocated.
+    """
     text, image = towers
     with torch.device("meta"):
         module = TrainedModule(*towers.widths, config.fused_dim, config.proj_dim)
@@ -37,7 +41,8 @@ def shape(towers: Towers, config: Config) -> Shape:
     length, patches, width = text.length, image.patches, config.fused_dim
     both_towers = text.flops(length) + image.flops()
     projections = length * text.width * width + patches * image.width * width
-    # Per token: four projections, and two for the first layer of the FFN. Its second layer is applied to the mean.
+    # The factor 6 counts four projections of each token, and the first FFN layer, which costs as much as two of them.
+    # The second FFN layer is applied only to the mean over the tokens.
     attention_and_ffn = 6 * (length + patches) * width**2 + 4 * length * patches * width
     return Shape(
         frozen, trained, length, patches, image.image_size, text.width, image.width, width, both_towers,
@@ -61,11 +66,13 @@ def final_file_bytes(sizes: Shape) -> int:
 
 
 def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
-    """Return the size of a tower store in bytes, at full text length: tokens, and pooled outputs in float32.
+    """Return the size of a tower store in bytes, if all texts have the full length.
+
+    A store has the tokens of each node, and the pooled outputs in float32.
 
     Args:
         nodes: number of nodes.
-        half: tokens are stored in float16, else in float32.
+        half: whether tokens are stored in 16 bits. Otherwise they are stored in float32.
     """
     tokens = sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis
     return nodes * (tokens * (2 if half else 4) + 4 * (sizes.d_text + sizes.d_vis))
@@ -78,18 +85,19 @@ def memory_gb(
 
     Args:
         edges: number of edges per step on this process.
-        micro_batch_size: edges per micro batch; None: all.
+        micro_batch_size: edges per micro batch; None: there are no micro batches.
         device: ``"cpu"`` or ``"cuda"``.
-        half: the network runs in 16 bits.
-        stored: tokens are read from a tower store on disk, and no tower is loaded.
+        half: whether the network computes in 16 bits.
+        stored: whether tokens are read from a tower store on disk. No tower is loaded in this case.
     """
     nodes, micro_batch_nodes = 2 * edges, 2 * min(edges, micro_batch_size or edges)
     width = 2 if half else 4
-    weights = 20 * sizes.trained  # float32: weight, gradient, gradient bucket, two moments
+    weights = 20 * sizes.trained  # float32 weight, gradient, gradient bucket and two moments of each parameter
     weights += 0 if stored else 4 * sizes.frozen
     pixels = 0 if stored else 3 * sizes.image_size**2 * 4
     tokens = (sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis) * 4
-    # The fusion stores about 12 vectors per token for the backward pass. A tower's layer briefly holds about as many.
+    # The fusion keeps about 12 vectors per token for the backward pass. A tower needs about 12 vectors per token for
+    # one layer at a time.
     fusion = 12 * (sizes.text_length + sizes.patches) * sizes.fused_dim * width
     tower = 0 if stored else 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
     return PROCESS_GB[device] + (weights + nodes * (pixels + tokens) + micro_batch_nodes * max(fusion, tower)) / 1e9
@@ -102,11 +110,11 @@ def step_seconds(
 
     Args:
         edges: number of edges per step on this process.
-        micro_batch_size: edges per micro batch; None: all.
-        flops_per_s: measured speed of a large matrix product on this process.
-        stored: tokens are read from a tower store, and the towers do not run.
+        micro_batch_size: edges per micro batch; None: there are no micro batches.
+        flops_per_s: measured speed of a large matrix product in this process.
+        stored: whether tokens are read from a tower store. The towers do not run in this case.
     """
-    # A backward pass costs two forward passes. Micro batches recompute the forward pass.
+    # A backward pass costs as much as two forward passes. With micro batches, the forward pass is computed twice.
     passes = 4 if micro_batch_size and micro_batch_size < edges else 3
     tower_flops = 0.0 if stored else sizes.tower_flops
     return 2 * edges * (tower_flops + passes * sizes.fusion_flops) / (MATMUL_SHARE * flops_per_s)

@@ -1,13 +1,14 @@
-"""Copies from the device to the host that do not block."""
+"""Copies values from the device to the host without blocking the host."""
 
 import torch
 
 
 class HostCopy:
-    """Copies a tensor to the host, without waiting for the device until the values are read.
+    """Copies a tensor to the host. The host waits for the device only when the values are read.
 
-    On CUDA, the copy goes to pinned memory, and an event on the same stream marks its end. :meth:`tolist` waits only
-    for this event. A plain ``values.tolist()`` would wait for all work queued on the stream, including later steps.
+    On CUDA, the copy goes to pinned memory, and an event on the current stream marks the end of the copy.
+    :meth:`tolist` waits only for this event. A plain ``values.tolist()`` would wait for all work queued on the stream,
+    including later steps.
 
     Args:
         values: tensor on any device.
@@ -22,7 +23,7 @@ class HostCopy:
             self._copied.record()
 
     def tolist(self) -> list[float]:
-        """Return the values. Wait until they are on the host."""
+        """Wait until the values are on the host, and return them."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

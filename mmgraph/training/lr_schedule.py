@@ -6,10 +6,10 @@ from mmgraph.config import Config
 
 
 def lr_at(step: int, config: Config, total_steps: int) -> float:
-    """Return the learning rate of update ``step``, counted from 1.
+    """Return the learning rate of a step. The first step of a run is 1.
 
-    After a linear warmup, the rate is constant, or follows a cosine that ends at 0 (SGDR without restarts, Loshchilov
-    and Hutter, 2017).
+    The rate rises linearly during the warmup. After the warmup, ``--lr_schedule`` decides: the rate is constant, or
+    falls to 0 along a half cosine (SGDR without restarts, Loshchilov and Hutter, 2017).
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps

@@ -13,17 +13,17 @@ from mmgraph.utils.files import sync
 class MetricsFile:
     """Appends rows to ``metrics.jsonl``.
 
-    Rows are buffered. They are written to the file when 10 rows are buffered, when a row is added more than 1 s after
-    the last write, and by :meth:`sync`.
+    Rows are buffered. The buffer is written to the file when it has 10 rows, when a row is added more than 1 s after
+    the last write, and by :meth:`sync` and :meth:`close`.
 
     Args:
         path: the file. It is created if it does not exist.
-        keep: number of bytes to keep of an existing file. The rest is cut off.
+        keep: number of bytes to keep at the start of an existing file. The rest is removed.
     """
 
     def __init__(self, path: Path, keep: int = 0):
         self._file = path.open("ab")
-        self._file.truncate(min(keep, path.stat().st_size))  # min: truncate() would fill a shorter file with zeros
+        self._file.truncate(min(keep, path.stat().st_size))  # min(), because truncate() fills a shorter file with zeros
         self._path, self._buffered, self._last_write = path, 0, time.monotonic()
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -34,14 +34,14 @@ class MetricsFile:
             self._flush()
 
     def sync(self) -> int:
-        """Write all rows and sync the file to disk. Return its size in bytes."""
+        """Write all buffered rows and sync the file to disk. Return the file's size in bytes."""
         self._flush()
         sync(self._path)
         return self._path.stat().st_size
 
     def close(self) -> None:
-        """Write all rows and close the file. Ignore errors."""
-        with suppress(OSError):  # no state includes the lost rows, so a resumed run writes them again
+        """Write all buffered rows and close the file. Ignore errors of the operating system."""
+        with suppress(OSError):  # no resume state covers the lost rows, so a resumed run repeats their steps
             self._file.close()
 
     def _flush(self) -> None:

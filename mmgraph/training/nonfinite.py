@@ -1,6 +1,7 @@
-"""Steps with a non-finite loss or gradient.
+"""Handles steps with a non-finite loss or gradient.
 
-No rank applies the update of such a step. Its edges are written to a file, and the run skips the step or ends.
+No rank applies the update of such a step. The node ids of its edges are written to a file. The run skips the step or
+ends.
 """
 
 import json
@@ -26,10 +27,10 @@ REMEDY = "try a lower --learning_rate, --max_grad_norm 1, or bf16 instead of fp1
 
 
 def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss. If it is not finite, its gradients are all NaN.
+    """Return the loss. If the loss is not finite, its backward pass gives only NaN gradients.
 
-    The gradients are reduced over the ranks anyway, so all ranks detect a non-finite loss on one rank without another
-    collective. A finite loss does not change: multiplication by 1 is exact.
+    The backend averages the gradients over the ranks. After this, all ranks have NaN gradients and detect the loss of
+    one rank without an additional collective. A finite loss does not change, because it is multiplied by 1.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -37,8 +38,8 @@ def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     """Make the next step of a fused optimizer a no-op if the norm of the gradients is not finite.
 
-    Sets ``found_inf`` on the optimizer, as ``torch.amp.GradScaler`` does. The device evaluates it, so the host does
-    not wait.
+    This function sets ``found_inf`` on the optimizer, as ``torch.amp.GradScaler`` does. The optimizer reads
+    ``found_inf`` on the device, so the host does not wait.
     """
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
@@ -47,9 +48,9 @@ class NonfiniteSteps:
     """Skips the non-finite steps of a run, or ends the run if there are too many.
 
     Args:
-        config: the run's settings. At most ``max_skipped_steps`` steps are skipped.
+        config: the run's settings. At most ``max_skipped_steps`` steps of a run are skipped.
         accelerator: the run's accelerator.
-        graph: the run's data. The ids of a batch's edges are written to ``not_finite.jsonl``.
+        graph: the run's data. The node ids of a non-finite step's edges are written to ``not_finite.jsonl``.
         progress: the run's progress, which counts the skipped steps.
     """
 
@@ -65,15 +66,18 @@ class NonfiniteSteps:
         first_sample: int,
         scaler_skipped: bool,
     ) -> bool:
-        """Record a step that is not finite, and return whether it is skipped. All ranks call this and agree.
+        """Record a step if it is not finite, and return whether the step is skipped.
+
+        All ranks must call this method, and all get the same result.
 
         Args:
             row: row of the step in ``metrics.jsonl``.
-            loss: weighted sum of the losses, mean over the ranks.
-            norm: L2 norm of the gradients, the same on all ranks; negative if the backend does not report it.
-            local_loss: this rank's loss, ().
+            loss: weighted sum of the losses, averaged over the ranks.
+            norm: L2 norm of the gradients, which is equal on all ranks; negative if the backend does not report a norm.
+            local_loss: this rank's weighted sum of the losses, ().
             first_sample: number of edges that earlier steps of this epoch used.
-            scaler_skipped: fp16 skipped the step to lower its loss scale, so a non-finite gradient is expected.
+            scaler_skipped: whether the fp16 loss scaler has skipped this step to lower the loss scale. In this case, a
+                non-finite gradient is expected and not recorded.
 
         Raises:
             RunError: the step is not finite, and ``--max_skipped_steps`` steps have already been skipped.
@@ -91,7 +95,7 @@ class NonfiniteSteps:
         message = f"step {row['step']:,}: {problem}{where}, so no rank applied the update; its edges are in {FILE}"
         if count > self.config.max_skipped_steps:
             raise RunError(
-                f"{message}. The last state is intact; {REMEDY}, or set --max_skipped_steps {count} to skip such steps"
+                f"{message}. The last state is intact; {REMEDY}, or set --max_skipped_steps {count} to skip this step"
             )
         self.progress.nonfinite_steps = count
         log(f"{message} ({count} of --max_skipped_steps {self.config.max_skipped_steps})")

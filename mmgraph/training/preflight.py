@@ -1,4 +1,4 @@
-"""Start-up checks: report errors and misleading setups within seconds, before the towers are loaded."""
+"""Checks a launch at the start, and reports errors and misleading setups before the towers are loaded."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ SAME_EVERYWHERE = {  # values that must be equal on all ranks, and the remedy if
 
 
 class Rank(NamedTuple):
-    """Properties of a rank, gathered on all ranks."""
+    """Properties of one rank. They are gathered from all ranks."""
 
     host: str
     device: str
@@ -48,15 +48,17 @@ class Rank(NamedTuple):
     local_ranks: int
     visible_gpus: int
     flops_per_s: float
-    agreed: dict[str, Any]  # values that must be equal on all ranks, by the keys of SAME_EVERYWHERE
+    agreed: dict[str, Any]  # values that must be equal on all ranks; the keys are those of SAME_EVERYWHERE
 
 
 def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
-    """Check a launch. Log all findings with ``--check``, else only the warnings. Called by all ranks.
+    """Check a launch. With ``--check``, log all findings. Without it, log only the warnings.
+
+    All ranks must call this function.
 
     Raises:
-        UserError: a value differs between ranks, the global batch does not fit the world size or the graph, the output
-            folder cannot be used, or a tracker is not installed.
+        UserError: a value differs between ranks, the global batch does not fit the number of ranks or the graph, the
+            output folder cannot be used, or a tracker is not installed.
     """
     on_main_process(accelerator, lambda: _check_trackers(config))
     this_rank = raise_on_all_ranks(accelerator, lambda: _inspect(config, accelerator, graph))
@@ -83,7 +85,7 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
 
 def _check_trackers(config: Config) -> None:
     if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
-        raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed: pip install tensorboard")
+        raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed; run pip install tensorboard")
 
 
 def _sizes(config: Config) -> estimate.Shape:
@@ -114,7 +116,7 @@ def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Return the available and the total memory in bytes, of this host or of its cgroup."""
+    """Return the available and the total memory in bytes. A memory limit of the cgroup lowers both values."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
@@ -128,7 +130,8 @@ def _check_agreement(ranks: list[Rank]) -> None:
         for name, remedy in SAME_EVERYWHERE.items():
             expected, value = ranks[0].agreed[name], rank.agreed[name]
             if isinstance(value, dict):
-                # Only common keys are compared: a rank may lack a model file that is not downloaded yet or not needed.
+                # Only keys that both ranks have are compared: a rank may lack a model file that it does not need or has
+                # not downloaded yet.
                 keys = sorted(key for key in expected.keys() & value.keys() if expected[key] != value[key])
                 expected, value = (", ".join(f"{key} {values[key]}" for key in keys) for values in (expected, value))
             if expected == value:
@@ -148,8 +151,8 @@ def _world(accelerator: Accelerator, ranks: list[Rank]) -> list[str]:
     for host, rank in hosts.items():
         if rank.visible_gpus > rank.local_ranks and accelerator.device.type == "cuda":
             lines.append(
-                f"warning: {host} has {rank.visible_gpus} visible GPUs but uses {rank.local_ranks}; set "
-                "--num_processes to the total number of GPUs over all machines"
+                f"warning: {host} has {rank.visible_gpus} visible GPUs, but the run uses {rank.local_ranks} of them; "
+                "set --num_processes to the number of GPUs of all machines together"
             )
     return lines
 
@@ -164,14 +167,16 @@ def _precision(accelerator: Accelerator) -> list[str]:
         return []
     if {"amx_bf16", "avx512_bf16", "bf16"} & set(info.read_text().split()):
         return []
-    return ["warning: this CPU has no bf16 instructions, so bf16 is many times slower than --mixed_precision no"]
+    return ["warning: this CPU has no bf16 instructions, so bf16 is much slower than float32; set --mixed_precision no"]
 
 
 def _towers(config: Config, ranks: list[Rank]) -> list[str]:
     hosts = sorted({rank.host for rank in ranks if not rank.agreed["towers"]})
     if not hosts:
         return []
-    return [f"{config.model_name}: not on {', '.join(hosts)} yet; training downloads it from the hub at the start"]
+    return [
+        f"{config.model_name}: not on {', '.join(hosts)} yet; training first downloads it from the Hugging Face Hub"
+    ]
 
 
 def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
@@ -179,13 +184,13 @@ def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
     edges = config.global_batch_size // accelerator.num_processes
     micro = f", {min(config.micro_batch_size, edges)} per micro batch" if config.micro_batch_size else ""
     return (
-        f"{config.global_batch_size} edges per step, {edges} per process{micro}; {steps:,} steps per epoch, which skip "
-        f"{remainder} of {num_edges:,} edges"
+        f"{config.global_batch_size} edges per step, {edges} per process{micro}; {steps:,} steps per epoch; an epoch "
+        f"leaves out {remainder} of {num_edges:,} edges"
     )
 
 
 def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
-    """Check that the output folder is writable and has enough disk space. Creates no permanent files or folders."""
+    """Check that the output folder is writable and has enough disk space. No file or folder remains."""
     folder = config.output_folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -195,14 +200,16 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
     except OSError as error:
         raise UserError(f"--output_dir {config.output_folder}: cannot write to {folder}: {error.strerror}") from None
     epoch, state = estimate.epoch_file_bytes(sizes), estimate.state_bytes(sizes)
-    needed = epoch + 2 * state  # the next state is written before an old one is removed
+    needed = epoch + 2 * state  # a new state is written before an old one is removed
     total = config.epochs * epoch + (config.keep_last + 1) * state + estimate.final_file_bytes(sizes)
     if free < needed:
         raise UserError(
             f"--output_dir {config.output_folder}: {size(free)} free, but an epoch file and two resume states need "
             f"{size(needed)}; free some disk space, or set another --output_dir"
         )
-    line = f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; the full run needs up to {total / 1e9:.1f} GB"
+    line = (
+        f"{config.output_folder}: writable, {free / 1e9:.1f} GB free; the complete run needs up to {total / 1e9:.1f} GB"
+    )
     return [line if total <= free else f"warning: {line}"]
 
 
@@ -218,18 +225,18 @@ def _resources(
     lines = [f"about {needed:.1f} GB of memory per process (estimate)"]
     if stored:
         store = size(estimate.store_bytes(sizes, len(graph.nodes), half))
-        lines.append(f"the towers run once per node, before the first step; on disk, the tokens take up to {store}")
+        lines.append(f"the towers run once per node, before the first step; their tokens take up to {store} on disk")
     for number, rank in enumerate(ranks):
         free = rank.free_gb if device == "cuda" else rank.free_gb / rank.local_ranks
         if needed > free:
             lines.append(
                 f"warning: rank {number} ({rank.host}) may run out of memory: about {needed:.1f} GB needed, "
-                f"{free:.1f} GB free; set --micro_batch_size {max(1, edges // 4)} to use less"
+                f"{free:.1f} GB free; set --micro_batch_size {max(1, edges // 4)} to use less memory"
             )
     if config.check:
         slowest = min(rank.flops_per_s for rank in ranks)
         seconds = estimate.step_seconds(sizes, edges, config.micro_batch_size, slowest, stored)
-        speed = f"{MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured in a matrix product"
+        speed = f"{MATMUL_SHARE:.0%} of the {slowest / 1e9:,.0f} GFLOP/s measured for a matrix product"
         lines.append(
             f"about {seconds:.2g} s per step at full text length (estimate: {speed})"
             + ("" if stored else ", plus the time to read images")
@@ -238,7 +245,7 @@ def _resources(
 
 
 def _stored(config: Config, graph: Graph) -> bool:
-    """Return whether the run will use a tower store, provided that it can be written."""
+    """Return whether the run will use a tower store. It is assumed that the store can be written."""
     steps = config.epochs * (len(graph.rows) // config.global_batch_size)
     planned_nodes = nodes_seen(config, graph, min(steps, config.max_steps or steps))
     return config.tower_cache != "off" and (config.tower_cache != "auto" or planned_nodes > len(graph.nodes))

@@ -1,4 +1,4 @@
-"""Text log, ``metrics.jsonl``, trackers and progress bar of a run. Only the main process writes files."""
+"""Writes the text log, ``metrics.jsonl``, trackers and progress bar of a run. Only the main process writes files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -37,10 +37,10 @@ class RunLog:
         accelerator: the run's accelerator.
         progress: the run's progress. It stores the ID of the wandb run.
         start: the resume state that the run continues from; None for a new run.
-        total_steps: last step of the run.
+        total_steps: number of the last step of the run.
 
     Attributes:
-        failure: the error if a row could not be written, on the main process.
+        failure: the error if the main process could not write a row; otherwise None.
     """
 
     def __init__(
@@ -53,11 +53,13 @@ class RunLog:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep the files open while the block runs. Flush and close them when it ends or fails. Called by all ranks.
+        """Keep the files open while the block runs. Flush and close them when the block ends or fails.
+
+        All ranks must enter this context.
 
         Raises:
             UserError: the output folder is not writable, another process is training in it, or another process has
-                written a newer state since this run read its state.
+                written a newer state there since this process read its state.
         """
         with ExitStack() as stack:
             on_main_process(self.accelerator, lambda: self._open(stack))
@@ -72,17 +74,17 @@ class RunLog:
                     f"{self.output}: another process is training in this folder; set another --output_dir or --run_name"
                 )
             newer = newer_state(self.output / "state", self.start, self.progress)
-            if newer is not None:  # the other process has ended; this run would discard its states and metrics
+            if newer is not None:  # to go on from the older state would discard the newer states and metrics
                 raise UserError(
                     f"{self.output}: another process has continued this run up to {newer.name}; run the same command "
-                    "again"
+                    "again to resume from there"
                 )
             write_durably(self.output / "config.yaml", config.save)
             record_start(self.output, self.accelerator, self.progress.step)
             self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
             self.log_path.touch()
         except OSError as error:
-            raise UserError(f"--output_dir {self.output}: {error.strerror or error}") from None
+            raise UserError(f"--output_dir {self.output}: cannot write: {error.strerror or error}") from None
         stack.callback(self.metrics.close)
         stack.enter_context(log_file(self.log_path, config.log_buffer_size))
         self.trackers = Trackers(config, self.output, self.progress.step, self.progress.wandb_id)
@@ -100,15 +102,15 @@ class RunLog:
     def row(self, row: Mapping[str, Any]) -> None:
         """Write the row of a finished step, advance the bar, and log a line every ``log_every`` steps.
 
-        The row goes to ``metrics.jsonl`` and the trackers. Does nothing on ranks other than the main process.
+        The row is written to ``metrics.jsonl`` and the trackers. On other ranks than the main process, nothing happens.
         """
         if not self.accelerator.is_main_process:
             return
         try:
             self._write_row(row)
-        except OSError as error:  # StepLog then stops the run, and sync() fails on all ranks
+        except OSError as error:  # StepLog then requests a stop of the run, and saving a state fails on all ranks
             self.failure = error
-        with suppress(OSError):  # the terminal may be closed
+        with suppress(OSError):  # the terminal may have been closed
             self._show(row)
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
@@ -126,14 +128,14 @@ class RunLog:
             )
 
     def evaluation(self, step: int, row: Mapping[str, Any] | None, table: Table | None) -> None:
-        """Log an evaluation, write it to ``evaluation.json``, and write the step's row with its metrics.
+        """Log an evaluation, write it to ``evaluation.json``, and write the step's row with the evaluation's metrics.
 
-        Called on the main process only.
+        Only the main process may call this method.
 
         Args:
             step: step of the evaluation.
             row: row of the step, which has not been written yet; None before the first step.
-            table: the evaluation; None if the run has no held-out edges any more, so that only the row is written.
+            table: the evaluation; None if a resumed run no longer has held-out edges. Then only the row is written.
         """
         if table is not None:
             log(f"evaluation at step {step:,}: {one_line(table)}")
@@ -150,9 +152,9 @@ class RunLog:
         """Log a summary of a finished epoch, and flush the log.
 
         Args:
-            epoch: the epoch, from 1.
-            means: mean losses over the steps of the epoch, by name.
-            steps: number of these steps; those with a non-finite loss or gradient are not counted.
+            epoch: the finished epoch; the first is 1.
+            means: losses by name, averaged over ``steps``.
+            steps: number of steps of the epoch, without those that had a non-finite loss or gradient.
         """
         log(
             f"epoch {epoch}/{self.config.epochs} done: mean loss {_figure(means[TOTAL])} ({_parts(means)}) over "
@@ -161,13 +163,13 @@ class RunLog:
         flush_log()
 
     def sync(self) -> int:
-        """Sync the text log and ``metrics.jsonl`` to disk, before the state that refers to them is written.
+        """Sync the text log and ``metrics.jsonl`` to disk. Call this before a resume state is written.
 
         Returns:
             The size of ``metrics.jsonl`` in bytes.
 
         Raises:
-            OSError: a file cannot be written, or an earlier row could not be written.
+            OSError: a file cannot be written, or writing an earlier row has failed.
         """
         if self.failure is not None:
             raise self.failure
@@ -176,7 +178,7 @@ class RunLog:
         return self.metrics.sync()
 
     def log_start(self, graph: Graph, trained: int, frozen: int) -> None:
-        """Log where the run starts, and its size.
+        """Log where the run starts, and the size of its graph, module and epoch files.
 
         Args:
             graph: the run's data.
@@ -189,7 +191,7 @@ class RunLog:
             log(f"loaded the weights of {config.init_from}; training starts at epoch {progress.epoch}")
         if has_random_weights(config.model_name):
             log(
-                "the towers have random weights, because they were built with the demo graph; set --model_name "
+                "the towers have random weights, because they were built for the demo or a benchmark; set --model_name "
                 f"{DEFAULT_MODEL} to use pretrained towers"
             )
         size = (config.epochs - progress.epoch + 1) * 4 * (frozen + 3 * trained) / 1e9
@@ -200,21 +202,21 @@ class RunLog:
         )
 
     def log_end(self, image_status: np.ndarray, done: bool, best: str) -> None:
-        """Close the bar, and log how the run ends and how many nodes had no complete image, by image status.
+        """Close the bar. Log how the run ends, and how many nodes had no complete image, by image status.
 
-        Called by all ranks.
+        All ranks must call this method.
 
         Args:
             image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node; 0 if this rank has not
                 seen the node.
-            done: whether the run is finished; False if a stop signal ended it.
+            done: whether the run is finished. False means that a stop signal ended the run early.
             best: line about the best evaluation, or an empty string.
         """
         if self.accelerator.is_main_process:
-            self._close_bar()  # before the last lines are logged, or the bar would be printed below them
+            self._close_bar()  # now, because an open bar would be printed below the last log lines
         problems = describe_image_status_of_all_ranks(image_status)
         if problems:
-            log(f"nodes without a complete image: {problems} (of the nodes seen since this start)")
+            log(f"nodes without a complete image, among those seen since this start: {problems}")
         if best:
             log(best)
         if done:
@@ -223,9 +225,9 @@ class RunLog:
                 f"To write the embeddings, run: mmgraph encode {self.output}"
             )
         else:
-            log(f"stopped at step {self.progress.step:,}, state written; run the same command to resume")
+            log(f"stopped at step {self.progress.step:,}; the state is written; run the same command to resume")
         with suppress(OSError):
-            flush_log()  # flush now: the launcher may kill this process while a tracker closes
+            flush_log()  # now, because the launcher may kill this process while a tracker closes
 
 
 def _figure(loss: float | None) -> str:
@@ -233,12 +235,14 @@ def _figure(loss: float | None) -> str:
 
 
 def _parts(losses: Mapping[str, Any]) -> str:
-    """Format the losses of the weighted sum, such as ``text-image 4.1589, graph 4.1589``."""
+    """Format the losses that are summed to the total, such as ``text-image 4.1589, graph 4.1589``."""
     return ", ".join(f"{label} {_figure(losses[name])}" for name, label in LABELS.items())
 
 
 def describe_image_status_of_all_ranks(image_status: np.ndarray) -> str:
-    """Describe how many nodes of all ranks have no complete image, by image status. Called by all ranks.
+    """Describe how many nodes have no complete image, by image status, over all ranks.
+
+    All ranks must call this function.
 
     Args:
         image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node; 0 if this rank has not seen

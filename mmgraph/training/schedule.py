@@ -1,4 +1,4 @@
-"""Schedule of a run: when it evaluates, saves and ends."""
+"""Decides when a run evaluates, saves and ends."""
 
 from typing import NamedTuple
 
@@ -19,14 +19,14 @@ class Schedule:
 
     Args:
         config: the run's settings.
-        progress: the run's progress. Every property reads its current values.
+        progress: the run's progress. Every property of this class reads the current values.
         early_stopping: the run's early stopping.
         steps_per_epoch: number of steps in a full epoch.
         evaluates: whether the run has held-out edges to evaluate on.
 
     Attributes:
         samples_per_epoch: number of edges in a full epoch.
-        total_steps: last step of the run, unless it stops early.
+        total_steps: number of the last step, unless the run stops early.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Metrics of each step, written one step late so that the host does not wait for the current step."""
+"""Writes the metrics of each step one step late, so that the host does not wait for the current step."""
 
 import math
 import time
@@ -31,21 +31,23 @@ class InFlightStep(NamedTuple):
     means: HostCopy  # means over the ranks
     result: StepResult  # losses of this rank
     first_sample: int  # number of edges that earlier steps of this epoch used
-    scaler_skipped: bool  # fp16 skipped the step to lower its loss scale
+    scaler_skipped: bool  # whether the fp16 loss scaler skipped the step to lower the loss scale
 
 
 class StepLog:
-    """Reduces the metrics of each step over the ranks, and writes them one step later. Called by all ranks.
+    """Averages the metrics of each step over the ranks, and writes them one step later.
 
-    The same reduction carries the image counts of the ranks, and whether a rank requests a stop. A rank does so after a
-    stop signal, or if it cannot write a row.
+    All ranks must call :meth:`submit` and :meth:`flush`.
+
+    The reduction also includes the image counts of the ranks, and whether a rank requests a stop. A rank requests a
+    stop after a stop signal, or if it cannot write a row.
 
     Args:
         config, accelerator, progress, schedule: settings, accelerator, progress and schedule of the run.
-        train_step: its learning rate and loss scale are read.
-        stream: its data wait is written.
-        images: image files seen on this rank.
-        signals: this rank's stop request. Its ``agree()`` is called after any rank has requested a stop.
+        train_step: gives the learning rate and the loss scale of the step.
+        stream: gives the time that the step waited for its data.
+        images: counts the image files that this rank has read.
+        signals: this rank's stop request. ``signals.agree()`` is called after any rank has requested a stop.
         nonfinite: decides whether a non-finite step is skipped or ends the run.
         run_log: writes the rows.
     """
@@ -70,14 +72,14 @@ class StepLog:
         self._submitted = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Measure the duration of the next step from now on."""
+        """Measure the duration of the next step from this call."""
         self._submitted = time.perf_counter()
 
     def submit(self, result: StepResult) -> None:
-        """Queue the metrics of the last finished step, and write those of the step before it.
+        """Queue the metrics of the step that has just finished, and write those of the previous step.
 
         Args:
-            result: results of the last finished step on this rank.
+            result: this rank's results of the step that has just finished.
 
         Raises:
             UserError: too many images are bad (see ``--max_bad_images``).
@@ -88,7 +90,7 @@ class StepLog:
         stop_requested = self.signals.requested or self.run_log.failure is not None
         counts = {"images_read": self.images.read, "images_bad": self.images.bad, "stop_requested": stop_requested}
         local = torch.stack(list(values.values()))
-        # new_full fills on the device, without a copy from the host.
+        # new_full fills the values in on the device, without a copy from the host.
         local = torch.cat([local, *(local.new_full((1,), count) for count in counts.values())])
         means = HostCopy(self.accelerator.reduce(local, "mean"))
         first_sample = self.progress.samples_in_epoch - self.config.global_batch_size
@@ -98,9 +100,10 @@ class StepLog:
         self.signals.step_finished()
 
     def _begin_row(self) -> tuple[dict[str, Any], bool]:
-        """Return the first part of the last finished step's row, without values from the device.
+        """Build the row of the step that has just finished, with the values that the host knows.
 
-        The second value is whether fp16 skipped the step to lower its loss scale.
+        Returns:
+            The row, and whether the fp16 loss scaler skipped the step to lower the loss scale.
         """
         now, edges = time.perf_counter(), self.config.global_batch_size
         seconds, self._submitted = now - self._submitted, now
@@ -117,11 +120,11 @@ class StepLog:
         if not self.accelerator.optimizer_step_was_skipped:
             return row, False
         scale = loss_scale(self.accelerator, self.train_step.module)
-        # A loss scale below 1 cannot cause an overflow, so such a step counts as non-finite.
+        # A loss scale below 1 cannot cause an overflow, so a step skipped at this scale counts as non-finite.
         return {**row, "skipped": True}, scale is not None and scale["scale"] >= 1
 
     def flush(self) -> None:
-        """Write the row of the last submitted step. All ranks do the same checks, but only the main process writes."""
+        """Write the row of the last submitted step. All ranks check the step; only the main process writes the row."""
         if self._in_flight is None:
             return
         step, self._in_flight = self._in_flight, None
@@ -142,7 +145,7 @@ class StepLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if row["step"] == self.progress.step and self.schedule.evaluation_due:
-            self.progress.unevaluated = row  # written with the metrics of its evaluation
+            self.progress.unevaluated = row  # held back until the evaluation adds its metrics
         else:
             self.run_log.row(row)
 
@@ -150,14 +153,14 @@ class StepLog:
         """Raise an error if the fraction of bad images exceeds ``--max_bad_images``.
 
         Args:
-            read, bad: number of images read, and of bad ones; means over the ranks.
+            read, bad: numbers of images read and of bad images among them, averaged over the ranks.
         """
         count, limit = read * self.accelerator.num_processes, self.config.max_bad_images
-        # Wait until enough images are read.
+        # Do not judge before enough images have been read.
         if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):
             return
         problems = describe_image_status_of_all_ranks(self.images.image_status)
         raise UserError(
-            f"{bad / read:.0%} of the images so far are missing or incomplete ({problems}), more than the {limit:.0%} "
-            f"of --max_bad_images {limit:g}; check --image_root and the files, or raise the limit"
+            f"{bad / read:.0%} of the images so far are missing or incomplete ({problems}); the limit is {limit:.0%} "
+            f"(--max_bad_images {limit:g}); check --image_root and the files, or raise the limit"
         )

@@ -1,4 +1,4 @@
-"""Experiment trackers of a run: Weights & Biases and TensorBoard. Only the main process uses them."""
+"""Sends metrics to Weights & Biases and TensorBoard. Only the main process uses these trackers."""
 
 import dataclasses
 import netrc
@@ -25,21 +25,22 @@ from mmgraph.utils.log import log
 Pictures = Mapping[str, Image]
 Tables = Mapping[str, tuple[list[str], list[list[Any]]]]  # name -> (columns, rows)
 
-START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0  # time limits; for wandb's own, see _start_wandb
+# Time limits for trackers. _start_wandb sets wandb's own time limits.
+START_SECONDS, HANG_SECONDS, FINISH_SECONDS = 90.0, 60.0, 90.0
 
 
 class Trackers:
     """Sends the metrics of a run to experiment trackers, through Accelerate's tracker classes.
 
-    A tracker cannot stop or stall the run. Each one works in a separate thread. If it raises or hangs, it is disabled,
-    one log line reports this, and the run continues. Without an API key or a network, Weights & Biases runs offline and
-    writes below ``folder``.
+    A tracker cannot stop or stall the run, because each tracker works in a separate thread. A tracker that raises an
+    error or hangs is disabled. One log line reports this, and the run continues. Without an API key or a network,
+    Weights & Biases runs offline and writes below ``folder``.
 
     Args:
         config: the run's settings. ``report_to`` selects the trackers.
         folder: output folder of the run.
-        step: number of finished steps of the run. TensorBoard drops later rows of an earlier launch: the run repeats
-            these steps.
+        step: number of finished steps of the run. An earlier launch may have logged later steps. TensorBoard drops
+            their rows, because the run repeats these steps.
         wandb_id: ID of the wandb run to continue; None starts a new one.
 
     Attributes:
@@ -49,7 +50,7 @@ class Trackers:
     def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None):
         self.wandb_id, self._config, self._folder = wandb_id, config, folder
         start_functions = {"wandb": self._start_wandb, "tensorboard": lambda: self._start_tensorboard(step)}
-        self._start_timeout = min(START_SECONDS, config.collective_timeout / 2)  # the other ranks wait meanwhile
+        self._start_timeout = min(START_SECONDS, config.collective_timeout / 2)  # the other ranks wait during the start
         threads = [_TrackerThread(name, start_functions[name]) for name in _tracker_names(config.report_to)]
         deadline = time.monotonic() + self._start_timeout
         self._threads = [thread for thread in threads if thread.wait_until_started(deadline, self._start_timeout)]
@@ -64,14 +65,14 @@ class Trackers:
 
         Args:
             step: last step of the run.
-            pictures, tables: the report's images and tables, by the names they get in the trackers.
+            pictures, tables: the report's images and tables; the keys are their names in the trackers.
             page: the report's HTML file.
         """
         for thread in self._threads:
             thread.do(lambda tracker: _SHOW_FUNCTIONS[tracker.name](tracker, step, pictures, tables, page))
 
     def close(self) -> None:
-        """Finish all trackers. Wait at most ``FINISH_SECONDS`` for them."""
+        """Finish all trackers. Wait at most ``FINISH_SECONDS`` in total."""
         for thread in self._threads:
             thread.end()
         deadline = time.monotonic() + FINISH_SECONDS
@@ -82,16 +83,16 @@ class Trackers:
         tracker = TensorBoardTracker("tensorboard", self._folder, purge_step=step + 1)
         tracker.start()
         tracker.store_init_configuration(dataclasses.asdict(self._config))
-        log(f"tensorboard: to view the run, run tensorboard --logdir {self._folder / 'tensorboard'}")
+        log(f"tensorboard: to view the metrics, run tensorboard --logdir {self._folder / 'tensorboard'}")
         return tracker
 
     def _start_wandb(self) -> GeneralTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # imported only if needed: it takes seconds
+        import wandb  # imported only if needed, because the import takes seconds
 
         config, folder = self._config, self._folder
-        # In seconds. An online and then an offline attempt must fit into the start timeout. Some versions of wandb have
-        # no finish_timeout.
+        # Time limits in seconds. If the online start fails, an offline start follows, and both must fit into the start
+        # timeout. Some versions of wandb have no finish_timeout.
         limits: dict[str, Any] = {"init_timeout": self._start_timeout / 3, "finish_timeout": 60}
         limits = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
         offline_reason = _why_offline(wandb.setup().settings.base_url)
@@ -116,7 +117,7 @@ class Trackers:
         self.wandb_id = run.id
         if run.offline:
             log(
-                f"wandb: run {run.id}, offline ({offline_reason or 'as configured'}); to upload it, run wandb sync "
+                f"wandb: run {run.id}, offline ({offline_reason or 'as configured'}); to upload it, use wandb sync "
                 f"{Path(run.dir).parent}"
             )
         else:
@@ -125,7 +126,7 @@ class Trackers:
 
 
 class _TrackerThread:
-    """Runs a tracker in a thread. If the tracker raises or hangs, it is disabled, and one log line reports this.
+    """Runs a tracker in a thread. A tracker that raises an error or hangs is disabled, and one log line reports this.
 
     Args:
         name: name of the tracker.
@@ -144,7 +145,7 @@ class _TrackerThread:
 
         Args:
             deadline: latest value of ``time.monotonic()``.
-            timeout: seconds from the start of the thread to ``deadline``, for the log line.
+            timeout: seconds from the start of the thread to ``deadline``. The log line reports this time.
 
         Returns:
             Whether the tracker has started.
@@ -157,7 +158,7 @@ class _TrackerThread:
         self.do(partial(_log_row, row))
 
     def do(self, job: Callable[[Any], object]) -> None:
-        """Queue a call of ``job`` with the tracker. Disable the tracker if its current job hangs."""
+        """Queue ``job``, which the thread calls with the tracker. Disable the tracker if the current job hangs."""
         if self._jobs.empty():
             self._job_start = time.monotonic()
         elif not self._disabled and time.monotonic() - self._job_start > HANG_SECONDS:
@@ -166,7 +167,7 @@ class _TrackerThread:
             self._jobs.put(job)
 
     def end(self) -> None:
-        """Finish the tracker after its queued jobs."""
+        """Tell the thread to finish the tracker after the queued jobs. Do not wait."""
         self._jobs.put(None)
 
     def wait_until_finished(self, deadline: float) -> None:
@@ -236,18 +237,18 @@ def _tracker_names(report_to: str) -> list[str]:
     if report_to == "auto":
         if _may_have_key() and os.environ.get("WANDB_MODE") != "disabled":
             return ["wandb"]
-        log("no experiment tracker (--report_to auto); to use wandb, run wandb login or set WANDB_API_KEY")
+        log("no experiment tracker is used (--report_to auto); to use wandb, run wandb login or set WANDB_API_KEY")
         return []
     return {"none": [], "all": ["wandb", "tensorboard"]}.get(report_to, [report_to])
 
 
 def _may_have_key() -> bool:
-    """Return whether an API key or a login exists. This avoids the import of wandb, which takes seconds."""
+    """Return whether an API key or a login for wandb may exist. wandb is not imported, because that takes seconds."""
     return bool(os.environ.get("WANDB_API_KEY")) or any(_logins())
 
 
 def _logins() -> dict[str, Any]:
-    """Return the logins in the netrc file, by host; empty if the file is missing or invalid."""
+    """Return the logins in the netrc file, by host. If the file is missing or invalid, the result is empty."""
     try:
         return netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, ValueError, netrc.NetrcParseError):
@@ -255,10 +256,10 @@ def _logins() -> dict[str, Any]:
 
 
 def _why_offline(base_url: str) -> str | None:
-    """Return why wandb cannot reach its server; None if it can, or if ``WANDB_MODE`` or a proxy is set.
+    """Return why wandb has to run offline; None if it can run online, or if ``WANDB_MODE`` or a proxy is set.
 
-    Without this check, a start with a key but no network takes 46 s instead of 9 s, because wandb retries until its
-    time limit.
+    With an API key but no network, wandb retries until its time limit. This check shortens such a start from 46 s to
+    9 s.
 
     Args:
         base_url: URL of the wandb server.
@@ -269,7 +270,7 @@ def _why_offline(base_url: str) -> str | None:
     if not os.environ.get("WANDB_API_KEY") and url.hostname not in _logins():
         return "no API key"
     if getproxies():
-        return None  # a direct connection does not show whether the proxy works
+        return None  # a direct connection would not show whether the proxy works
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One optimizer step: tokens, embeddings, losses, backward pass, update."""
+"""Runs one optimizer step: tokens, embeddings, losses, backward pass, update."""
 
 import math
 from collections.abc import Callable
@@ -15,28 +15,28 @@ from mmgraph.losses.objective import TOTAL, Embeddings, Objective
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.nonfinite import poison_if_nonfinite, skip_if_nonfinite
 
-UNKNOWN_NORM = -1.0  # gradient norm if the backend does not report it
+UNKNOWN_NORM = -1.0  # stands for a gradient norm that the backend does not report
 
 
 class StepResult(NamedTuple):
-    """Results of a step: float32 scalars on the device, which may still be computing them."""
+    """Results of a step: float32 scalars on the device. The device may still be computing them."""
 
     losses: dict[str, torch.Tensor]  # this rank's losses, by their names in metrics.jsonl
-    grad_norm: torch.Tensor  # L2 norm over all parameters and ranks, before clipping; or UNKNOWN_NORM
+    grad_norm: torch.Tensor  # L2 norm of the reduced gradients of all parameters, before clipping; or UNKNOWN_NORM
     counters: dict[str, torch.Tensor]  # other metrics of the step, by their names in metrics.jsonl
 
 
 class TrainStep:
-    """Trains on one batch. Called by all ranks.
+    """Trains on one batch. All ranks must call it.
 
     Args:
         module, optimizer: the trained module and its optimizer, prepared by Accelerate.
         objective: computes the losses.
         source: returns the towers' tokens of a batch.
         accelerator: the run's accelerator.
-        progress: the run's progress. Each call counts one step in it.
+        progress: the run's progress. Each call adds one step to it.
         edges: number of edges per step, over all ranks.
-        lr: returns the learning rate of a step, counted from 1.
+        lr: returns the learning rate of a step; the first step is 1.
         micro_batches: number of parts in which a rank embeds the nodes of its batch.
         max_grad_norm: L2 norm to which gradients are clipped; 0 disables clipping.
     """
@@ -64,7 +64,8 @@ class TrainStep:
         The host does not wait for the device, except in fp16, where the loss scaler waits.
         """
         tokens = self.source.tokens(batch, self.micro_batches)
-        unique = self.module(tokens, self.micro_batches)  # graph, text and image: (U, proj_dim) each
+        # z_graph, z_text and z_vis: first of the batch's U unique nodes, then of both ends of this rank's b edges.
+        unique = self.module(tokens, self.micro_batches)  # (U, proj_dim) each
         embeddings = Embeddings(*(z.index_select(0, batch.inverse) for z in unique))  # (2b, proj_dim) each
         losses, counters = self.objective(embeddings, batch)
 
@@ -78,13 +79,13 @@ class TrainStep:
         return StepResult({name: loss.detach() for name, loss in losses.items()}, norm.detach(), counters)
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Clip the gradients, unless DeepSpeed has done so. Return their norm before clipping, float32."""
+        """Clip the gradients, unless DeepSpeed has clipped them. Return their norm before clipping, in float32."""
         engine: Any = self.module
-        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed. Accelerate's method would wait for the device
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; Accelerate's method would wait for the device
             norm = engine.get_global_grad_norm()
             return torch.as_tensor(UNKNOWN_NORM if norm is None else norm, device=self.accelerator.device).float()
         # An infinite limit does not change the gradients, but the call still returns their norm.
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or math.inf)
-        if self.accelerator.scaler is None:  # a loss scaler skips a non-finite step itself
+        if self.accelerator.scaler is None:  # a loss scaler would itself skip a non-finite step
             skip_if_nonfinite(self.optimizer.optimizer, norm)
         return norm

@@ -1,4 +1,4 @@
-"""The training loop: train on a batch, log the step, save and evaluate when due, until the run is done or stopped."""
+"""The training loop. It trains on a batch, logs the step, and saves and evaluates when due, until the run ends."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from mmgraph.utils.log import log
 
 @dataclasses.dataclass
 class Run:
-    """A run on this rank. :func:`mmgraph.training.build.build_run` builds it."""
+    """A run, as this rank sees it. :func:`mmgraph.training.build.build_run` builds it."""
 
     config: Config
     accelerator: Accelerator
@@ -42,24 +42,24 @@ class Run:
     checkpointer: Checkpointer
     run_log: RunLog
     signals: StopRequest
-    images: ImageCounter  # image files seen on this rank
+    images: ImageCounter  # counts the image files that this rank has read
     outputs: NodeOutputs  # tower outputs of all nodes, for evaluation and report
     evaluation: Evaluation | None  # None if there are no held-out edges
     parameters: tuple[int, int]  # number of trained and of frozen parameters
 
     def train(self, at_end: Callable[["Run"], object] | None = None) -> int:
-        """Train until the run is finished or a stop signal arrives. Called by all ranks.
+        """Train until the run is finished or a stop signal arrives. All ranks must call this method.
 
         Args:
-            at_end: called after the last step is done and saved, while the log and the trackers are open. It is not
-                called if any rank has received a stop signal.
+            at_end: called with this run after the last step is saved, while the log and the trackers are still open.
+                It is not called if any rank has received a stop signal.
 
         Returns:
             The exit code: 0, or 143 if a stop signal ended the run before its last step.
 
         Raises:
             UserError: the output folder cannot be used, too many images are bad, an evaluation fails, or another rank
-                fails with a user error.
+                raises a user error.
             RunError: the disk is full or fails, too many steps are not finite, or another rank fails.
         """
         progress, schedule = self.progress, self.schedule
@@ -67,7 +67,7 @@ class Run:
             limit = "--early_stopping_patience" if self.early_stopping.exhausted else "--epochs or --max_steps"
             log(f"finished: {self.config.output_folder} is at step {progress.step:,}; raise {limit} to continue")
             return 0
-        # In this order: a signal must not interrupt the run log while it writes its last lines.
+        # The run log is the inner context, so that no signal interrupts it while it writes its last lines.
         with self.signals.listening(), self.run_log.opened():
             self.run_log.log_start(self.graph, *self.parameters)
             if progress.step == 0 or progress.unevaluated is not None:
@@ -76,7 +76,7 @@ class Run:
                 self.step_log.submit(self.train_step(batch))
                 due = schedule.due
                 if due.evaluation:
-                    self.checkpointer.save()  # first: no step is lost if the evaluation fails
+                    self.checkpointer.save()  # before the evaluation, so that no step is lost if it fails
                     self.evaluate()
                 if schedule.finished or self.signals.stop_agreed:
                     break
@@ -89,12 +89,13 @@ class Run:
         return EXIT_CODE if self.signals.stop_agreed and not schedule.finished else 0
 
     def evaluate(self) -> None:
-        """Rank the held-out edges, if any. Write the last step's row, which was held back for its evaluation metrics.
+        """Rank the held-out edges, and write the last step's row, which was held back, with the evaluation metrics.
 
-        An evaluation also writes a log line and ``evaluation.json``. If it is the best so far, the best file is saved.
+        The evaluation is also logged and written to ``evaluation.json``. If it is the best so far, the best file is
+        saved. If the run has no held-out edges any more, only the row is written.
         """
         if self.signals.stop_agreed:
-            return  # the resumed run starts with this evaluation
+            return  # the resumed run will start with this evaluation
         progress, table = self.progress, None
         row, progress.unevaluated = progress.unevaluated, None
         if self.evaluation is not None:
@@ -116,7 +117,7 @@ class Run:
     def _best(self) -> str:
         """Return the log line about the best evaluation and early stopping, or an empty string."""
         best = self.early_stopping
-        line = f"best: {best}, {best_file(self.config.output_folder)}" if best.has_best else ""
+        line = f"best evaluation: {best}, saved as {best_file(self.config.output_folder)}" if best.has_best else ""
         if best.exhausted:
-            return f"stopped early: no improvement in {best.patience} evaluations; {line}"
+            return f"stopped early: the last {best.patience} evaluations brought no improvement; {line}"
         return line

@@ -47,7 +47,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def record_start(folder: Path, accelerator: Accelerator, step: int) -> None:
-    """Append a start of a run to its ``environment.json``, a list with one entry per start.
+    """Record a start of a run in the run's ``environment.json``, a list with one entry per start.
 
     Args:
         folder: output folder of the run.
@@ -66,7 +66,7 @@ def record_start(folder: Path, accelerator: Accelerator, step: int) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the recorded starts of a run, or an empty list if the file is missing or invalid."""
+    """Return the recorded starts of a run, or an empty list if ``environment.json`` is missing or invalid."""
     with suppress(OSError, ValueError, RecursionError):
         starts = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if isinstance(starts, list):

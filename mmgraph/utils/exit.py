@@ -22,11 +22,11 @@ def hooks_may_hang() -> bool:
 
 
 def end_process(code: int, *clean_ups: Callable[[], object]) -> NoReturn:
-    """Call ``clean_ups``, then end this process without Python's exit hooks and teardown."""
+    """Call ``clean_ups``, then end this process without running Python's exit hooks and teardown."""
     for clean_up in clean_ups:
         try:
             clean_up()
-        except Exception:  # call the remaining ones anyway, as atexit does
+        except Exception:  # call the remaining clean-ups anyway, as atexit does
             traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the reader has closed the pipe

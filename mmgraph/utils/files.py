@@ -25,7 +25,7 @@ def write_durably(path: Path, write: Callable[[Path], object], shared: bool = Fa
 
     Args:
         path: file to write.
-        write: fills the temporary file, whose path is its argument.
+        write: called with the path of the temporary file, which it fills.
         shared: other processes may write ``path`` at the same time; the last rename wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
@@ -59,7 +59,7 @@ def create_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: file to create once. The first process to claim it creates it.
-        make: fills the open file.
+        make: called with the open, empty file, which it fills.
     """
     while not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,13 @@ def create_once(path: Path, make: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def claim_file(path: Path) -> Iterator[BinaryIO | None]:
-    """Yield an empty file, and sync and rename it to ``path`` if the block ends without an error.
+    """Yield an empty temporary file. If the block ends without an error, sync the file and rename it to ``path``.
 
-    Yield None if ``path`` exists or another process is creating it. A claim is a file lock, so it ends when its process
-    ends or is killed. The next claim empties the same temporary file and starts over. If the file
-    system has no locks, or the temporary file belongs to another user and cannot be opened, each process writes a
-    separate temporary file, and the first to finish wins.
+    Yield None if ``path`` exists or another process is creating it. A claim is a lock on the temporary file, so it ends
+    when its process ends or is killed. The next process to claim ``path`` empties the temporary file and starts over.
+
+    If the file system has no locks, or the temporary file belongs to another user and cannot be opened, each process
+    writes a separate temporary file. The first process to finish wins.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     publish: Callable[[Path, Path], object] = Path.replace
@@ -129,7 +130,7 @@ def _locked(path: Path) -> BinaryIO | None:
     while True:
         created = not path.exists()
         try:
-            # Readable too, so that the caller can read back what it wrote.
+            # Open for reading too, so that the caller can read back what it wrote.
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except PermissionError as error:
             raise NotImplementedError from error
@@ -147,14 +148,15 @@ def _locked(path: Path) -> BinaryIO | None:
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 file.truncate(0)
                 return file
-        file.close()  # another process renamed or removed the file before this one got the lock
+        file.close()  # another process renamed or removed the file before this process got the lock
 
 
 def lock_folder(folder: Path, stack: ExitStack) -> bool:
-    """Lock ``folder`` for this process, until ``stack`` closes or the process ends, even if it is killed.
+    """Lock ``folder`` for this process. The lock ends when ``stack`` closes, or when the process ends or is killed.
 
     Returns:
-        False if another process holds the lock. On a file system without locks, log a warning and return True.
+        False if another process holds the lock, else True. On a file system without locks, the result is True, and a
+        warning is logged.
     """
     file = stack.enter_context((folder / ".lock").open("w"))
     try:
@@ -167,12 +169,12 @@ def lock_folder(folder: Path, stack: ExitStack) -> bool:
 
 
 def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
-    """Return a 16-byte signature of a file: a digest of its absolute path, its size and its times.
+    """Return a 16-byte signature of a file: a digest of its absolute path, size, mtime and ctime.
 
     Args:
         path: file to look up.
-        min_age_ns: minimum age of the last change, in nanoseconds. A file that changed more recently may change again
-            while its times stay the same.
+        min_age_ns: minimum age of the last change, in nanoseconds. If a file changed more recently, another change
+            could leave mtime and ctime as they are, and the signature would not show it.
 
     Returns:
         ``b""`` if ``path`` is not a regular file, None if the file changed too recently.
@@ -186,7 +188,7 @@ def file_signature(path: str | Path, min_age_ns: int) -> bytes | None:
     now = time.time_ns()
     if any(abs(now - changed) < min_age_ns for changed in (status.st_mtime_ns, status.st_ctime_ns)):
         return None
-    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path is last: it may contain anything
+    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "  # the path comes last: it may contain spaces
     return hashlib.blake2b(times.encode() + os.fsencode(os.path.abspath(path)), digest_size=16).digest()  # noqa: PTH100
 
 
@@ -197,7 +199,7 @@ def cache_folder(table: str | Path) -> Path:
 
 @contextmanager
 def explain_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn an ``OSError`` in the block, such as a full disk, into a :class:`RunError` with folder, cause and remedy."""
+    """Turn an ``OSError`` in the block into a :class:`RunError` that names the folder, the cause and ``remedy``."""
     try:
         yield
     except OSError as error:

@@ -24,15 +24,15 @@ from tqdm import tqdm
 _waiting: deque[str] = deque(maxlen=1000)
 _path: Path | None = None
 _size = 10
-_lock = threading.RLock()  # trackers log from their own threads
+_lock = threading.RLock()  # trackers call log() from other threads
 
 
 def log(*args: object, **kwargs: object) -> None:
     """Print a line immediately, and buffer it for the run's log file.
 
-    Does nothing in processes whose ``RANK`` is not 0 and in DataLoader workers. A line that cannot be printed, because
-    the terminal or pipe is closed, is still written to the file. The file is written when ``log_buffer_size`` lines are
-    buffered, on :func:`flush_log`, and at exit.
+    Only the main process logs: on other ranks and in DataLoader workers, this function does nothing. A line that cannot
+    be printed, because the terminal or pipe is closed, is still written to the file. The buffered lines are written
+    when there are ``--log_buffer_size`` of them, on :func:`flush_log`, and at exit.
 
     Args:
         *args, **kwargs: as for :func:`print`; only ``sep`` and ``end`` are used.
@@ -45,7 +45,7 @@ def log(*args: object, **kwargs: object) -> None:
     with _lock:
         _waiting.append(text)
         if _path is not None and len(_waiting) >= _size:
-            with suppress(OSError):  # the lines stay buffered, and the next direct flush_log() raises
+            with suppress(OSError):  # the lines stay buffered; a direct call of flush_log() reports the error
                 flush_log()
 
 
@@ -73,7 +73,7 @@ def flush_log() -> None:
 
 @contextmanager
 def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
-    """Append the log to ``path`` while the block runs, ``size`` lines at a time. Flush it when the block ends or fails.
+    """While the block runs, append the log to ``path``, ``size`` lines at a time. At the end, flush the log.
 
     If this last flush fails, the number of lost lines is printed to stderr, and no error is raised: the lines were
     already printed, and an error of the block must not be hidden.
@@ -93,12 +93,16 @@ def log_file(path: str | Path, size: int = 10) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this process may write: rank 0 (by the launcher's ``RANK``) and not a DataLoader worker."""
+    """Whether this process is rank 0 (the launcher sets ``RANK``) and not a DataLoader worker."""
     return os.environ.get("RANK", "0") == "0" and get_worker_info() is None
 
 
 def _reset_in_child() -> None:
-    """Reset the log in a forked child: the parent writes the buffered lines, and may have held the lock at the fork."""
+    """Reset the log in a forked child.
+
+    The parent writes the buffered lines, so the child drops them. The lock is replaced, because a thread of the parent
+    may have held it at the fork.
+    """
     global _lock
     _lock = threading.RLock()
     _waiting.clear()

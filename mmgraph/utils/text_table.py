@@ -7,7 +7,7 @@ def text_table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
     """Return the lines of a table, with two spaces between columns.
 
     Args:
-        rows: cells of each row; all rows have the same length, and the first may be a header.
+        rows: cells of each row. All rows have the same number of cells, and the first row may be a header.
         alignment: one character per column: ``<`` left, ``>`` right, ``-`` not padded (for a last column of text).
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
