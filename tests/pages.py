@@ -1,4 +1,4 @@
-"""Opens and checks report pages in a real browser. Runs of several kinds to report on."""
+"""Open and check report pages in a headless browser, and train the runs that the reports show."""
 
 import re
 import shutil
@@ -75,7 +75,7 @@ READABLE = """() => {
 }"""
 
 
-# Returns the lines of each chart, by the chart's name: the label, steps and values of each line.
+# Returns a dict from the name of each chart to its lines: [label, steps, values] of each line.
 LINES = """() => Object.fromEntries(Bokeh.documents.flatMap((document) => document.roots()).map((root) => [root.name,
   root.renderers.filter((renderer) => renderer.name).map((renderer) =>
     [renderer.name, [...renderer.data_source.get_array("step")], [...renderer.data_source.get_array("value")]])]))"""
@@ -86,15 +86,14 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium here (Debian: apt install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
-        )  # the sandbox does not work for root in a container
+        # Without a sandbox, because Chromium's sandbox does not work for root in a container.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 class Opened:
-    """A page in a window without a network, its console messages and its requests."""
+    """A page in an offline browser window, with its console warnings, errors and requests."""
 
     def __init__(self, browser: Browser, path: Path, width: int = 1600, scheme: Any = "light"):
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
@@ -117,7 +116,7 @@ class Opened:
         self.context.close()
 
     def check(self) -> int:
-        """Check that there are no messages or requests, and that all texts and images are visible.
+        """Check the page: no messages, no requests for other files, readable texts and undamaged images.
 
         Returns:
             The number of images.
@@ -148,7 +147,12 @@ def check_page(browser: Browser, path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def runs(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on the small graph: with evaluations, without evaluations and of one epoch, and on two ranks."""
+    """Runs on the small graph.
+
+    Returns:
+        A folder with the runs ``evaluated`` (evaluates every 10 of its 30 steps), ``plain`` (one epoch, no evaluation)
+        and ``ranks`` (30 steps on two ranks), and with ``edges.csv`` and ``eval_edges.csv``.
+    """
     folder = tmp_path_factory.mktemp("runs")
     edges = pd.read_csv(graph / "edges.csv", dtype=str)
     edges[:180].to_csv(folder / "edges.csv", index=False)

@@ -1,4 +1,4 @@
-"""Reports on runs that are damaged, incomplete, hostile or from an older version."""
+"""Reports on runs that are damaged, incomplete, from an older version, or have hostile names."""
 
 import json
 import os
@@ -21,7 +21,7 @@ HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.
 
 
 def test_hostile_names(graph: Path, browser: Browser, tmp_path: Path) -> None:
-    """Names that are HTML, scripts or templates are shown as text: of nodes, of the run and of relations."""
+    """If the names of nodes, relations and the run contain HTML, scripts or templates, the page shows them as text."""
     folder = tmp_path / "graph"
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
     nodes = pd.read_csv(folder / "nodes.csv", dtype=str)
@@ -97,12 +97,10 @@ def test_wrong_usage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert error.startswith("mmgraph: error: ") and all(fact in error for fact in facts), error
 
 
-def test_the_page_names_missing_files(
-    runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run's folder was copied without its data, or before the run wrote a checkpoint or a step.
+def test_missing_files(runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page states what is missing if the node table, the checkpoints or the logged steps are missing.
 
-    The page shows the path of the folder, which is wider than the screen of a phone.
+    The path of the run's folder, which the page shows, is wider than the screen of a phone.
     """
     copy = tmp_path / ("run" * 30)
     shutil.copytree(runs / "evaluated", copy)
@@ -121,14 +119,14 @@ def test_the_page_names_missing_files(
     with Opened(browser, copy / "report.html", 390) as opened:
         opened.check()
         assert not opened.page.locator(".chart").count()
-        assert opened.page.locator("#training .note").count() == 1  # the reason for the missing curves
-        assert str(copy) in opened.page.locator("#map .note").inner_text()  # there is no checkpoint
+        assert opened.page.locator("#training .note").count() == 1  # states why there are no curves
+        assert str(copy) in opened.page.locator("#map .note").inner_text()  # states that the folder has no checkpoint
 
 
 def test_embeddings_that_are_not_finite(
     runs: Path, browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page has no map of this run, but all other parts, and the run next to it is complete."""
+    """The page has the curves of both runs, but only the map of the run with finite embeddings."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     final = copy / "checkpoints/multimodal_encoder_final.pt"
@@ -147,7 +145,11 @@ def test_embeddings_that_are_not_finite(
 
 @pytest.mark.slow
 def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """The run lacks newer settings and a metric, has a non-finite loss, and a table from ``mmgraph evaluate``."""
+    """The page shows a run of an older version, without report settings, ``epoch`` and ``grad_norm``.
+
+    The run also has a skipped step, a damaged environment.json, and an evaluation table without a step, as
+    ``mmgraph evaluate`` writes it.
+    """
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     lines = [line for line in (copy / "config.yaml").read_text().splitlines() if not line.startswith("report")]
@@ -167,7 +169,7 @@ def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) ->
         assert different <= {"report_to"}
         captions = opened.page.locator("#held-out .caption").all_inner_texts()
         first, second = (re.findall(r"\d+", caption) for caption in captions[:2])
-        assert first and second == ["30", *first], captions  # the step, if it is known
+        assert first and second == ["30", *first], captions  # only the second run has the step of its evaluation
         opened.check()
 
 
@@ -186,6 +188,6 @@ def test_long_names_and_links_as_output(graph: Path, runs: Path, browser: Browse
         assert opened.page.evaluate("document.documentElement.scrollHeight") < 20_000
         opened.check()
     copy, output = tmp_path / ("run" * 30), tmp_path / "two.html"
-    shutil.copytree(runs / "plain", copy)  # the page of two runs shows its name in legends, headings and tables
+    shutil.copytree(runs / "plain", copy)  # legends, headings and tables show the long name
     assert main(["report", str(runs / "plain"), str(copy), f"--output={output}"]) == 0
     check_page(browser, output)

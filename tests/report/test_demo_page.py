@@ -1,4 +1,4 @@
-"""The report of the demo in a browser, and its values against the files of the run."""
+"""The report of the demo in a browser, compared with the files of the run."""
 
 import json
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # the page of a small graph is tested in test_pag
 
 @pytest.fixture(scope="module")
 def demo_and_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The first steps of the README's demo: a folder with data/demo and runs/demo, and what the run printed."""
+    """Run 30 steps of the demo. Returns a folder with data/demo and runs/demo, and the output of the run."""
     folder = tmp_path_factory.mktemp("demo")
     return folder, launch("cpu.yaml", "--demo", "--eval_every=15", "--max_steps=30", cwd=folder).stdout
 
@@ -31,7 +31,8 @@ def demo(demo_and_output: tuple[Path, str]) -> Path:
 def test_printed_lines(demo_and_output: tuple[Path, str]) -> None:
     demo, output = demo_and_output
     lines = output.splitlines()
-    assert sum("--model_name openai/clip-vit-base-patch32" in line for line in lines) == 1  # the weights are random
+    # The run logs once that the towers have random weights.
+    assert sum("--model_name openai/clip-vit-base-patch32" in line for line in lines) == 1
     assert "data/demo" in lines[0] and (demo / "data/demo/nodes.csv").is_file()
     for line, path in ((lines[-3], "checkpoints/multimodal_encoder_final.pt"), (lines[-1], "report.html")):
         assert f"runs/demo/{path}" in line and (demo / "runs/demo" / path).is_file()
@@ -66,7 +67,7 @@ def test_tooltip_of_an_image(demo: Path, browser: Browser) -> None:
             .find((one) => one.columns().includes("picture") && one.get("picture").length);
           const [x, y] = ["x", "y"].map((name) => source.get_array(name));
           const far = x.map((_, i) => Math.min(...x.map((_, j) => i === j ? 9 : Math.hypot(x[i] - x[j], y[i] - y[j]))));
-          const one = far.indexOf(Math.max(...far));  // of a picture that no other covers
+          const one = far.indexOf(Math.max(...far));  // an image that no other image covers
           const frame = Bokeh.index.find_one(root).frame;
           const [left, top] = [frame.bbox.left + frame.x_scale.compute(x[one]), frame.y_scale.compute(y[one])];
           return [left, top, source.get("name")[one]];

@@ -58,15 +58,14 @@ def test_a_failing_report_does_not_fail_the_run(
 def test_a_short_run_writes_no_report(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made: list[object] = []
-    monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
-    assert (
-        train_main(settings(graph, tmp_path / "run", "--max_steps=1", "--report")) == 0
-    )  # 24 rows in the batch, fewer than the 40 nodes
+    reports: list[object] = []
+    monkeypatch.setattr(REPORT_AT_THE_END, lambda *arguments: reports.append(arguments))
+    # One step sees the 24 ends of 12 edges, fewer than the 40 nodes. Two steps see 48 ends.
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=1", "--report")) == 0
     assert capsys.readouterr().out.count(f"mmgraph report {tmp_path / 'run'}") == 1
-    assert not made and not (tmp_path / "run/report.html").exists()
-    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", "--report")) == 0  # 48 rows
-    assert len(made) == 1
+    assert not reports and not (tmp_path / "run/report.html").exists()
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", "--report")) == 0
+    assert len(reports) == 1
 
 
 @pytest.mark.parametrize("reason", ["embed", pytest.param("import", marks=pytest.mark.slow)])
@@ -95,9 +94,9 @@ def test_a_rank_that_fails_in_the_report_does_not_fail_the_run(graph: Path, tmp_
 def test_a_stopped_run_writes_no_report(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """This holds even if the signal arrives in the last save, after all steps."""
+    """A signal that arrives during the last save, after all steps, also prevents the report."""
     save = resolve_name(targets.SAVE)
-    made: list[object] = []
+    reports: list[object] = []
 
     def stopped(self: Any) -> None:
         save(self)
@@ -106,18 +105,18 @@ def test_a_stopped_run_writes_no_report(
             time.sleep(0.5)
 
     monkeypatch.setattr(targets.SAVE, stopped)
-    monkeypatch.setattr(REPORT_AT_THE_END, lambda *given: made.append(given))
+    monkeypatch.setattr(REPORT_AT_THE_END, lambda *arguments: reports.append(arguments))
     assert train_main(settings(graph, tmp_path / "run", "--max_steps=20", "--report")) == 0
     assert str(tmp_path / "run/checkpoints/multimodal_encoder_final.pt") in capsys.readouterr().out
-    assert not made and not (tmp_path / "run/report.html").exists()
+    assert not reports and not (tmp_path / "run/report.html").exists()
     assert (tmp_path / "run/checkpoints/multimodal_encoder_final.pt").is_file()
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_a_report(graph: Path, tmp_path: Path, number: str) -> None:
-    """The run ends within seconds. Its checkpoints are saved, and no part of a page is left."""
+    """A signal while the page is written ends the run early. The final weights exist, and no partial page is left."""
     at_the_page = {"target": WRITE_PAGE, "number": 1}
-    # The outer fault comes first: the signal, then a minute in which the page is not finished.
+    # The last fault in the list runs first: the signal, then a sleep of 60 s in place of a slow page.
     faults = [("at_call", {**at_the_page, "action": 60}), ("at_call", {**at_the_page, "action": number})]
     output = tmp_path / "run"
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Curves with fewer points than steps."""
+"""Curves of long runs, where each point is the mean of several steps."""
 
 import numpy as np
 

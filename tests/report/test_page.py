@@ -24,7 +24,7 @@ def test_a_run_without_evaluation_and_of_one_epoch(runs: Path, browser: Browser)
     with Opened(browser, runs / "plain/report.html") as opened:
         text = opened.page.locator("#held-out").inner_text()
         assert "plain" in text and "--eval_fraction" in text and "--eval_edges" in text
-        assert opened.numbers("map")[:2] == ["40", "40"]  # all nodes, with their picture
+        assert opened.numbers("map")[:2] == ["40", "40"]  # nodes on the map, and how many have an image
         assert "1 of 1" in opened.page.locator(".tiles dd").all_inner_texts()  # epochs
         assert not opened.page.locator("table[data-table=evaluation]").count()
 
@@ -35,8 +35,8 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
     with Opened(browser, path, scheme="dark") as opened:
         opened.check()
         lines = opened.page.evaluate(LINES)
-        for name, own in (("evaluated", 0), ("plain", 1)):
-            label, at, values = lines["loss"][own]
+        for name, position in (("evaluated", 0), ("plain", 1)):
+            label, at, values = lines["loss"][position]
             rows = [row for row in read_metrics(runs / name) if "loss" in row]
             assert (label, at, values) == (name, [row["step"] for row in rows], [row["loss"] for row in rows])
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
@@ -52,8 +52,7 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
 
 
 def test_over_ranks(runs: Path, browser: Browser) -> None:
-    """A report on two ranks has the same nearest nodes as on one process."""
-
+    """The report of a run on two ranks has the same nearest nodes as on one process."""
     pages = {}
     for name in ("evaluated", "ranks"):
         with Opened(browser, runs / name / "report.html") as opened:
@@ -74,7 +73,7 @@ def test_a_graph_without_images(graph: Path, browser: Browser, tmp_path: Path) -
     check_page(browser, tmp_path / "run/report.html")
     with Opened(browser, tmp_path / "run/report.html") as opened:
         assert opened.table("images")[0][:2] == ["no image path", "40"]
-        assert opened.numbers("map")[:2] == ["40", "0"]  # all nodes, with their picture
+        assert opened.numbers("map")[:2] == ["40", "0"]  # nodes on the map, and how many have an image
         assert opened.page.locator(".no-picture").count() >= 12 and not opened.page.locator("img").count()
 
 
@@ -83,36 +82,39 @@ def test_bad_images_by_status(graph: Path, browser: Browser, tmp_path: Path) -> 
     shutil.copytree(graph, folder, ignore=shutil.ignore_patterns("mmgraph_cache"))
     (folder / "images/3.png").unlink()
     (folder / "images/8.png").write_text("no picture")
-    whole = (folder / "images/9.png").read_bytes()
-    (folder / "images/9.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "images/9.png").read_bytes()
+    (folder / "images/9.png").write_bytes(content[: len(content) // 2])
     launch("cpu.yaml", *settings(folder, tmp_path / "run", "--max_steps=20", "--report"))
     with Opened(browser, tmp_path / "run/report.html") as opened:
-        found = {row[0]: row[1:] for row in opened.table("images")}
-        assert {name: cells[0] for name, cells in found.items()} == {
+        statuses = {row[0]: row[1:] for row in opened.table("images")}
+        assert {name: cells[0] for name, cells in statuses.items()} == {
             "complete": "37", "file not found": "1", "unreadable": "1", "truncated": "1",
         }  # fmt: skip
-        assert found["file not found"][1] == "003: images\\3.png"
+        assert statuses["file not found"][1] == "003: images\\3.png"
         opened.check()
 
 
 def test_colors_of_runs(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """Each run has one color, even if the first run has no evaluation. Lines are in the order of the legend."""
+    """A run has the same color in all charts, even if the first run has no evaluation.
+
+    The lines of a chart are in the order of the legend.
+    """
     path = tmp_path / "page.html"
     assert main(["report", *(str(runs / name) for name in ("plain", "evaluated", "ranks")), "--output", str(path)]) == 0
     with Opened(browser, path) as opened:
-        style = "(all) => all.map((one) => [one.innerText.trim(), one.querySelector('span').style.borderTopColor])"
-        of_ranks = dict(opened.page.locator("#held-out .legend li").evaluate_all(style))
-        of_runs = dict(opened.page.locator("#training .legend li").evaluate_all(style))
-        for label, colour in of_ranks.items():
-            assert colour == of_runs[label.partition(":")[0]]
+        style = "(all) => all.map((item) => [item.innerText.trim(), item.querySelector('span').style.borderTopColor])"
+        line_colors = dict(opened.page.locator("#held-out .legend li").evaluate_all(style))
+        run_colors = dict(opened.page.locator("#training .legend li").evaluate_all(style))
+        for label, color in line_colors.items():
+            assert color == run_colors[label.partition(":")[0]]
         lines = opened.page.evaluate(LINES)
         for metric in ("mrr", "hits@1", "hits@3", "hits@10"):
-            assert [label for label, *_ in lines[f"eval/{metric}"]] == list(of_ranks)
+            assert [label for label, *_ in lines[f"eval/{metric}"]] == list(line_colors)
         opened.check()
 
 
 def test_a_running_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
-    """The last row is written in part, and the newest checkpoint is an epoch file."""
+    """The last row of metrics.jsonl is incomplete, and the newest checkpoint is from the end of an epoch."""
     copy = tmp_path / "run"
     shutil.copytree(runs / "evaluated", copy)
     (copy / "checkpoints/multimodal_encoder_final.pt").unlink()
@@ -143,7 +145,7 @@ def test_a_long_run(runs: Path, browser: Browser, tmp_path: Path) -> None:
         [[_, at, values]] = opened.page.evaluate(LINES)["loss"]
         assert at == list(range(100, 100_001, 100))
         assert values == pytest.approx(losses.reshape(-1, 100).mean(axis=1), rel=1e-9)
-        assert opened.numbers("training") == ["100"]  # number of steps per point
+        assert opened.numbers("training") == ["100"]  # the number of steps per point
 
 
 def test_nearest_nodes_against_brute_force(
@@ -177,7 +179,7 @@ def test_nearest_nodes_against_brute_force(
             similarities = entry.locator("li .similarity").all_inner_texts()
             assert similarities == [f"{scores[rows[other]]:.3f}" for other in neighbors]
             for item, other in zip(entry.locator("li").all(), neighbors, strict=True):
-                both = {(node_id, other), (other, node_id)}
+                both = {(node_id, other), (other, node_id)}  # an edge in either direction
                 label = "trained" if both & pairs["edges"] else "held out" if both & pairs["eval_edges"] else ""
                 assert "".join(item.locator(".edge").all_inner_texts()) == label
                 labels.add(label)
@@ -189,7 +191,7 @@ def test_nearest_nodes_against_brute_force(
 def test_report_at_the_end_equals_a_later_one(
     runs: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``mmgraph report`` without arguments selects the run below runs/ that ended last."""
+    """``mmgraph report`` without arguments reports on the run in runs/ that ended last, with the same text."""
     shutil.copytree(runs / "evaluated", tmp_path / "runs/evaluated")
     monkeypatch.chdir(tmp_path)
     assert main(["report", "--output", "later.html"]) == 0
@@ -202,7 +204,7 @@ def test_report_at_the_end_equals_a_later_one(
 
 @pytest.mark.slow
 def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
-    """The page of a run with 200,000 nodes, and images that do not compress, is below 10 MB and states its sample."""
+    """With 200,000 nodes and images that do not compress, the page is below 10 MB and states the size of its sample."""
     folder, count = graph_files(tmp_path / "graph"), 200_000
     generator = np.random.default_rng(0)
     for number in range(400):
@@ -223,4 +225,4 @@ def test_200000_nodes(browser: Browser, tmp_path: Path) -> None:
     with Opened(browser, tmp_path / "run/report.html") as opened:
         shown, total, seed, pictures = opened.numbers("map")[:4]
         assert (shown, total, seed) == ("2,000", "200,000", "42") and opened.numbers("gallery")[0] == "200,000"
-    print(f"{size / 1e6:.1f} MB, {pictures} of 2,000 with their picture")
+    print(f"{size / 1e6:.1f} MB, {pictures} of 2,000 with their image")
