@@ -128,7 +128,8 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
     """Keep ``newest`` and the newest valid states before it, ``keep_last`` in total. Remove all other states.
 
     States with a higher number than ``newest`` are removed too. They are invalid; otherwise the run would have resumed
-    from them. A state that cannot be read now is kept and not counted, unless ``keep_last`` newer states are kept.
+    from them. A state that cannot be read now is not counted. It is removed only if ``keep_last`` newer states are
+    kept.
     """
     kept = 0
     for path in state_folders(folder):
@@ -162,7 +163,8 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
     """Return the newest valid state, or None. Call ``on_invalid`` with a message for each newer state that is invalid.
 
     Raises:
-        StateNotReadableError: the newest state that is not invalid is from a newer mmgraph, or cannot be read now.
+        StateNotReadableError: the newest state, apart from invalid ones, was written by a newer mmgraph or cannot be
+            read now.
     """
     for path in state_folders(folder):
         try:
@@ -201,7 +203,8 @@ def read_record(path: Path) -> dict[str, Any]:
         text = _read(path / RECORD, Path.read_bytes).decode()
         record = json.loads(text)
         hashes = record["sha256"]
-        # Check this hash before the format, because the hash is computed in the same way in all formats.
+        # Check the record's own hash before its format, so that a damaged record is not taken for a newer format. All
+        # formats compute this hash in the same way.
         if RECORD in hashes and (hashes[RECORD] != _digest(record) or text != _text(record)):
             raise UserError(f"{path / RECORD}: damaged, its content does not match its own SHA-256")
         if record["format"] > FORMAT:

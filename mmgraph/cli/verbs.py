@@ -9,7 +9,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
 
-CHECKPOINT = "folder of a run, or an epoch or final file (.pt)"
+CHECKPOINT = "folder of a run, or a checkpoint file (.pt) of an epoch or of the end of a run"
 RUN_FLAGS = {  # flags of Config that override a setting of the checkpoint's run, and their help
     "nodes": "node table (default: the run's)",
     "image_root": "base folder of relative image paths (default: the run's)",
@@ -103,7 +103,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_cache, flags=None)  # with "flags", run_verb accepts the flags of launch.py
+    parser.set_defaults(run=_cache, flags=None)  # an attribute "flags" lets run_verb accept the flags of launch.py
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -147,7 +147,7 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "folder of a run, an epoch or final file (.pt), or feature files"
+    sources = "folder of a run, a checkpoint file (.pt) of an epoch or of the end of a run, or feature files"
     parser.add_argument("source", type=Path, nargs="+", help=sources)
     _add_run_arguments(parser)
     _add_config_flags(parser, SPLIT_FLAGS)

@@ -3,7 +3,7 @@
 The folder ``tables`` in a table's cache folder (see :func:`mmgraph.utils.files.cache_folder`) contains:
 
 - ``nodes-<hash>.arrow``: the nodes. For an Arrow file that needs no conversion: an empty ``nodes-<hash>.checked``.
-- ``edges-<hash>.npy``: the edges, as node rows.
+- ``edges-<hash>.npy``: the edges, as pairs of row numbers in the node table.
 - ``edges-<hash>.relations.npy``: the relations of the edges, if the table has a column ``rel_id``.
 - ``edges-<hash>.json``: the names of the relations, and the number of dropped edges for the log.
 
@@ -46,7 +46,7 @@ EDGE_CHUNK = 1 << 20  # minimum number of edges whose node ids are looked up at 
 
 
 class Edges(NamedTuple):
-    """The edges of a table whose two ends are in the node table, in the order of the edge table."""
+    """The edges that have both ends in the node table, in the order of the edge table."""
 
     rows: EdgeTable  # (E, 2) node rows of source and destination
     relations: EdgeTable | None  # (E,) indices into names; None: the table has no relations
@@ -155,7 +155,7 @@ def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
 
 
 def _release_memory() -> None:
-    """Return the memory of a conversion to the system. The process would keep it, though the run needs less later."""
+    """Return the memory of a conversion to the system. The process would keep it, but the run does not need it."""
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):  # malloc_trim exists only in glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -172,7 +172,7 @@ os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent 
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
-    """Open a user's Arrow file. Return None if it must be converted. The conversion reports a damaged file."""
+    """Open a user's Arrow file. Return None if it must be converted, or is damaged, which the conversion reports."""
     try:
         table = NodeTable(path)
         types = {field.name: field.type for field in table.schema}

@@ -71,7 +71,7 @@ class StopRequest:
             os.close(write)
 
     def step_finished(self) -> None:
-        """Record a finished step. The losses of the step before have arrived from all ranks, so these are alive."""
+        """Record a finished step. By then, all ranks have sent the losses of the previous step, so all are alive."""
         now = time.monotonic()
         if math.isfinite(self._last_step):
             self._step_seconds = max(now - self._last_step, 0.9 * self._step_seconds)

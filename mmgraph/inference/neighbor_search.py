@@ -39,9 +39,10 @@ class Match(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A search query. ``str(query)`` describes a new node.
+    """A search query.
 
     For a node of the graph, ``node`` is its id or name. For a new node, ``text``, ``image`` (a file) or both are set.
+    ``str(query)`` then describes the new node in messages.
     """
 
     node: str | None = None
@@ -62,8 +63,8 @@ def query_of(node: str | None, text: str | None, image: str | None) -> Query:
     """
     if node is not None and (text is not None or image is not None):
         raise UserError(
-            "--node is for a node of the graph, --text and --image are for a new node; set only --node, or only --text "
-            "and --image"
+            "--node is for a node of the graph, --text and --image are for a new node; set --node alone, or --text, "
+            "--image or both"
         )
     if node is None and text is None and image is None:
         raise UserError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmgraph.losses.gather import gather_with_gradients
 from mmgraph.losses.negative_mask import FalseNegatives, NegativeMask
 
-LOGIT_CHUNK = 1 << 24  # maximum number of logits in memory (64 MB in float32); more are computed in chunks
+LOGIT_CHUNK = 1 << 24  # maximum number of logits in memory (64 MB in float32); larger matrices are computed in chunks
 
 
 class Losses(NamedTuple):
@@ -53,7 +53,8 @@ def contrastive_losses(
     """Compute this rank's losses against the global batch.
 
     Each rank computes its rows and columns of the global logit matrix. The mean of the ranks' losses equals the loss of
-    a single process with the complete batch. DDP averages the gradients over ranks, so they are also equal.
+    a single process with the complete batch. DDP averages the gradients over ranks, so these also equal those
+    of a single process.
 
     Args:
         z_graph, z_text, z_vis: (2b, proj_dim) each, rows of unit length: this rank's b anchors, then its b positives.
@@ -129,7 +130,7 @@ def _info_nce(
 ) -> torch.Tensor:
     """Compute the loss of :func:`info_nce_loss` from this rank's rows and columns of the logit matrix.
 
-    More than ``LOGIT_CHUNK`` logits are computed in chunks and never stored in full.
+    If there are more than ``LOGIT_CHUNK`` logits, they are computed in chunks and never stored in full.
 
     Args:
         local: left and right embeddings of this rank, (n, d) each.

@@ -210,7 +210,7 @@ class _ShardBuilder(NamedTuple):
             input_ids, mask = input_ids.to(self.device), mask.to(self.device)
             output = self.towers.text.tokens(input_ids, mask)
             assert output.mask is not None
-            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text), k texts -> (t, d_text), t valid tokens
+            tokens = output.sequence[output.mask.bool()]  # (k, L, d_text) for k texts -> (t, d_text) for t tokens
             yield {"tokens": self._cast(tokens), "lengths": output.mask.sum(dim=1), "pooled": output.pooled}
 
     def _images(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:

@@ -120,11 +120,14 @@ class StepLog:
         if not self.accelerator.optimizer_step_was_skipped:
             return row, False
         scale = loss_scale(self.accelerator, self.train_step.module)
-        # A loss scale below 1 cannot cause an overflow, so a step skipped at this scale counts as non-finite.
+        # With a loss scale below 1, scaling is not the cause of an overflow, so the step counts as non-finite.
         return {**row, "skipped": True}, scale is not None and scale["scale"] >= 1
 
     def flush(self) -> None:
-        """Write the row of the last submitted step. All ranks check the step; only the main process writes the row."""
+        """Write the row of the last submitted step.
+
+        All ranks check for bad images, stop requests and non-finite values. Only the main process writes the row.
+        """
         if self._in_flight is None:
             return
         step, self._in_flight = self._in_flight, None
