@@ -235,6 +235,7 @@ def test_killed_in_an_evaluation(graph: Path, evaluated: Path, tmp_path: Path, c
     assert all(torch.equal(tensor, expected[name]) for name, tensor in best.items())
 
 
+@pytest.mark.slow
 def test_stopped_in_a_long_evaluation(graph: Path, evaluated: Path, tmp_path: Path) -> None:
     """A run that gets SIGTERM does not wait for the evaluation, because the state of its step is already saved."""
     (tmp_path / "run.py").write_text(KILLED)

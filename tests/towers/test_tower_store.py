@@ -127,6 +127,7 @@ def test_same_losses_as_with_live_towers(graph: Path, tmp_path: Path, dtype: str
     assert difference < bound
 
 
+@pytest.mark.slow
 def test_two_ranks_build_and_read_one_store(own_graph: Path, tmp_path: Path) -> None:
     launch("cpu_2proc.yaml", *settings(own_graph, tmp_path / "two", "--max_steps=12"))
     launch("cpu.yaml", *settings(own_graph, tmp_path / "live", "--max_steps=12", "--tower_cache=off"))

@@ -45,7 +45,7 @@ def test_check_logs_all_findings_and_writes_no_files(graph: Path, tmp_path: Path
         r"12\b.*\b6\b.*\b2\b.*\b16\b.*\b8\b.*\b200\b.*",  # edges per step, rank and micro batch; steps; skipped edges
         rf"{re.escape(str(tmp_path / 'run'))}: .*[\d.]+ GB\b.*[\d.]+ GB",
         r"\D*[\d.]+ GB\D*",  # memory per process
-        r"\D*[\d.]+ MB",  # stored tokens
+        r"\D*[\d.]+ MB\b\D*",  # stored tokens
         r"\D*[\d.e-]+ s\b\D*60%\D*[\d,]+ GFLOP/s\D*",  # time of a step
         r"\D*\b40\b\D*\b200\b\D*",  # nodes, edges
     ]
