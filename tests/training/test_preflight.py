@@ -46,11 +46,12 @@ def test_check_logs_all_findings_and_writes_no_files(graph: Path, tmp_path: Path
         rf"{re.escape(str(tmp_path / 'run'))}: .*[\d.]+ GB\b.*[\d.]+ GB",
         r"\D*[\d.]+ GB\D*",  # memory per process
         r"\D*[\d.]+ MB\b\D*",  # stored tokens
-        r"\D*[\d.e-]+ s\b\D*60%\D*[\d,]+ GFLOP/s\D*",  # time of a step
+        r"\D*[\d.e+-]+ s\b\D*60%\D*[\d,]+ GFLOP/s\D*",  # time of a step
         r"\D*\b40\b\D*\b200\b\D*",  # nodes, edges
     ]
-    lines = done.stdout.strip().split("\n")
-    assert len(lines) == len(expected)
+    # The first start on the graph may also log the conversion of its tables.
+    lines = [line for line in done.stdout.strip().split("\n") if ": converted in " not in line]
+    assert len(lines) == len(expected), lines
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert not (tmp_path / "run").exists()
