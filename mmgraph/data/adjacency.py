@@ -1,4 +1,4 @@
-"""Look-up of linked nodes: the unique pairs of an edge table, by node and by pair."""
+"""Looks up the neighbors of nodes, and whether two nodes are linked."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ import torch
 from mmgraph.data.edge_table import EdgeTable
 
 EDGE_CHUNK = 1 << 20  # edges read at a time
-PAIR_CHUNK = 1 << 21  # pairs per look-up, 16 MB
+PAIR_CHUNK = 1 << 21  # pairs per look-up; their int64 keys take 16 MB
 
 
 class Adjacency:
-    """The pairs of nodes with an edge in either direction. Takes 16 bytes of memory per unique pair.
+    """The pairs of nodes that are linked by an edge in either direction. A pair takes 16 bytes of memory.
 
     Args:
         keys: (K,) int64, ascending, from :func:`pair_keys`.
@@ -32,10 +32,12 @@ class Adjacency:
 
         Args:
             nodes: (Q,) int64 node rows.
-            first, stop: return only neighbors in the rows ``first`` to ``stop`` (exclusive); None: to the last row.
+            first: lowest row of a neighbor to return.
+            stop: return only neighbors in rows below this one. None: no limit.
 
         Returns:
-            For each neighbor, the index into ``nodes`` of the node that it belongs to, and its row: (T,) int64 each.
+            Two (T,) int64 tensors with one entry for each of the T neighbors: the index into ``nodes`` of the node that
+            has this neighbor, and the neighbor's row.
         """
         base = nodes * self.num_nodes  # (Q,)
         begin = torch.searchsorted(self.keys, base + first)
@@ -45,11 +47,19 @@ class Adjacency:
         return owners, self.keys[indices] - base[owners]
 
     def count(self, pairs: torch.Tensor) -> int:
-        """Return how many of (M, 2) int64 pairs of node rows are linked."""
+        """Return how many of the M pairs are linked. ``pairs`` contains (M, 2) int64 node rows."""
         return int(torch.isin(pairs[:, 0] * self.num_nodes + pairs[:, 1], self.keys).sum())
 
     def linked(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return which nodes of ``left`` (A,) and ``right`` (B,), int64 node rows, are linked: (A, B) bool."""
+        """Return whether each node of ``left`` is linked to each node of ``right``.
+
+        Args:
+            left: (A,) int64 node rows.
+            right: (B,) int64 node rows.
+
+        Returns:
+            (A, B) bool.
+        """
         result = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
         if not len(self.keys):
             return result
@@ -61,14 +71,14 @@ class Adjacency:
 
 
 def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
-    """Return the unique (node, neighbor) pairs of edges, in both directions.
+    """Return a key for each unique (node, neighbor) pair of the edges. Each edge gives a pair in both directions.
 
     Args:
         rows: (E, 2) node rows of source and destination.
         num_nodes: number of nodes, N.
 
     Returns:
-        (K,) int64, ascending: node * N + neighbor.
+        (K,) int64 keys, ascending. The key of a pair is node * N + neighbor.
     """
     keys = [np.empty(0, np.int64)]
     for part in _parts(rows):

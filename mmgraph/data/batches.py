@@ -1,4 +1,4 @@
-"""Batches of edges for the trainer, with tower inputs of their unique nodes, and the loader that builds them."""
+"""Batches of edges for the trainer, and the loader that builds them. For live towers, batches contain tower inputs."""
 
 import gc
 import os
@@ -54,8 +54,9 @@ class EdgeBatch(NamedTuple):
     inverse: torch.Tensor  # (2b,) int64, index into unique for each row
     unique: np.ndarray  # (U,) int64, unique node rows; stays on the host
     relations: torch.Tensor | None = None  # (b,) int64, indices into Graph.relation_names; None: no relations
-    # Inputs of live towers for the unique nodes, else None: input_ids and attention_mask (U, L) int64, where L is the
-    # number of tokens of the longest text, and pictures (U, 3, S, S) uint8, a quarter of the transfer size of float32.
+    # Inputs of the unique nodes for live towers; None: no live towers. input_ids and attention_mask are (U, L) int64,
+    # where L is the number of tokens of the longest text. pictures are (U, 3, S, S) uint8, because the transfer of
+    # float32 would be four times as large.
     inputs: dict[str, torch.Tensor] | None = None
     image_status: np.ndarray | None = None  # (U,) indices into IMAGE_STATUS; stays on the host
     decoded: int = 0  # number of images that were decoded because they were in no cache
@@ -82,7 +83,7 @@ class EdgeCollator:
 
 
 class BatchCollator(EdgeCollator):
-    """An :class:`EdgeCollator` whose batches also contain the inputs of live towers.
+    """An :class:`EdgeCollator` whose batches also contain the inputs of live towers (towers that run on every batch).
 
     Args:
         nodes: the node table.
@@ -120,7 +121,7 @@ def open_image_cache(config: Config, graph: Graph, preprocessing: Preprocessing,
 
     Args:
         config: the run's config.
-        graph: the run's graph. If there is no space for all images, the most frequent nodes get a slot.
+        graph: the run's graph. If there is no space for all images, the nodes with the most edges get a slot.
         preprocessing: determines the size of the images.
         folder: folder of the cache file.
 
@@ -161,14 +162,14 @@ def open_image_cache(config: Config, graph: Graph, preprocessing: Preprocessing,
 def build_loader(
     graph: Graph, inputs: NodeInputs | None, sampler: GlobalBatchSampler, workers: int, timeout: float = 0
 ) -> DataLoader[Any]:
-    """Build the loader of global batches in the sampler's order. Accelerate shards it over the ranks.
+    """Build the loader of global batches in the sampler's order. Accelerate slices each batch over the ranks.
 
     Args:
         graph: the run's graph.
-        inputs: converts nodes to inputs of live towers, in the workers. None: batches contain no tower inputs.
+        inputs: converts nodes to inputs of live towers; runs in the workers. None: batches contain no tower inputs.
         sampler: sampler of the global batches.
         workers: number of worker processes. Without ``inputs``, no workers are used.
-        timeout: maximum seconds that a worker may take for a batch; 0: no limit.
+        timeout: maximum time that a worker may take for a batch, in seconds; 0: no limit.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns after every fork
     workers = workers if inputs is not None else 0
@@ -189,9 +190,10 @@ def build_loader(
 
 def start_worker(_: int) -> None:
     """Initialize a DataLoader worker."""
-    # Without this, the garbage collector writes to the memory that the fork shares with its parent. The worker then
-    # gets a copy of all Python objects, 0.1 GB.
+    # A forked worker shares memory with its parent until one of them writes to it. Without freeze(), the garbage
+    # collector would write to all Python objects, so the worker would copy them (0.1 GB).
     gc.freeze()
-    # A stop signal reaches the complete process group, but the rank needs its workers to finish its step.
+    # A stop signal reaches the rank and its workers. The workers ignore it, because the rank needs them to finish the
+    # current step.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Hashes of nodes' texts and image files. They identify the text or image that a stored token was computed from."""
+"""Hashes of nodes' texts and image files. A tower store finds the tokens of a text or image by its hash."""
 
 import hashlib
 from collections.abc import Hashable
@@ -20,19 +20,19 @@ from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.utils.files import save_array
 
 HASH = np.dtype("S16")  # BLAKE2b, 128 bits
-# Of an image file: its signature (a digest of path, size and times), and the hash of its bytes.
+# A record of an image file contains its signature (a digest of path, size and times) and the hash of its bytes.
 IMAGE_RECORD = np.dtype([("signature", HASH), ("hash", HASH)])
 IMAGE_CHUNK = 4096  # image files per chunk
-# A file that changed more recently than this before it was read is read again at the next start: it may change again
-# while its times stay the same.
+# If a file is hashed within this time after its last change, it may change again without a change of its times. So it
+# is hashed again at the next start.
 MIN_AGE_NS = 2_000_000_000
 
 
 class ContentHashes(NamedTuple):
-    """Hashes of the texts and images of all nodes. Equal hashes mean equal texts, or equal images."""
+    """Hashes of the texts and images of all nodes. Equal text hashes mean equal texts, and likewise for images."""
 
     texts: np.ndarray  # (N,) HASH of each node's text
-    images: np.ndarray  # (N,) HASH of each node's image file, or of the reason why it has none
+    images: np.ndarray  # (N,) HASH of each node's image file, or of the image status if no file was read
 
 
 def text_hash(text: str) -> bytes:
@@ -51,25 +51,25 @@ def image_hash(data: bytes | None, status: int) -> bytes:
 
 
 def without_file(images: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: true for image hashes (of :class:`ContentHashes`) that are not hashes of a file's bytes."""
+    """Return (N,) bool, true for each image hash that is the hash of an image status, not of a file's bytes."""
     return np.isin(images, np.array([image_hash(None, status) for status in range(len(IMAGE_STATUS))], HASH))
 
 
 def read_content_hashes(
     nodes: NodeTable, images: ImageSource, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
 ) -> ContentHashes:
-    """Hash the texts and images of all nodes. Called by all ranks.
+    """Hash the texts and images of all nodes. Call on all ranks.
 
-    Each rank hashes its shard of the nodes, and every rank returns all hashes. Texts are hashed once for each
-    ``fingerprint``. Image files are checked at every call, and a file is read only if its path, size or times differ
-    from those at the last hashing.
+    Each rank hashes its shard of the nodes, and every rank returns all hashes. Texts are hashed only if ``folder`` has
+    no hashes for ``fingerprint``. The path, size and times of the image files are checked at every call. An image file
+    is read only if one of these has changed since it was last hashed.
 
     Args:
         nodes: the node table.
         images: source of the images.
         table: path of the node table.
         fingerprint: fingerprint of the node table.
-        folder: cache folder in which the hashes are stored for later starts, if it can be written.
+        folder: cache folder. If it can be written, the hashes are stored there for later starts.
         accelerator: the accelerator of the run.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -78,7 +78,7 @@ def read_content_hashes(
     location = f"{Path(table).resolve()}\n{images.location}"
     images_path = folder / f"images-{text_hash(location).hex()[:16]}.npy"
     texts = _read(texts_path, HASH)
-    known = all(gather_object([len(texts) == len(nodes)]))  # every host has the hashes of the texts
+    known = all(gather_object([len(texts) == len(nodes)]))  # true if every rank could read the hashes of the texts
     shard = raise_on_all_ranks(
         accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, images_path))
     )
@@ -106,7 +106,8 @@ def _images(nodes: NodeTable, images: ImageSource, rows: range, path: Path) -> n
     records = np.zeros(len(rows), IMAGE_RECORD)
     scanned = nodes.scan(rows, images.columns)
     with ThreadPoolExecutor(8) as readers:
-        for start in range(0, len(rows), IMAGE_CHUNK):  # a list of all references would be as large as the table
+        # In chunks, because a list of all references would be as large as the table.
+        for start in range(0, len(rows), IMAGE_CHUNK):
             references = [images.locate(node) for node in islice(scanned, IMAGE_CHUNK)]
             records[start : start + IMAGE_CHUNK] = _image_records(images, references, stored, readers)
     return records
@@ -132,14 +133,14 @@ def _image_records(
     changed = np.flatnonzero(~same).tolist()
     for i, (content_hash, status) in zip(changed, readers.map(hash_of, changed), strict=True):
         records["hash"][i] = content_hash
-        temporary = IMAGE_STATUS[status] == "unreadable"  # the next start may be able to read it
+        temporary = IMAGE_STATUS[status] == "unreadable"  # the next start may be able to read the image
         if temporary or _signature(images, references[i]) != records["signature"][i]:
             records["signature"][i] = b""  # read the image again at the next start
     return records
 
 
 def _signature(images: ImageSource, reference: Hashable) -> bytes:
-    """Return an image's signature without trailing zero bytes, which HASH arrays strip.
+    """Return an image's signature without trailing zero bytes, because HASH arrays strip them too.
 
     An empty signature means that the image is read at every start.
     """

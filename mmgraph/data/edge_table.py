@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-INDEX_CHUNK = 64  # entries read at a time
+INDEX_CHUNK = 64  # table entries read at a time
 
 
 class EdgeTable:
@@ -39,7 +39,8 @@ class EdgeTable:
         for start in range(0, len(numbers), INDEX_CHUNK):
             part = slice(start, start + INDEX_CHUNK)
             rows[part] = self._rows[numbers[part]]
-            # See NodeTable._release. Chunks are small because each entry that is read may map 64 KiB.
+            # Unmap the pages that were read, as NodeTable._release does. Chunks are small because each entry that is
+            # read may map 64 KiB.
             self._map.madvise(mmap.MADV_DONTNEED)
         return rows
 
@@ -48,13 +49,13 @@ class EdgeTable:
 
 
 class RemainingEdges:
-    """The entries of an :class:`EdgeTable` without some excluded edges, numbered consecutively.
+    """An :class:`EdgeTable` without some excluded edges. The remaining edges get consecutive numbers from 0.
 
-    It is indexed like an :class:`EdgeTable`, by the numbers of the remaining edges.
+    ``remaining[numbers]`` works as in :class:`EdgeTable`, with these new numbers.
 
     Args:
         table: the entries of all edges.
-        excluded: (M,) int64, ascending numbers of the excluded edges. Takes 8 bytes of memory per edge.
+        excluded: (M,) int64, ascending numbers of the excluded edges. Each takes 8 bytes of memory.
     """
 
     def __init__(self, table: EdgeTable, excluded: np.ndarray):
@@ -73,7 +74,7 @@ class EdgeWriter:
 
     Args:
         file: an empty file, open for reading and writing.
-        num_nodes: number of nodes; all rows are less. The dtype is int32 if it can hold all rows, else int64.
+        num_nodes: number of nodes. If int32 can hold all node rows, the file's dtype is int32, else int64.
     """
 
     def __init__(self, file: BinaryIO, num_nodes: int):
@@ -87,7 +88,7 @@ class EdgeWriter:
     def finish(self) -> None:
         """Write the final number of edges to the header."""
         self.file.seek(0)
-        self._write_header()  # as long as the first header, because NumPy reserves space for a count of any size
+        self._write_header()  # has the length of the first header, because NumPy reserves space for any count
         self.file.seek(0, 2)
 
     def _write_header(self) -> None:

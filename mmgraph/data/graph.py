@@ -1,4 +1,4 @@
-"""The graph of a run: its checked tables, edges as rows, and the source of its images."""
+"""The graph of a run: its checked tables, its edges as pairs of node rows, and the source of its images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +41,9 @@ class Graph(NamedTuple):
 
 
 def load_graph(config: Config) -> Graph:
-    """Open the tables of a run, and check that a sample of its images exists.
+    """Open the tables of a run, and check whether a random sample of its images exists.
 
-    Tables are converted and checked first, unless this was done before.
+    Tables are converted and checked first, unless an earlier start did this.
 
     Raises:
         UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`mmgraph.data.table_cache.open_edges`,
@@ -51,8 +51,8 @@ def load_graph(config: Config) -> Graph:
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
-            f"the default tables {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} do not both exist in this folder: set "
-            "--nodes and --edges, or use --demo to train on a demo graph"
+            f"at least one of the default tables {DEFAULT_TABLES[0]} and {DEFAULT_TABLES[1]} does not exist in this "
+            "folder: set --nodes and --edges, or use --demo to train on a demo graph"
         )
     nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
@@ -90,7 +90,7 @@ def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> Trai
 
 
 def find_images(nodes: NodeTable, config: Config, seed: int) -> ImageSource:
-    """Return the source of the nodes' images, after a check of some images (see :meth:`ImageSource.check`).
+    """Create the source of the nodes' images, and check a sample of the images with :meth:`ImageSource.check`.
 
     Args:
         nodes: the node table.

@@ -1,4 +1,4 @@
-"""Image cache on disk, shared by all processes of a host: the resized images of a graph's most frequent nodes."""
+"""Image cache on disk, shared by all processes of a host: the resized images of the nodes with the most edges."""
 
 import hashlib
 import json
@@ -20,21 +20,22 @@ from mmgraph.data.images import IMAGE_STATUS
 
 FORMAT = 2  # version of the file format
 DIGEST_BYTES = 16
-# An image file that changed more recently than this may change again while its times stay the same, because the
-# kernel's clock ticks every 1 to 10 ms. Its image is cached at a later read.
+# The kernel's clock ticks every 1 to 10 ms, so a file may change again within a tick without a change of its times. An
+# image file whose last change is more recent than this is not cached. A later read caches it.
 TICK_NS = 10_000_000
-# Results that are not cached: there is nothing to cache, or the reason may be temporary (a lost mount, no memory).
+# Images with these statuses are not cached: there is nothing to cache, or the failure may be temporary (lost mount, no
+# memory).
 NOT_CACHED = {IMAGE_STATUS.index(status) for status in ("no image path", "file not found", "unreadable")}
 
 
 class ImageCache:
-    """Caches images and their image status in a file. Processes share it through the page cache.
+    """Caches images and their image status in a file. Processes share the file through the page cache.
 
     A slot contains a digest, an index into ``IMAGE_STATUS``, and the pixels. The digest covers the image file's
     signature, the status and the pixels. A slot that is partly written, damaged, or from another version of the image
-    file does not match its digest and counts as empty. So no locks are needed: several processes may write to one slot
-    (the same bytes, if the image file has not changed), and may be killed at any point. Copies in other processes (by
-    fork or pickle) use the same file.
+    file does not match its digest and counts as empty. So no locks are needed. Several processes may write to one slot:
+    if the image file has not changed, they write the same bytes. A process may be killed at any point. Copies of this
+    object in other processes (by fork or pickle) use the same file.
 
     Args:
         path: cache file, created as a sparse file if it does not exist. Its size depends only on ``slots`` and
@@ -46,8 +47,9 @@ class ImageCache:
         OSError: the file cannot be created, opened or written.
 
     Attributes:
-        failure: why no more images are stored, after the file could not be written (such as a full disk); empty until
-            then. Stored images are still read. Each process has a separate value.
+        failure: why the file could not be written (such as a full disk); empty if this has not happened. After a
+            failure, this process stores no more images, but still reads stored images. Each process has a separate
+            value.
     """
 
     def __init__(self, path: Path, slots: np.ndarray, shape: tuple[int, ...]):
@@ -55,12 +57,13 @@ class ImageCache:
         self.slot_bytes = slot_bytes(shape)
         size = (int(slots.max(initial=-1)) + 1) * self.slot_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Read and written by offset, not through a memory map: the page cache is the same, but the pages do not count
-        # as memory of the process, a full disk is an error instead of SIGBUS, and forks share no file position.
+        # The file is read and written by offset, not through a memory map. Both use the page cache. With offsets, the
+        # pages do not count as memory of the process, and a full disk is an error instead of SIGBUS. Forked processes
+        # share the descriptor, but do not use its position.
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size != size:
-            os.ftruncate(self._descriptor, size)  # any process may do it: all set the same size
+            os.ftruncate(self._descriptor, size)  # any process may do this, because all set the same size
 
     def read(
         self, row: int, images: ImageSource, reference: Hashable, decode: Callable[[], tuple[torch.Tensor, int]]
@@ -91,14 +94,14 @@ class ImageCache:
         return picture, status
 
     def get(self, row: int, signature: bytes) -> tuple[torch.Tensor, int] | None:
-        """Return the image and image status that are stored for a row, if they match the signature.
+        """Return the image and image status that are stored for a row. Return None if they do not match the signature.
 
         Args:
             row: row in the node table; it must have a slot.
             signature: signature of the image file.
 
         Returns:
-            As :meth:`read`. None if the slot is empty, damaged, from another version of the image file, or unreadable.
+            As :meth:`read`. None if the slot is empty, damaged, unreadable or from another version of the image file.
         """
         header, picture = bytearray(DIGEST_BYTES + 1), torch.empty(self.shape, dtype=torch.uint8)
         pixels = picture.numpy()
@@ -112,7 +115,7 @@ class ImageCache:
         return picture, status
 
     def put(self, row: int, signature: bytes, picture: torch.Tensor, status: int) -> None:
-        """Store a row's image and image status in its slot. An OSError sets ``failure``; nothing is stored after that.
+        """Store a row's image and image status in its slot. An OSError sets ``failure``. After that, nothing is stored.
 
         Raises:
             ValueError: the image has another shape or dtype.
@@ -134,7 +137,7 @@ class ImageCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         try:
             self.__init__(**state)  # type: ignore[misc]
-        except OSError as error:  # in a worker, which works without the cache
+        except OSError as error:  # the worker that gets this copy works without the cache
             self._descriptor, self.failure = -1, _reason(error)
 
 
@@ -155,10 +158,10 @@ def slot_bytes(shape: tuple[int, ...]) -> int:
 
 
 def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, count: int) -> np.ndarray:
-    """Assign slots to the ``count`` nodes with the most edge ends. Ties go to the lower rows.
+    """Assign slots to the ``count`` nodes with the most edges. Of nodes with equally many, lower rows come first.
 
     Args:
-        rows: (E, 2) node rows of source and destination: an object that has a length and is indexed by an int array.
+        rows: (E, 2) node rows of source and destination. A self-loop counts as two edges of its node.
         num_nodes: number of nodes, N.
         count: number of slots.
 
@@ -169,7 +172,7 @@ def slots_by_frequency(rows: EdgeTable | np.ndarray, num_nodes: int, count: int)
     if count >= num_nodes:
         return np.arange(num_nodes, dtype=np.int32)
     ends = np.zeros(num_nodes, dtype=np.int64)
-    step = max(2**20, num_nodes)  # edges per chunk; at least num_nodes, because each count has num_nodes entries
+    step = max(2**20, num_nodes)  # edges per chunk; at least num_nodes, because bincount returns num_nodes entries
     for start in range(0, len(rows), step):
         part = rows[np.arange(start, min(start + step, len(rows)))]
         ends += np.bincount(part.ravel(), minlength=num_nodes)
@@ -192,7 +195,7 @@ def file_name(**made_of: Any) -> str:
 
 
 def missing_disk_space(path: Path, size: int) -> int:
-    """Return how many bytes of disk space are missing to fill ``path`` up to ``size`` bytes."""
+    """Return how many bytes of free disk space are missing for ``path`` to grow to ``size`` bytes."""
     taken = path.stat().st_blocks * 512 if path.exists() else 0
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     return max(0, size - taken - shutil.disk_usage(folder).free)

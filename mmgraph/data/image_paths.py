@@ -22,13 +22,13 @@ class ImagePaths:
     """Resolves the ``image_path`` of a row to the path to open.
 
     ``\\`` is replaced by ``/``. A relative path starts from ``root``. Without ``root``, it starts from the folder of
-    the node table or, if no file exists there, from the working directory. This is the rule of the original trainer.
+    the node table; if no file exists there, it starts from the working directory, as in the original trainer.
 
     Args:
         nodes_path: path of the node table.
         root: folder from which relative paths start, or None.
-        confine: refuse paths that leave the root through ``..``, an absolute path or a symbolic link. Without ``root``,
-            the only root is then the folder of the node table.
+        confine: refuse paths that leave the root through ``..``, an absolute path or a symbolic link. If ``root`` is
+            None, the folder of the node table is then the only root.
 
     Raises:
         UserError: ``root`` is not a folder.
@@ -49,7 +49,7 @@ class ImagePaths:
         # Not pathlib: it interns the parts of every path, so the table of interned strings would grow by megabytes.
         candidates = [os.path.join(root, path) for root in self.roots]  # noqa: PTH118
         for candidate in candidates[:-1]:
-            if os.path.exists(candidate):  # noqa: PTH110 - returns False if a name is too long; Path.exists raises
+            if os.path.exists(candidate):  # noqa: PTH110 - Path.exists raises if a name is too long; this returns False
                 return candidate
         if self.confined_to is not None and not self._is_inside(candidates[0]):
             return OUTSIDE
@@ -87,19 +87,19 @@ class ImagePaths:
         if len(missing) == len(resolved):
             first = resolved[0] if resolved[0] != OUTSIDE else f"{drawn[0]}, which --confine_images refuses"
             raise UserError(
-                f"none of {len(resolved):,} image files checked exists; the first path is {first}. "
+                f"none of the {len(resolved):,} checked image files exists; the first path is {first}. "
                 "Set --image_root to the folder that image_path starts from"
             )
         if len(missing) > 0.1 * len(resolved):
             share = len(missing) / len(resolved)
-            log(f"warning: {share:.0%} of {len(resolved):,} image files checked do not exist, such as {missing[0]}")
+            log(f"warning: {share:.0%} of the {len(resolved):,} checked image files do not exist, such as {missing[0]}")
 
     @staticmethod
     def _draw(image_paths: pa.ChunkedArray, seed: int, sample: int) -> list[str | None]:
         """Return up to ``sample`` of the paths that are not empty.
 
-        Each path gets a random number, and the paths with the smallest numbers are drawn. This reads the column in
-        chunks and needs memory only for the sample.
+        Each path gets a random number, and the paths with the smallest numbers are drawn. So the column can be read in
+        chunks, and only the sample stays in memory.
         """
         generator = np.random.default_rng(seed)
         numbers, rows = np.empty(0), np.empty(0, dtype=np.int64)

@@ -15,14 +15,14 @@ MAX_FILE_BYTES = 1 << 30  # larger image files are not read
 
 
 class ImageSource(Protocol):
-    """Reads the images of nodes. It is pickled into DataLoader workers.
+    """Reads the images of nodes. DataLoader workers may get a pickled copy, so it must support pickle.
 
     :meth:`locate` returns a reference that identifies a node's image. The other methods take this reference.
 
     Attributes:
         columns: columns of the node table that :meth:`locate` and :meth:`describe` need.
-        location: identifies where the images are stored, independent of the working directory. Caches of content hashes
-            are named after it.
+        location: identifies where the images are stored, independent of the working directory. The file name of stored
+            image hashes depends on ``location``.
     """
 
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ class ImageSource(Protocol):
         """Check a random sample of the images.
 
         Raises:
-            UserError: none of them exists.
+            UserError: no image of the sample exists.
         """
 
 
@@ -55,14 +55,14 @@ class ImageFiles:
     """Images in files. The column ``image_path`` contains their paths.
 
     Args:
-        paths: resolves the paths. None: paths are opened unchanged, which is the rule of the public collators.
+        paths: resolves the paths. None: relative paths start from the working directory, as in the public collators.
     """
 
     columns: tuple[str, ...] = ("image_path",)
 
     def __init__(self, paths: ImagePaths | None = None):
         self.paths = paths
-        # The first root only: the second may be the working directory, which must not change the name of a cache.
+        # Only the first root is used. The second may be the working directory, which must not change file names.
         self.location = "" if paths is None else str(Path(paths.roots[0]).resolve())
 
     def locate(self, node: Mapping[str, Any]) -> str | None:

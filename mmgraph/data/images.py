@@ -14,22 +14,22 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
-# Image status: why a node has no image, or not the complete image. Batches contain the index; 0 is a complete image.
+# Image status: why a node has no image, or no complete image. Batches contain the index. Index 0: a complete image.
 IMAGE_STATUS = (
     "", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
     "file too large",
 )  # fmt: skip
 NO_PATH = IMAGE_STATUS.index("no image path")
 OUTSIDE = "/dev/null/outside the image root"  # replaces a refused path; no file can exist there
-# Formats that Pillow may open. Others are not used for images of nodes, and some run programs (EPS: Ghostscript).
+# Formats that Pillow may open. Images of nodes need no others, and some others start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
 
 
 class _Switch:
     """Switches Pillow's ``LOAD_TRUNCATED_IMAGES``, which is shared by all threads.
 
-    Several threads may decode while it is off, or one thread while it is on. If it were always on, Pillow would return
-    truncated and damaged images without an error.
+    While it is off, several threads may decode at a time; while it is on, only one thread. It is not always on, because
+    Pillow would then return truncated and damaged images without an error.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _Switch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        with self._begin, self._changed:  # _begin stays locked: no other decoding starts, so the wait ends
+        with self._begin, self._changed:  # _begin stays locked, so no other decoding starts and the wait ends
             self._changed.wait_for(lambda: not self._decoding)
             ImageFile.LOAD_TRUNCATED_IMAGES = True
             try:
@@ -80,8 +80,9 @@ def decode_picture(
 
     Args:
         data: the encoded image, or None.
-        status: if ``data`` is None, the index into :data:`IMAGE_STATUS` of the reason.
-        truncated: result for a truncated file: the part that can be decoded (``"partial"``), or a black image.
+        status: why ``data`` is None, as an index into :data:`IMAGE_STATUS`. Not used if ``data`` is not None.
+        truncated: result for a truncated file: the part that can be decoded (``"partial"``), or a black image
+            (``"black"``).
 
     Returns:
         The image, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`. An image that cannot be decoded is black,
@@ -90,7 +91,8 @@ def decode_picture(
     if data is None:
         return black_image(), status
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images and palettes, which the original trainer decodes
+        # Pillow warns of large images and of palettes, but the original trainer decodes both.
+        warnings.simplefilter("ignore")
         return _decode_safely(data, truncated)
 
 
@@ -138,7 +140,7 @@ def _to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def describe_image_status(codes: Sequence[int]) -> str:
-    """Describe how many nodes have no complete image, by image status, such as ``3 file not found, 1 truncated``.
+    """Return the number of nodes for each image status except 0, as a text such as ``3 file not found, 1 truncated``.
 
     Args:
         codes: indices into :data:`IMAGE_STATUS`, one per node.
@@ -147,15 +149,15 @@ def describe_image_status(codes: Sequence[int]) -> str:
 
 
 class ImageCounter:
-    """Counts the image files that this rank has read, and records the image status of each node.
+    """Counts the nodes whose image this rank has read, and records the image status of each node.
 
     Args:
         nodes: number of nodes.
 
     Attributes:
-        image_status: (nodes,) int8, indices into ``IMAGE_STATUS``; 0 if the node was not read.
-        read: number of nodes with an image path so far, each counted once.
-        bad: number of these whose image status was not 0 when the node was first read.
+        image_status: (nodes,) int8, indices into ``IMAGE_STATUS``; also 0 if the node was not read.
+        read: number of nodes with an image path that were read so far. A node counts once.
+        bad: number of the nodes in ``read`` whose image status was not 0 when they were first read.
     """
 
     def __init__(self, nodes: int):
@@ -172,7 +174,7 @@ class ImageCounter:
 
 
 def is_black(image_status: np.ndarray, truncated: Literal["partial", "black"]) -> np.ndarray:
-    """Return which nodes have a black image in place of their own: bool of the same shape.
+    """Return which nodes get a black image in place of their own: bool of the shape of ``image_status``.
 
     Args:
         image_status: indices into ``IMAGE_STATUS``.

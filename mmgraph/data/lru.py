@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 Value = TypeVar("Value")
 
 SHARDS = 16
-# A lock for each shard number, shared by all caches. No lock is held while a value is read. A fork first acquires all
-# locks: a lock held by another thread would never be released in the child, and an entry could be moved only in part.
+# Each shard number has a lock, which all caches share. No lock is held while a value is read. A fork first acquires all
+# locks. Otherwise the child could inherit a lock that another thread holds and that nothing would release, or an entry
+# that another thread has moved only in part.
 _locks = [threading.Lock() for _ in range(SHARDS)]
 
 
@@ -31,9 +32,9 @@ os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_
 class ShardedLRU(Generic[Value]):
     """Stores the ``capacity`` most recently used entries of all shards together. A pickled cache is empty.
 
-    The hash of a key selects its shard, so threads rarely wait for each other. Every use has a number. The cache drops
-    the entry with the lowest number of all shards, so the order is that of a single LRU list. cachetools is not used:
-    its caches have no locks, and they are pickled and forked with their entries.
+    The hash of a key selects its shard, so threads rarely wait for each other. A use of an entry gives it the next
+    number of a counter. A full cache drops the entry with the lowest number in all shards, so the order is that of a
+    single LRU list. cachetools is not used, because its caches have no locks and pickle all of their entries.
     """
 
     def __init__(self, capacity: int):
@@ -63,7 +64,7 @@ class ShardedLRU(Generic[Value]):
     def _drop_oldest(self) -> None:
         number = min(range(SHARDS), key=self._oldest_use)
         with _locks[number]:
-            if self._shards[number] and len(self) > self.capacity:  # another thread may have dropped it first
+            if self._shards[number] and len(self) > self.capacity:  # another thread may have dropped an entry since
                 self._shards[number].popitem(last=False)
 
     def _oldest_use(self, number: int) -> float:

@@ -20,7 +20,7 @@ TEXT_LENGTH = 77  # maximum number of tokens of CLIP's text tower
 def node_text(node: dict[str, Any]) -> str:
     """Return a node's text: ``summary`` if it has more than 3 words, else ``short_name``, else one space.
 
-    A value that is not a string, such as None or NaN, is missing. A ``short_name`` without words is not used.
+    A value that is not a string, such as None or NaN, counts as missing. So does a ``short_name`` without words.
     """
     for name, min_words in (("summary", 4), ("short_name", 1)):
         value = node.get(name)
@@ -40,7 +40,7 @@ class NodeInputs:
         processor: a Hugging Face CLIP processor or CLIP image processor.
         cache_size: number of decoded and resized images to cache in memory (uint8, 150 KB each at 224 pixels).
         truncated_images: result for a truncated image file: the part that can be decoded, or a black image.
-        picture_file: cache on disk for images of known node rows; None: no cache on disk.
+        picture_file: cache on disk, indexed by node row; None: no cache on disk.
 
     Attributes:
         decoded: number of image files decoded in this process so far, including unreadable files.
@@ -94,7 +94,7 @@ class NodeInputs:
 
         Args:
             references: results of ``images.locate`` for the nodes.
-            rows: the nodes' rows in the node table; None: ``picture_file`` is not used.
+            rows: the nodes' rows in the node table. If None, ``picture_file`` is not used.
             images: source of the images. By default, references are paths, which are opened without an image root.
 
         Returns:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmgraph.data.readers import arrow_batches
 
-SCAN_CHUNK = 1024  # rows
+SCAN_CHUNK = 1024  # rows read at a time
 
 
 class NodeTable(Dataset[dict[str, Any]]):
@@ -78,16 +78,16 @@ class NodeTable(Dataset[dict[str, Any]]):
 
     def ids(self, rows: Iterable[int]) -> list[Any]:
         """Return the ``node_id`` of each row: text, or integers if the Arrow file stores integers."""
-        with self.column("node_id") as column:  # not take(): it may join all chunks into a copy
+        with self.column("node_id") as column:  # not take(), which may copy all chunks into one
             return [column[int(row)].as_py() for row in rows]
 
     def _release(self) -> None:
         """Unmap the pages that were read.
 
         The kernel maps 64 KiB around every address that is read, and counts them as memory of this process until
-        memory is short. Over an epoch, the memory of each process would grow by the size of the file. Unmapped pages
-        stay in the page cache, which all processes share and which the kernel can reclaim. Reading such a page again
-        costs a page fault, not a disk read.
+        memory is short. Without this method, the memory of each process would grow over an epoch by the size of the
+        file. Unmapped pages stay in the page cache, which all processes share and which the kernel can reclaim. While
+        a page is in the page cache, reading it again costs a page fault, not a disk read.
         """
         self._map.madvise(mmap.MADV_DONTNEED)
 

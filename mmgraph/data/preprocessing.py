@@ -14,15 +14,15 @@ class Preprocessing:
     """CLIP's preprocessing with the settings of a Hugging Face CLIP image processor (or CLIP processor).
 
     It has two steps, so that caches can store uint8: :meth:`resize` returns (3, S, S) uint8, and :meth:`normalize`
-    float32. The result is equal to that of transformers' torchvision processor, and within 0.03 of its Pillow
-    processor.
+    returns float32. The result equals that of transformers' torchvision processor, and differs by at most 0.03 from
+    that of transformers' Pillow processor.
 
     Args:
         processor: a Hugging Face CLIP image processor, or a CLIP processor that contains one.
 
     Raises:
-        UserError: the processor does not do a bicubic resize of the short side and a square center crop of at most
-            that size.
+        UserError: the processor does not do a bicubic resize of the short side, followed by a square center crop that
+            is at most as large as the resized short side.
     """
 
     def __init__(self, processor: Any):
@@ -43,7 +43,7 @@ class Preprocessing:
         self.std = torch.tensor(std).view(3, 1, 1)
 
     def fits(self, picture: torch.Tensor) -> bool:
-        """Return whether the resized image stays within Pillow's pixel limit. A 1 x 20,000 image exceeds it."""
+        """Return whether the image stays within Pillow's pixel limit after the resize. A 1 x 20,000 image does not."""
         height, width = picture.shape[1:]
         resized = self.short_side**2 * max(height, width) / min(height, width)
         return Image.MAX_IMAGE_PIXELS is None or resized <= Image.MAX_IMAGE_PIXELS
@@ -51,7 +51,7 @@ class Preprocessing:
     def resize(self, picture: torch.Tensor) -> torch.Tensor:
         """Resize the short side and crop the center: (3, H, W) uint8 -> (3, S, S) uint8."""
         picture = transforms.resize(picture, [self.short_side], InterpolationMode.BICUBIC, antialias=True)
-        # Not torchvision's center_crop, which does not always round the offsets down.
+        # torchvision's center_crop is not used, because it does not always round the offsets down.
         top, left = ((side - self.crop) // 2 for side in picture.shape[1:])
         return picture[:, top : top + self.crop, left : left + self.crop].contiguous()
 

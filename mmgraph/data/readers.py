@@ -16,7 +16,7 @@ from mmgraph.errors import UserError
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
-ROW_FORMATS = PARQUET + ARROW  # formats without lines; any other suffix is read as CSV
+ROW_FORMATS = PARQUET + ARROW  # formats without lines; a file with any other suffix is read as CSV
 
 
 def read_chunks(
@@ -28,16 +28,16 @@ def read_chunks(
         path: a Parquet file (``.parquet``, ``.pq``), an Arrow file (``.arrow``, ``.feather``) or a CSV file (any other
             suffix).
         columns: required columns. They are cast to text (large_string).
-        id_columns: those columns in which no value may be missing or empty.
+        id_columns: those of ``columns`` that contain ids. In them, no value may be missing or empty.
         rows: maximum number of rows in a chunk; None: one chunk with all rows.
 
     Yields:
-        The chunks. Each is checked when it is read.
+        The chunks. Each is checked before it is yielded.
 
     Raises:
         UserError: the file does not exist or is not a table, it has no rows, a column or an id is missing, or a CSV row
-            has more or fewer fields than the header. The message contains the file and, for an invalid row, its line or
-            number.
+            has more or fewer fields than the header. The message contains the file. For an invalid row, it also
+            contains the line or the row number.
     """
     path = Path(path)
     _check_file(path)
@@ -68,14 +68,14 @@ def _check_file(path: Path) -> None:
 def _check_not_repeated(path: Path, columns: Sequence[str], header: list[str]) -> None:
     repeated = [name for name in columns if header.count(name) > 1]
     if repeated:
-        raise UserError(f"{path}: column '{repeated[0]}' exists more than once; rename or remove the others")
+        raise UserError(f"{path}: column '{repeated[0]}' exists more than once; rename or remove all but one")
 
 
 def _check_rows(path: Path, columns: Sequence[str]) -> None:
     """Check a CSV for errors that pandas does not report.
 
-    pandas fills up rows that are too short, and uses the first of two columns with the same name. Without this check,
-    an extra quote or line end inside a text would turn the rest of the text into a node.
+    pandas fills up rows that are too short. If two columns have the same name, it uses the first one. Without this
+    check, an extra quote or line end inside a text would turn the rest of the text into a node.
     """
     header: list[str] | None = None
     try:
@@ -99,13 +99,13 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(_lines(path, file))
         line = 1
         for fields in reader:
-            if fields:  # empty for a blank line; a line of two quotes has one empty field
+            if fields:  # a blank line gives no fields; a line of two quotes gives one empty field
                 yield line, fields
             line = reader.line_num + 1
 
 
 def _lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of a CSV. A line with only spaces and tabs is yielded as blank, because pandas skips it."""
+    """Yield the lines of a CSV. A line of spaces and tabs is yielded as an empty line, because pandas skips it."""
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
             raise UserError(
@@ -122,7 +122,8 @@ def _csv_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
         ) as reader:
             while frame is None or rows is not None:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error", pd.errors.ParserWarning)  # else a row with too many fields is cut
+                    # Without this, pandas cuts a row with too many fields.
+                    warnings.simplefilter("error", pd.errors.ParserWarning)
                     try:
                         frame = reader.read(rows)
                     except StopIteration:
@@ -156,9 +157,9 @@ def _arrow_tables(path: Path, rows: int | None) -> Iterator[pa.Table]:
 
 
 def _validated(table: pa.Table) -> pa.Table:
-    """Check that a table's offsets are within its data and its texts are UTF-8, and return it.
+    """Return the table after two checks: its offsets are within its data, and its texts are UTF-8.
 
-    Without this check, reading a damaged table could crash the process.
+    Without these checks, reading a damaged table could crash the process.
 
     Raises:
         pa.ArrowException: the table is damaged.
@@ -202,9 +203,9 @@ def is_text(data_type: pa.DataType) -> bool:
 
 
 def location(path: str | Path, row: int, short: bool = False) -> str:
-    """Return the location of a row for a message: the row number, or in a CSV the line in the file.
+    """Return the location of a row for a message: the row number. For a CSV: the number of the row's first line.
 
-    A CSV is read again up to the row, because quoted fields may span lines.
+    A CSV is read again up to the row to count the lines, because quoted fields may span lines.
 
     Args:
         path: the table.

@@ -1,4 +1,4 @@
-"""The sampler of global batches, and its order of edges: a pure function of (seed, epoch)."""
+"""The sampler of global batches. The order of the edges depends only on seed, epoch and number of edges."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
     """Apply a keyed permutation of 0..length-1 to ``positions``, in O(1) memory and time per position.
 
     The permutation is a balanced Feistel network (Luby and Rackoff, 1988) over the next power of four. It is applied
-    repeatedly until the value is inside the range (Black and Rogaway, 2002). The key is (seed, epoch), so the order
+    repeatedly until the value is less than ``length`` (Black and Rogaway, 2002). The key is (seed, epoch), so the order
     does not depend on the process, the time or the number of calls.
 
     Args:
@@ -22,7 +22,7 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nd
         seed, epoch: key of the permutation.
 
     Returns:
-        int64 array of the same shape. Over all positions, each value occurs once.
+        int64 array of the shape of ``positions``. For all positions together, each value in [0, length) occurs once.
     """
     half_bits = max(4, (max(length - 1, 1).bit_length() + 1) // 2)  # at least 4: shorter halves would mix badly
     digest = hashlib.shake_256(f"mmgraph order {seed} {epoch}".encode()).digest(8 * ROUNDS)
@@ -68,7 +68,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.begin(epoch=1)
 
     def begin(self, epoch: int, samples: int = 0) -> None:
-        """Set the start of the next iteration: in ``epoch`` (from 1), after its first ``samples`` edges."""
+        """Let the next iteration start in ``epoch`` (from 1), after the first ``samples`` edges of that epoch."""
         self.epoch, self.samples = epoch, samples
 
     def __len__(self) -> int:

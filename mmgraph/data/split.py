@@ -1,4 +1,4 @@
-"""Held-out edges for the evaluation: split off the run's edges by seed, or read from a separate table."""
+"""Held-out edges for the evaluation: drawn from the run's edges with a seed, or read from a separate table."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from mmgraph.errors import UserError
 from mmgraph.utils.files import save_array
 from mmgraph.utils.log import log
 
-SPLIT_EPOCH = 0  # epoch of the permutation in which pairs are drawn; training epochs start at 1
+SPLIT_EPOCH = 0  # epoch in the key of the permutation that orders the pairs; training epochs start at 1
 
 
 class HeldOut(NamedTuple):
@@ -33,8 +33,8 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
     """Draw edges to hold out.
 
     All edges between two nodes, in either direction, are held out together or kept together. The pairs of nodes are
-    drawn in an order that depends only on the seed. The last pair of each node in this order is kept, so every node
-    keeps an edge to train on. Self-loops are kept, because there is nothing to predict about them.
+    drawn in an order that depends only on their number and the seed. The last pair of each node in this order is kept,
+    so that every node keeps an edge to train on. Self-loops are kept, because there is nothing to predict about them.
 
     Args:
         rows: (E, 2) int64, node rows of source and destination.
@@ -43,7 +43,7 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
         seed: seed of the order.
 
     Returns:
-        (E,) bool, true for held-out edges. Pairs are drawn until ``fraction`` is reached or no more can be held out.
+        (E,) bool, true for held-out edges. Pairs are drawn until ``fraction`` is reached or the rest must be kept.
     """
     low, high = rows.min(axis=1), rows.max(axis=1)
     pairs, pair_of_edge, count = np.unique(low * num_nodes + high, return_inverse=True, return_counts=True)  # (P,)
@@ -66,11 +66,11 @@ def split_edges(
 ) -> tuple[EdgeTable, RemainingEdges | None, HeldOut]:
     """Split the edges for training and evaluation. The split is computed once and stored beside the edge table.
 
-    The relations are read from the edge table, so that a split stored by an older version has relations too.
+    The relations are read from the edge table, because a split that an older version stored contains none.
 
     Args:
         path: the edge table.
-        edges: its edges, and the names of their relations.
+        edges: the edges of this table, their relations, and the names of the relations.
         digests: fingerprints of the edge table and the node table.
         num_nodes, fraction, seed: as in :func:`split`.
 
@@ -88,12 +88,13 @@ def split_edges(
     requested = int(fraction * len(edges.rows))
     if len(numbers) < 0.9 * requested:
         log(
-            f"{len(numbers):,} edges are held out instead of {requested:,}, because every node must keep an edge to "
-            "train on"
+            f"{len(numbers):,} edges are held out instead of the requested {requested:,}, because every "
+            "node must keep an edge to train on"
         )
     if not len(numbers):
         raise UserError(
-            f"--eval_fraction {fraction:g}: no edge of {path} can be held out; set --eval_edges to a separate table"
+            f"--eval_fraction {fraction:g}: no edge of {path} can be held out; set --eval_edges to a separate "
+            "edge table instead"
         )
     relations = None if edges.relations is None else edges.relations[numbers]
     held_out = HeldOut(edges.rows[numbers], relations, edges.names, name)
@@ -136,13 +137,14 @@ def read_held_out(path: str | Path, nodes: NodeTable, nodes_digest: str) -> Held
 def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:
     """Return the names of an edge table's relations, from the ``relations.csv`` beside it.
 
-    That file has the names in the column ``relation``, and their ids in ``rel_id``; without ``rel_id``, an id is a row
-    number. If the file does not exist or cannot be used, the ids are returned. An id without a name is used as the
-    name. If relations have the same name, their ids are appended in parentheses.
+    That file has the names in the column ``relation``, and their ids in ``rel_id``. Without ``rel_id``, the id of a
+    relation is its row number, from 0. If the file does not exist or cannot be used, the ids are returned. An id
+    without a name is used as the name. If several relations have the same name, the id is appended to each of these
+    names in parentheses.
 
     Args:
         edges_path: the edge table.
-        ids: ids of its relations.
+        ids: ids of the relations in this table.
     """
     if not ids:
         return []

@@ -2,13 +2,13 @@
 
 The folder ``tables`` in a table's cache folder (see :func:`mmgraph.utils.files.cache_folder`) contains:
 
-- ``nodes-<hash>.arrow``: the nodes. For an Arrow file that needs no conversion: an empty ``nodes-<hash>.checked``.
+- ``nodes-<hash>.arrow``: the nodes. If an Arrow file needs no conversion: an empty ``nodes-<hash>.checked`` instead.
 - ``edges-<hash>.npy``: the edges, as pairs of row numbers in the node table.
 - ``edges-<hash>.relations.npy``: the relations of the edges, if the table has a column ``rel_id``.
 - ``edges-<hash>.json``: the names of the relations, and the number of dropped edges for the log.
 
-The hash covers the files' bytes and the version of the conversion, so a changed table is converted again. All files in
-the folder are complete, and their tables have been checked.
+The hash covers the bytes of the tables and the version of the conversion, so a changed table is converted again. All
+files in the folder are complete, and their tables have been checked.
 """
 
 import atexit
@@ -38,9 +38,9 @@ from mmgraph.utils.log import log
 
 Opened = TypeVar("Opened")
 
-FORMAT = 2  # version of the conversion; increase it if the same table is converted differently
+FORMAT = 2  # version of the conversion; increase it when the result of the conversion changes
 RELATION = "rel_id"
-ATTEMPTS = 3  # to open a converted table
+ATTEMPTS = 3  # maximum number of attempts to open a converted table
 ROW_CHUNK = 1 << 16  # rows in memory at a time, and in a record batch
 EDGE_CHUNK = 1 << 20  # minimum number of edges whose node ids are looked up at a time
 
@@ -57,7 +57,7 @@ _temporary_folders: dict[Path, Path] = {}  # cache folder that cannot be written
 
 
 def open_nodes(path: str | Path, digest: str) -> NodeTable:
-    """Open a node table. Convert it first, unless it is an Arrow file that needs no conversion.
+    """Open a node table. Convert it first, unless this was done before or it is an Arrow file that needs no conversion.
 
     Args:
         digest: the file's fingerprint.
@@ -79,7 +79,7 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
     Edges with an end that is not in the node table are dropped, and their number is logged at every start.
 
     Args:
-        digest, nodes_digest: the fingerprints of the two files.
+        digest, nodes_digest: fingerprints of the edge table and of the node table.
 
     Raises:
         UserError: as :func:`mmgraph.data.tables.read_edges` and :func:`mmgraph.data.tables.known_edges`.
@@ -108,7 +108,7 @@ def _open(
             return load(path)
         except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = f"{path}: damaged ({type(error).__name__}: {error})"
-        if _identity(path) == identity:  # else another process has already converted it again
+        if _identity(path) == identity:  # else another process has already converted the table again
             log(f"{reason}; converting it again")
             try:
                 path.unlink(missing_ok=True)
@@ -129,7 +129,7 @@ def _hash(*digests: str) -> str:
 
 
 def convert_once(table: str | Path, name: str, write: Callable[[BinaryIO, Path], object]) -> Path:
-    """Return the path of the file ``name`` in a table's cache. A new file is filled by ``write(open file, path)``.
+    """Return the path of the file ``name`` in a table's cache. ``write(open file, path)`` fills a new file.
 
     If the cache folder cannot be written, the file is created in a temporary folder, which is removed at exit.
     """
@@ -155,7 +155,7 @@ def _make(path: Path, write: Callable[[BinaryIO, Path], object]) -> Path:
 
 
 def _release_memory() -> None:
-    """Return the memory of a conversion to the system. The process would keep it, but the run does not need it."""
+    """Return unused memory of a conversion to the system. Otherwise the process would keep it."""
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):  # malloc_trim exists only in glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -168,11 +168,11 @@ def remove_temporary_folders() -> None:
 
 
 atexit.register(remove_temporary_folders)
-os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent may remove them
+os.register_at_fork(after_in_child=_temporary_folders.clear)  # only the parent may remove the folders
 
 
 def _in_place(path: str | Path) -> NodeTable | None:
-    """Open a user's Arrow file. Return None if it must be converted, or is damaged, which the conversion reports."""
+    """Open a user's Arrow file. Return None if it must be converted or is damaged. The conversion reports damage."""
     try:
         table = NodeTable(path)
         types = {field.name: field.type for field in table.schema}
@@ -230,7 +230,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     start = time.monotonic()
     writer, relations = EdgeWriter(file, len(nodes)), _Relations()
     total, unknown = 0, None
-    # Each look-up builds the index of the node ids again. With fewer edges per look-up, that would be most of the work.
+    # Each look-up builds the index of the node ids again. With few edges per look-up, this would be most of the work.
     for part in _gathered(read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROW_CHUNK), max(EDGE_CHUNK, len(nodes) // 4)):
         both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
         with nodes.column("node_id") as ids:
@@ -246,7 +246,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
     writer.finish()
     dropped = total - writer.count, total, unknown
     if not writer.count:
-        check_dropped(path, *dropped)  # raises, so the file is discarded
+        check_dropped(path, *dropped)  # raises, so that the file is discarded
     _finish(path, digest, start)
     names = list(relations.names) if relations.usable else []
     if names:
@@ -256,7 +256,7 @@ def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, no
 
 
 class _Relations:
-    """Collects the relations of edges chunk by chunk, as numbers. A missing relation has the empty name."""
+    """Collects the relations of edges chunk by chunk, as numbers. A missing relation gets an empty name."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
@@ -280,7 +280,7 @@ class _Relations:
 
 
 def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Yield the edge columns of the tables, joined into chunks of at least ``rows`` rows. The last may have fewer."""
+    """Join the edge columns of the tables into chunks of at least ``rows`` rows. The last chunk may have fewer rows."""
     pending: list[pa.Table] = []
     for table in tables:
         pending.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))

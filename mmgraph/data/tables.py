@@ -14,11 +14,11 @@ from mmgraph.utils.log import log
 
 NODE_COLUMNS = ("node_id", "short_name", "summary", "image_path")
 EDGE_COLUMNS = ("src_id", "dst_id")
-ID_CHUNK = 10_000_000  # ids that are indexed at a time
+ID_CHUNK = 10_000_000  # ids that find_ids indexes at a time
 
 
 def read_nodes(path: str | Path) -> pd.DataFrame:
-    """Read a node table. Ids are text and compared exactly: ``007`` is not ``7``, and ``NA`` is an id.
+    """Read a node table. Ids are text and are compared exactly: ``007`` is not ``7``, and ``NA`` is an id.
 
     Raises:
         UserError: the file does not exist or is not a table, a column or an id is missing, or two nodes have the same
@@ -45,7 +45,7 @@ def _read(path: str | Path, columns: Sequence[str], id_columns: Sequence[str]) -
 
 
 def known_edges(nodes: pd.DataFrame, edges: pd.DataFrame, path: str | Path = "edges") -> np.ndarray:
-    """Return edges as node rows. Edges with an end that is not in the node table are dropped and their number logged.
+    """Return edges as node rows. Drop edges with an end that is not in the node table, and log their number.
 
     Args:
         nodes: the node table.
@@ -85,7 +85,10 @@ def check_dropped(path: str | Path, count: int, total: int, unknown: object) -> 
         UserError: all edges were dropped.
     """
     if count == total:
-        raise UserError(f"{path}: no edge has both ends in the node table; the first unknown id is '{unknown}'")
+        raise UserError(
+            f"{path}: no edge has both ends in the node table; the first unknown id is '{unknown}'; "
+            "use the ids of the node table"
+        )
     log(
         f"{path}: {count:,} of {total:,} edges dropped: an end is not in the node table (first unknown id: '{unknown}')"
     )
@@ -106,7 +109,7 @@ def check_unique(path: str | Path, ids: pa.ChunkedArray) -> None:
 def find_ids(ids: pa.ChunkedArray, query: pa.ChunkedArray) -> np.ndarray:
     """Look up ids in a column of ids.
 
-    At most 10^7 of ``ids`` are indexed at a time, which limits the memory for any number of ids.
+    At most 10^7 of ``ids`` are indexed at a time, so that the index takes limited memory for any number of ids.
 
     Args:
         ids: the column to search.

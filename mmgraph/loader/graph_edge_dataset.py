@@ -13,8 +13,8 @@ class GraphEdgeDataset(Dataset[tuple[dict[str, Any], dict[str, Any]]]):
     """The edges between nodes of the node table, in the order of the edge table.
 
     ``ds[i]`` is ``(anchor, positive)``: the node dicts of edge i's source and destination, as in :class:`NodesDataset`.
-    ``rows`` is an (E, 2) int64 array of their rows in the node table. Edges to nodes that are not in the table are
-    dropped, and their number is logged.
+    ``rows`` is an (E, 2) int64 array: the rows of source and destination in the node table. Edges with an end that is
+    not in the node table are dropped, and their number is logged.
 
     Args:
         nodes_df: node table with the column ``node_id``, whose values are unique.

@@ -9,7 +9,7 @@ from mmgraph.data.node_inputs import NodeInputs
 
 
 class InferenceCollator:
-    """Collates N node dicts into the three tower inputs of :class:`MultimodalCollator`, with N rows each.
+    """Collates N node dicts into the three tower inputs that :class:`MultimodalCollator` returns, with N rows each.
 
     Images are not cached, because inference reads each node once.
 

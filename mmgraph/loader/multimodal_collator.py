@@ -12,8 +12,8 @@ class MultimodalCollator:
     """Collates B (anchor, positive) pairs into tower inputs: the B anchors first, then the B positives.
 
     Returns exactly ``input_ids`` (2B, 77) int64, ``attention_mask`` (2B, 77) int64 and ``pixel_values``
-    (2B, 3, S, S) float32, where S is the processor's crop size (224 for ViT-B/32). Works in DataLoader workers of every
-    start method. Each worker has a separate cache.
+    (2B, 3, S, S) float32, where S is the processor's crop size (224 for ViT-B/32). Works in DataLoader workers with
+    every start method (such as fork or spawn). Each worker has a separate cache.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

@@ -9,8 +9,9 @@ from torch.utils.data import Dataset
 class NodesDataset(Dataset[dict[str, Any]]):
     """The nodes in the order of the table.
 
-    ``ds[i]`` is a dict of row i's columns without ``node_id``. It is built on access: dicts of the complete table would
-    need much more memory. The table's columns are stored unchanged (with pandas 3, text is Arrow-backed).
+    ``ds[i]`` is a dict of row i's columns without ``node_id``. The dict is built on access, because dicts of all rows
+    would need much more memory than the table. The table's columns are stored unchanged (with pandas 3, text is
+    Arrow-backed).
 
     Args:
         nodes_df: node table with the column ``node_id`` and any other columns.

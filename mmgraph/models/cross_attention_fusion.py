@@ -78,8 +78,8 @@ class CrossAttentionFusion(nn.Module):
 
         Args:
             text_tokens: (B, L, d_text).
-            text_mask: (B, L), nonzero at valid tokens. For a node without valid tokens, the image's attention to the
-                text adds only the bias of its output projection, and ``text_pool`` is 0.
+            text_mask: (B, L), nonzero at valid tokens. If a node has no valid tokens, its ``text_pool`` is 0, and the
+                attention from the image to the text returns only the bias of the output projection.
             img_patches: (B, P, d_vis), without the class token.
 
         Returns:
@@ -90,7 +90,7 @@ class CrossAttentionFusion(nn.Module):
         text = self.text_proj(text_tokens)  # (B, L, d_model)
         vis = self.vis_proj(img_patches)  # (B, P, d_model)
 
-        # A softmax over zero keys is NaN in some kernels. Without text, unmask all keys and discard the result.
+        # A softmax over zero keys is NaN in some kernels. For nodes without text, unmask all keys, discard the result.
         attended = self.vis2text_attn(vis, text, valid | ~has_text[:, None])
         attended = torch.where(has_text[:, None, None], attended, self.vis2text_attn.out_proj.bias)
         vis_pool = _pool(self.vis_ffn, attended + vis)  # (B, d_model)
@@ -103,8 +103,8 @@ class CrossAttentionFusion(nn.Module):
 def _pool(feed_forward: nn.Sequential, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean of ``feed_forward(tokens)`` over the valid tokens: (B, L, d) -> (B, d).
 
-    The last layer is linear, so it is applied to the mean instead of to each token. This saves a fifth of the
-    fusion's computation.
+    The last layer of ``feed_forward`` is linear, so it is applied to the mean instead of to each token. This saves a
+    fifth of the fusion's computation.
 
     Args:
         feed_forward: from :func:`_feed_forward`.

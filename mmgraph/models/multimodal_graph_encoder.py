@@ -33,7 +33,7 @@ class TrainedModule(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, torch.Tensor]) -> "TrainedModule":
-        """Build a frozen module in eval mode from tensors, without copies. Tensors of the towers are ignored."""
+        """Build a frozen module in eval mode that uses the given tensors without copies. Tower tensors are ignored."""
         widths = weights["fusion.text_proj.weight"].shape[1], weights["fusion.vis_proj.weight"].shape[1]
         with torch.device("meta"):
             module = TrainedModule(*widths, *weights["graph_proj.weight"].shape[::-1])
@@ -51,23 +51,25 @@ class TrainedModule(nn.Module):
 
         Args:
             tokens: tokens of U nodes; in training, the unique nodes of a batch.
-            micro_batches: number of parts in which the nodes are embedded. With more than one, the activations of a
-                part are dropped and recomputed in the backward pass (Chen et al., 2016). Memory is then that of one
-                part, while the loss is over all nodes. The effect is that of GradCache (Gao et al., 2021), with one
-                backward pass and one reduction of gradients. The argument is a number, not a size: U differs between
-                ranks, but under ZeRO-3 all ranks must run the same number of parts, because each part runs collectives.
+            micro_batches: number of parts in which the nodes are embedded. With more than one part, the activations
+                of each part are dropped and recomputed in the backward pass (Chen et al., 2016). Memory then contains
+                the activations of only one part at a time, while the loss is over all nodes. The effect is that of
+                GradCache (Gao et al., 2021), with one backward pass and one reduction of gradients. The argument is the
+                number of parts, not their size: under ZeRO-3 each part runs collectives, so all ranks must run an equal
+                number of parts, although U differs between ranks.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.
         """
         dtype = self.graph_proj.weight.dtype  # bf16 or fp16 under DeepSpeed
         if torch.is_autocast_enabled(tokens.text.device.type):
-            dtype = torch.get_autocast_dtype(tokens.text.device.type)  # cast directly, not through float32
+            # Cast to autocast's dtype directly, not through float32.
+            dtype = torch.get_autocast_dtype(tokens.text.device.type)
         inputs = (tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         if micro_batches == 1:
             return self._embed(*inputs)
         nodes = len(tokens.text)
-        if nodes < micro_batches:  # attention does not accept an empty part: repeat the last node
+        if nodes < micro_batches:  # attention does not accept an empty part, so repeat the last node
             indices = torch.arange(micro_batches, device=tokens.text.device).clamp(max=nodes - 1)
             inputs = (inputs[0][indices], inputs[1][indices], inputs[2][indices])
         parts = zip(*(tensor.tensor_split(micro_batches) for tensor in inputs), strict=True)
@@ -100,7 +102,7 @@ class TrainedModule(nn.Module):
             two concatenated.
         """
         assert tokens.text_pooled is not None and tokens.image_pooled is not None
-        dtype = self.graph_proj.weight.dtype  # a tower store may have 16-bit tokens
+        dtype = self.graph_proj.weight.dtype  # cast, because a tower store may have 16-bit tokens
         pooled = self.fusion(tokens.text.to(dtype), tokens.text_mask, tokens.patches.to(dtype))
         return {
             **dict(zip(("z_graph", "z_text", "z_vis"), self._project(*pooled), strict=True)),
@@ -187,7 +189,7 @@ class MultimodalGraphEncoder(TrainedModule):
 
     @property
     def towers(self) -> Towers:
-        """Both towers. Created at each access, because ``nn.DataParallel`` replaces the modules in its replicas."""
+        """Both towers. Created at each access, because replicas of ``nn.DataParallel`` have other modules."""
         text, image = self._tower_types
         return Towers(text(self.text_model), image(self.vision_model))
 
@@ -202,14 +204,14 @@ def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Rename the keys of a ``state_dict`` to the original trainer's. A state dict hook."""
+    """State dict hook: rename the keys of a ``state_dict`` to the keys of the original trainer."""
     tensors = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
     for key, tensor in tensors.items():
         state[prefix + file_key(key.removeprefix(prefix))] = tensor
 
 
 def _use_module_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the keys of a state dict to those of the module, and remove ``position_ids``. A load hook."""
+    """Load hook: rename the keys of a state dict to the keys of the module, and remove ``position_ids``."""
     nested = {name: _is_nested(getattr(module, name).state_dict().keys(), name) for name in TOWER_NAMES}
     for key in [key for key in state if key.startswith(prefix)]:
         tensor = state.pop(key)
