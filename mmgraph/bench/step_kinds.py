@@ -1,4 +1,4 @@
-"""Runs the steps that ``bench step`` compares: as in the original trainer, with live towers, and from the store."""
+"""The kinds of step that ``bench step`` compares: the original trainer's, live towers, and stored tokens."""
 
 import time
 from collections.abc import Callable, Iterator

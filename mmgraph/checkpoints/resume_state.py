@@ -178,11 +178,11 @@ def newest_state(folder: Path, on_invalid: Callable[[str], object]) -> Path | No
 
 
 def newer_state(folder: Path, start: Path | None, progress: Progress) -> Path | None:
-    """Return the newest valid state if another process wrote this state after the run read ``start``, else None.
+    """Return the newest valid state if another process has written it since the run read ``start``, else None.
 
     Args:
         folder: folder of the states.
-        start: the state that the run resumes from; None for a new run.
+        start: the state that the run resumes from; None for a new run, which has read no state.
         progress: the progress in ``start``.
     """
     newest = newest_state(folder, on_invalid=lambda line: None)

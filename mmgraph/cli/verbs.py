@@ -122,7 +122,7 @@ def _cache(args: argparse.Namespace) -> None:
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=CHECKPOINT)
     _add_run_arguments(parser)
-    folder_help = "output folder (default: features in the run's folder, or ./features for a file outside of a run)"
+    folder_help = "output folder (default: RUN/features, or ./features for a file outside of a run)"
     parser.add_argument(*_spellings("output_dir"), type=Path, metavar="DIR", help=folder_help)
     parser.add_argument(
         "--features",
@@ -147,7 +147,7 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = "folder of a run, a checkpoint file (.pt) of an epoch or of the end of a run, or feature files"
+    sources = "folder of a run, a checkpoint file (.pt), or feature files"
     parser.add_argument("source", type=Path, nargs="+", help=sources)
     _add_run_arguments(parser)
     _add_config_flags(parser, SPLIT_FLAGS)

@@ -55,7 +55,7 @@ class StopRequest:
         try:
             yield
         except Exception:
-            # The launcher sends SIGTERM if a rank is lost. Keep ignoring it, so that this rank can print its error.
+            # The launcher sends SIGTERM if a rank is lost. Keep the empty handler, so that this rank prints its error.
             if "RANK" in os.environ:
                 del before[signal.SIGTERM]
             raise
@@ -71,7 +71,10 @@ class StopRequest:
             os.close(write)
 
     def step_finished(self) -> None:
-        """Record a finished step. By then, all ranks have sent the losses of the previous step, so all are alive."""
+        """Record a finished step, and restart the watchdog's clock.
+
+        All ranks were alive when the step finished: each has sent its losses of the previous step.
+        """
         now = time.monotonic()
         if math.isfinite(self._last_step):
             self._step_seconds = max(now - self._last_step, 0.9 * self._step_seconds)

@@ -44,8 +44,8 @@ class Evaluation:
     candidates. A neighbor is any node that a training or held-out edge links with the query node, in any relation and
     direction. Self-loops are skipped. An edge that occurs several times in the table is ranked once.
 
-    Each process holds the vectors of all nodes in one embedding at a time, O(nodes x dim), and computes the ranks of
-    its shard of the queries.
+    Each process holds one embedding of all nodes at a time, in O(nodes x dim) memory, and computes the ranks of its
+    shard of the queries.
 
     Args:
         accelerator: the run's accelerator.
@@ -76,7 +76,7 @@ class Evaluation:
             )
         held_out_pairs = Adjacency(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
         self.known = [neighbors.to(accelerator.device) for neighbors in (trained, held_out_pairs)]
-        self.fixed: dict[str, Ranks] = {}  # by the FIXED and random embeddings; computed in the first evaluation
+        self.fixed: dict[str, Ranks] = {}  # ranks by embedding, for FIXED and random; filled in once
 
     def evaluate(self, embeddings: Embeddings, outputs: NodeOutputs) -> Table:
         """Return the evaluation table of a trained module.

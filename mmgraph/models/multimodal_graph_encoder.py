@@ -54,9 +54,9 @@ class TrainedModule(nn.Module):
             micro_batches: number of parts in which the nodes are embedded. With more than one part, the activations
                 of each part are dropped and recomputed in the backward pass (Chen et al., 2016). Memory then contains
                 the activations of only one part at a time, while the loss is over all nodes. The effect is that of
-                GradCache (Gao et al., 2021), with one backward pass and one reduction of gradients. The argument is the
-                number of parts, not their size: under ZeRO-3 each part runs collectives, so all ranks must run an equal
-                number of parts, although U differs between ranks.
+                GradCache (Gao et al., 2021), but with a single backward pass and one reduction of gradients. The
+                argument is the number of parts, not their size: under ZeRO-3 each part runs collectives, so all ranks
+                must run an equal number of parts, although U differs between ranks.
 
         Returns:
             ``z_graph``, ``z_text``, ``z_vis``, each (U, proj_dim), float32, rows of unit length.

@@ -60,7 +60,7 @@ def build(
     Args:
         config, accelerator, graph: settings, Accelerator and data of the run.
         inputs: converts texts and images to tower inputs.
-        recipe: recipe of the store.
+        recipe: folder and dtype of the store, and the description that is written to its ``store.json``.
         shards: shards that the store on this rank's host lacks.
         expected: estimated cost of building the shards, for the log.
 

@@ -76,7 +76,7 @@ class NonfiniteSteps:
             norm: L2 norm of the gradients, which is equal on all ranks; negative if the backend does not report a norm.
             local_loss: this rank's weighted sum of the losses, ().
             first_sample: number of edges that earlier steps of this epoch used.
-            scaler_skipped: whether the fp16 loss scaler has skipped this step to lower the loss scale. In this case, a
+            scaler_skipped: whether the fp16 loss scaler skipped this step and lowered the loss scale. In this case, a
                 non-finite gradient is expected and not recorded.
 
         Raises:
