@@ -1,21 +1,25 @@
 """mmgraph bench: the results of each benchmark, and the plain step, which equals that of the original trainer."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from conftest import settings
 from launches import SCRIPT, run_warm
-from targets import LOGIT_CHUNK, STUDY_LAUNCH, TOWERS_OF_BENCH_GRAPH
+from targets import LOGIT_CHUNK, SCALE_LAUNCH, STUDY_LAUNCH, STUDY_POOL, TOWERS_OF_BENCH_GRAPH
 
 from mmgraph.bench.loss import compare_losses
 from mmgraph.bench.report import shown
+from mmgraph.bench.runs import finish, launch
 from mmgraph.bench.step_kinds import PlainModule
 from mmgraph.cli import main
+from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.tokens import Tokens
 
@@ -101,27 +105,55 @@ class WarmRun:
 POOL = ThreadPoolExecutor(2)
 
 
-@pytest.mark.slow
-def test_scale(graph: Path, tmp_path: Path) -> None:
-    content = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=6")
+@pytest.mark.parametrize("warm", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["warm", "launched"])
+def test_scale(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: bool) -> None:
+    if warm:
+        monkeypatch.setattr(SCALE_LAUNCH, WarmRun)
+    content = bench(graph, tmp_path, "scale", "--repeats=1", "--steps=5")
     assert [row["processes"] for row in content["rows"]] == [1, 2]
     assert all(row["efficiency"] > 0.1 for row in content["rows"])
 
 
-@pytest.mark.slow
-def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study trains runs and baselines on one split of the edges."""
+def test_a_failed_run_is_one_error_line(tmp_path: Path) -> None:
+    process = launch(tmp_path, "run", ["--nodez=1"], 1, threads=1)
+    with pytest.raises(
+        UserError, match=rf"^bench: a run failed: mmgraph: error: .*--nodez.* \(its log is {tmp_path}/run.log\)$"
+    ):
+        finish(process, tmp_path / "run.log")
+
+
+def thread_pool(
+    processes: int, context: Any, initializer: Callable[..., object], arguments: tuple[Any, ...]
+) -> ThreadPoolExecutor:
+    """Return a pool of one thread, which replaces the study's pool of processes."""
+    return ThreadPoolExecutor(1, initializer=initializer, initargs=arguments)
+
+
+VARIANT = pytest.param(["--variant=--temperature=0.2"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [[], VARIANT], ids=["core", "variant"])
+def test_study(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+    """A study trains runs and baselines on one split of the edges. In the slow case, baselines have own processes."""
     monkeypatch.setattr(STUDY_LAUNCH, WarmRun)
+    if not more:
+        monkeypatch.setattr(STUDY_POOL, thread_pool)
     edges = pd.read_csv(graph / "edges.csv", dtype=str)
     edges["rel_id"] = ["likes", "eats", "is"] * 66 + ["is"] * 2
     edges[:170].to_csv(tmp_path / "edges.csv", index=False)
     edges[::-1][:30].to_csv(tmp_path / "eval.csv", index=False)
-    more = [f"--edges={tmp_path / 'edges.csv'}", f"--eval_edges={tmp_path / 'eval.csv'}", "--epochs=1"]
-    more += [f"--folder={tmp_path / 'runs'}", "--batch_sizes", "85", "--seeds=1", "--variant=--temperature=0.2"]
-    content = bench(graph, tmp_path, "study", *more)
+    flags = [f"--edges={tmp_path / 'edges.csv'}", f"--eval_edges={tmp_path / 'eval.csv'}", "--epochs=1"]
+    flags += [f"--folder={tmp_path / 'runs'}", "--batch_sizes", "85", "--seeds=1"]
+    threads = torch.get_num_threads()
+    content = bench(graph, tmp_path, "study", *flags, *more)
+    torch.set_num_threads(threads)  # a baseline uses one thread
     rows = {row[""]: row for row in content["rows"]}
-    assert len(rows) == 5 + 3 + 2 + 3 + 3 + 1
-    names = ("batch 85, mask_neighbors", "batch 85, keep, --temperature=0.2", "MLP on random, batch 85, keep")
+    assert len(rows) == 5 + 3 + 2 * len(more) + 3 + 3 + 1
+    names = [
+        "batch 85, mask_neighbors",
+        "MLP on random, batch 85, keep",
+        *["batch 85, keep, --temperature=0.2"] * len(more),
+    ]
     assert all(0 < float(rows[name]["z_graph MRR"].split(" ± ")[0]) < 1 for name in names)
     assert rows["DistMult, with relations"]["z_graph MRR"] != rows["random"]["z_graph MRR"]
     run_folder = tmp_path / "runs/85-keep-42"
