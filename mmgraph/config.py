@@ -60,8 +60,8 @@ class Config:
     max_bad_images: float = flag(
         1.0,
         "data",
-        "end the run if more than this fraction of the image files so far is missing or incomplete; checked from the "
-        "100th file on (earlier in graphs of fewer than 200 nodes)",
+        "end the run if more than this fraction of the image files read so far is missing or incomplete; checked from "
+        "the 100th file on (earlier in graphs of fewer than 200 nodes)",
         FROM_0_TO_1,
     )
     truncated_images: Literal["partial", "black"] = flag(
@@ -80,7 +80,7 @@ class Config:
         inherited=True,
     )
     init_from: str | None = flag(
-        None, "model", "start from an epoch or final file (.pt) of mmgraph or of the original trainer"
+        None, "model", "start from a checkpoint file (.pt) that mmgraph or the original trainer has written"
     )
     fused_dim: int = flag(512, "model", "width of the cross-attention fusion; a multiple of 8", ABOVE_0, fixed=True)
     proj_dim: int = flag(256, "model", "width of the three projections (z_graph, z_text, z_vis)", ABOVE_0, fixed=True)
@@ -152,15 +152,16 @@ class Config:
         10.0,
         "loading",
         "size in GB of the disk cache of resized images, which all processes of a host share; if it is too small for "
-        "all images, the nodes with the most edges are cached; 0 disables this cache",
+        "all images, it holds those of the nodes with the most edges; 0 disables this cache",
         FROM_0,
     )
     tower_cache: str = flag(
         "auto",
         "towers",
         "the path of a folder: run each node through the towers once, and store its tokens there (the tower store); "
-        "auto: store them beside the node table (or in $MMGRAPH_CACHE), but only if the planned steps process more "
-        "nodes than this store lacks and the disk has room; off, or auto otherwise: run the towers in every step",
+        "off: run the towers in every step; auto: use a store beside the node table (or in $MMGRAPH_CACHE), but run "
+        "the towers in every step if the disk has no room, or if the planned steps process no more nodes than are "
+        "missing from the store",
         inherited=True,
     )
     tower_cache_dtype: Literal["auto", "float32", "float16"] = flag(

@@ -107,7 +107,7 @@ class Baselines:
         config: settings of the runs that the baselines are compared with.
 
     Raises:
-        UserError: the graph or the towers cannot be loaded, or there are no held-out edges or no tower store.
+        UserError: the graph or the towers cannot be loaded, or the held-out edges or the tower store are missing.
     """
 
     def __init__(self, config: Config):

@@ -1,4 +1,4 @@
-"""``bench step``: measures the time of a step as in the original trainer, with live towers, and from the tower store.
+"""``bench step``: times three kinds of step: the original trainer's, one with live towers, and one with stored tokens.
 
 The variants take turns on the same edges. They are measured in float32. If the launch has another precision, they are
 also measured in that precision.

@@ -12,7 +12,7 @@ from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import file_keys
 from mmgraph.utils.files import write_durably
 
-OPTIMIZER = "optimizer_state_dict."  # key prefix of the optimizer's tensors; a number follows for each parameter
+OPTIMIZER = "optimizer_state_dict."  # key prefix of the optimizer's tensors; the parameter's number follows
 
 
 def convert(source: Path, target: Path) -> None:

@@ -12,7 +12,8 @@ class Progress:
     step: int = 0
     epoch: int = 1
     samples_in_epoch: int = 0  # edges that the epoch's finished steps have used
-    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # each loss summed over the epoch's "steps"
+    # Sum of each loss over the epoch's steps, without skipped steps. The key "steps" has the number of summed steps.
+    epoch_sums: dict[str, float] = dataclasses.field(default_factory=dict)
     adam_step: int = 0  # number of steps that Adam has done
     loss_scale: dict[str, float] | None = None  # fp16: state of the loss scale, with GradScaler's keys
     metrics_bytes: int = 0  # size of metrics.jsonl in bytes
@@ -41,7 +42,7 @@ class Progress:
         self.wandb_id = self.best = self.unevaluated = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return the progress as keys of ``state.json``."""
+        """Return the entries of ``state.json`` that store the progress."""
         components: dict[str, Any] = {"wandb": self.wandb_id}
         if self.best is not None:
             components["best"] = self.best

@@ -66,7 +66,7 @@ def _set(parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None
         safe_set_local_optimizer_state,
     )
 
-    if hasattr(parameter, "ds_tensor"):  # stage 3: the full setters fail if the ranks do not divide the size evenly
+    if hasattr(parameter, "ds_tensor"):  # stage 3: the full setters need a size divisible by the number of ranks
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value.flatten(), (0, size * comm.get_world_size() - value.numel()))
         value = padded.narrow(0, size * comm.get_rank(), size)
@@ -88,7 +88,7 @@ def loss_scale(engine: Any) -> dict[str, float] | None:
     if not engine.fp16_enabled() or not engine.optimizer.loss_scaler.dynamic:
         return None
     scaler = engine.optimizer.loss_scaler
-    # Steps since the last overflow. In contrast to GradScaler's count, they are not reset when the scale grows.
+    # Number of steps since the last overflow. In contrast to GradScaler's, it is not reset when the scale grows.
     steps = scaler.cur_iter - scaler.last_overflow_iter - 1
     return {
         "scale": scaler.cur_scale,

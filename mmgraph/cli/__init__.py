@@ -41,7 +41,7 @@ def leave(code: int) -> NoReturn:
         end_process(code, end_workers, remove_temporary_folders, flush_log)
     if "RANK" not in os.environ:
         sys.exit(code)
-    # No public function runs the exit hooks without the teardown. A hook that is registered first runs last, so it
-    # could end the process after sys.exit. But sys.exit waits for all threads before it runs any hook, even for a
-    # thread that is stuck in a collective or on a disk.
+    # No public function runs the exit hooks without the teardown, so this calls a private one. The alternative would be
+    # sys.exit, with a last hook that ends the process. But sys.exit waits for all threads before it runs any hook, even
+    # for a thread that is stuck in a collective or on a disk.
     end_process(code, atexit._run_exitfuncs)

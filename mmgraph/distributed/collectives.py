@@ -89,11 +89,11 @@ def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterat
             while it waits for other ranks.
 
     Yields:
-        At each sync, the number of items that the other ranks have done since the sync before. Ends when all ranks are
-        done.
+        At each sync, the number of items that the other ranks have done since the previous sync. Ends when all ranks
+        are done.
 
     Raises:
-        UserError: the work of a rank fails (see :func:`raise_on_all_ranks`).
+        UserError: the work of another rank fails. An error of this rank's work is raised unchanged.
     """
     with closing(_sums_between_syncs(counts)) as work:  # type: ignore[type-var]
         done: list[int | None] = [0]
@@ -104,10 +104,10 @@ def work_on_all_ranks(accelerator: Accelerator, counts: Iterator[int]) -> Iterat
 
 
 def _sums_between_syncs(counts: Iterator[int]) -> Iterator[int]:
-    """Add up ``counts``, and yield the sum since the last yield every ``SYNC_SECONDS`` and after a count of 0.
+    """Every ``SYNC_SECONDS`` and after each count of 0, yield the sum of the ``counts`` since the last yield.
 
-    The rank syncs at each yield. A sync only after each complete shard would not be enough: with large towers, a shard
-    can take minutes on one rank and seconds on another, which would then wait in its sync.
+    The rank syncs at each yield. One sync per shard of a tower store would not be enough: with large towers, a shard
+    can take minutes on one rank and seconds on another. The faster rank would then wait for minutes in its sync.
     """
     total, start = 0, time.monotonic()
     for count in counts:

@@ -78,8 +78,8 @@ def disable_zero3_for_towers() -> None:
 def configure_deepspeed(accelerator: Accelerator, micro_batch: int, max_grad_norm: float) -> None:
     """Write the run's values into DeepSpeed's config. Called before ``prepare``. Without DeepSpeed, do nothing.
 
-    Gradient clipping must be set to a number, also to disable it: DeepSpeed clips at 1.0 by default, and Accelerate
-    turns "auto" into 1.0.
+    Gradient clipping must always be set to a number, and 0 disables it. By default, DeepSpeed clips at 1.0, and
+    Accelerate turns "auto" into 1.0.
 
     Args:
         accelerator: the run's Accelerator.

@@ -29,8 +29,8 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         collective_timeout: seconds that a rank waits for the other ranks before it fails.
 
     Raises:
-        UserError: the launch does not fit this machine, or it would train wrongly without an error, for example each
-            rank alone.
+        UserError: the launch does not fit this machine, or training would silently be wrong, for example because each
+            rank would train alone.
     """
     cpu = not torch.accelerator.is_available()
     deepspeed = _is_requested("DEEPSPEED")

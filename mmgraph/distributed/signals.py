@@ -73,7 +73,8 @@ class StopRequest:
     def step_finished(self) -> None:
         """Record a finished step, and restart the watchdog's clock.
 
-        All ranks were alive when the step finished: each has sent its losses of the previous step.
+        The clock restarts because a finished step shows that all ranks were alive: each has sent its losses of the
+        previous step.
         """
         now = time.monotonic()
         if math.isfinite(self._last_step):

@@ -87,7 +87,7 @@ def _mean_ranks(
     targets: torch.Tensor,
     remove: Callable[[torch.Tensor, slice, int], None],
 ) -> torch.Tensor:
-    """Return the ranks of (Q,) targets among (C, d) candidates for (Q, d) queries, one tile of scores at a time.
+    """Return the ranks of (Q,) targets among (C, d) candidates for (Q, d) queries. Scores are computed tile by tile.
 
     Args:
         remove: sets the scores of excluded candidates to -inf. Called with a tile's (q, c) scores, the slice of its

@@ -39,8 +39,8 @@ def embed_all_nodes(
 
     Args:
         embedding: name of the embedding: ``z_graph``, ``fused``, ``text_only``, ``image_only`` or ``concat``.
-        folder: cache folder for the embeddings. If all ranks are on one machine, the folder need not be writable: the
-            embeddings are then not cached.
+        folder: cache folder for the embeddings. If it is not writable and all ranks are on one machine, the embeddings
+            are computed but not cached.
 
     Returns:
         The embeddings on the main process, :data:`NO_VECTORS` on the other ranks.

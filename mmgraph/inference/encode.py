@@ -26,8 +26,8 @@ def encode(
     """Write ``features_<name>.<file_format>``: one float32 vector per node, in node order. Call on all ranks.
 
     All ranks embed shards of nodes, and store the shards in a hidden folder in ``output``. After an interruption, the
-    next call resumes from these shards. At the end, the shards are joined into the output files. One rank writes each
-    file.
+    next call resumes from these shards. At the end, the shards are joined into the output files. Each file is
+    written by a single rank.
 
     Args:
         checkpoint: an epoch or final file that mmgraph or the original trainer has written.

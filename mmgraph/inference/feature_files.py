@@ -80,7 +80,7 @@ def _write_parquet(
 def _write_pt(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> Iterator[int]:
     """Write the vectors to a raw file, map this file into memory, and save the map.
 
-    ``torch.save`` needs one complete tensor. The map is complete without taking memory for all vectors.
+    ``torch.save`` needs one complete tensor. The map is such a tensor, but does not need memory for all vectors.
     """
     raw = path.with_suffix(".raw")
     try:

@@ -40,7 +40,7 @@ def build_shards(shards: "FeatureShards", accelerator: Accelerator, others: int 
     call builds all shards that are still missing.
 
     Args:
-        others: number of shard folders of other checkpoints, features or settings to keep.
+        others: how many shard folders of other checkpoints, features or settings are kept.
 
     Raises:
         UserError: not all machines see the folder.
@@ -79,7 +79,7 @@ def progress_bar(accelerator: Accelerator, total: int, initial: int, unit: str) 
 
 
 def show_progress(counts: Iterator[int], shown: "tqdm[Any]", output: Path) -> Iterator[int]:
-    """Yield ``counts`` and add them to the progress bar. The message of a disk error gets a remedy.
+    """Yield ``counts`` and add them to the progress bar. The message of a disk error says what to do.
 
     Args:
         shown: the progress bar.
@@ -213,7 +213,10 @@ class FeatureShards:
         """Read one tensor for all nodes.
 
         Args:
-            name: a feature, whose tensor is (N, d) float32, or ``causes``: the image status, (N,) uint8.
+            name: name of a feature, or ``causes`` for the image status.
+
+        Returns:
+            (N, d) float32 for a feature, (N,) uint8 for the image status.
         """
         return torch.cat([self._read(number, name) for number in range(len(self))])
 

@@ -25,7 +25,7 @@ from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
 
-EDGE_CHUNK = 1 << 20  # edges that are read at a time
+EDGE_CHUNK = 1 << 20  # number of edges read at a time
 MAX_NAMES = 20_000  # maximum number of names that a misspelled name is compared with
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 5  # nodes listed in an error message

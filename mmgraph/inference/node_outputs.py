@@ -58,7 +58,7 @@ class NodeOutputs:
 
         Args:
             parts: ranges of rows.
-            image_rows: (N,) for each of the graph's N nodes, the row whose image is used. Default: the node's own row.
+            image_rows: (N,) row whose image each of the graph's N nodes uses. Default: the node's own row.
         """
         batches = _Batches(parts, image_rows)
         if isinstance(self.source, CachedTowers):

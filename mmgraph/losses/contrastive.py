@@ -53,8 +53,8 @@ def contrastive_losses(
     """Compute this rank's losses against the global batch.
 
     Each rank computes its rows and columns of the global logit matrix. The mean of the ranks' losses equals the loss of
-    a single process with the complete batch. DDP averages the gradients over ranks, so these also equal those
-    of a single process.
+    a single process with the complete batch. DDP averages the gradients over ranks, so the result equals the
+    gradients of a single process.
 
     Args:
         z_graph, z_text, z_vis: (2b, proj_dim) each, rows of unit length: this rank's b anchors, then its b positives.
@@ -136,7 +136,7 @@ def _info_nce(
         local: left and right embeddings of this rank, (n, d) each.
         gathered: left and right embeddings of all ranks, (N, d) each.
         labels: (n,) indices of the local embeddings in the gathered ones.
-        masks: one mask for the rows and one for the columns: logits to exclude from the denominators. Default: none.
+        masks: logits to exclude from the denominators, in one mask for the rows and one for the columns. Default: none.
         weights: (n,) weights of the n queries' cross-entropies in their mean. Default: 1.
     """
     if len(local[0]) * len(gathered[0]) > LOGIT_CHUNK:

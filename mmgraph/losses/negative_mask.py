@@ -64,11 +64,11 @@ class NegativeMask:
 
 
 class FalseNegatives(NamedTuple):
-    """The masking rules of a run. Their data about the graph's N nodes is on the device."""
+    """The masking rules of a run, with the data that they need about the graph's N nodes. The data is on the device."""
 
     image_numbers: torch.Tensor  # (N,) int64, from image_numbers()
     mask_same: bool  # mask the query's own nodes, and nodes with the same image as an own node
-    neighbors: Adjacency | None  # mask the neighbors in this adjacency in the graph loss; None masks no neighbors
+    neighbors: Adjacency | None  # graph loss: mask each query's neighbors in this adjacency; None masks no neighbors
     missing_images: bool  # exclude nodes without an image from the text-image loss
 
     def graph_masks(
@@ -101,7 +101,7 @@ class FalseNegatives(NamedTuple):
         Args:
             local: (2b,) node rows of this rank's nodes.
             all_ranks: (2B,) node rows of all ranks' nodes.
-            labels: (2b,) indices of this rank's nodes among all nodes.
+            labels: (2b,) indices of this rank's nodes among those of all ranks.
             absent: (2B,) bool, True for nodes to mask. None masks no node.
         """
         own_images = (self.image_numbers[local],) if self.mask_same else ()

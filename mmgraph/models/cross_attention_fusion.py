@@ -90,7 +90,7 @@ class CrossAttentionFusion(nn.Module):
         text = self.text_proj(text_tokens)  # (B, L, d_model)
         vis = self.vis_proj(img_patches)  # (B, P, d_model)
 
-        # A softmax over zero keys is NaN in some kernels. For nodes without text, unmask all keys, discard the result.
+        # A softmax over zero keys is NaN in some kernels. So unmask all keys of nodes without text and drop the result.
         attended = self.vis2text_attn(vis, text, valid | ~has_text[:, None])
         attended = torch.where(has_text[:, None, None], attended, self.vis2text_attn.out_proj.bias)
         vis_pool = _pool(self.vis_ffn, attended + vis)  # (B, d_model)

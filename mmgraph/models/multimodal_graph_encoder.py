@@ -118,8 +118,8 @@ class MultimodalGraphEncoder(TrainedModule):
 
     With any version of transformers, its ``state_dict`` has the keys and the order of the original trainer:
     ``text_model.text_model.…``, ``vision_model.vision_model.…``, then fusion and heads. ``load_state_dict`` also
-    accepts tower keys that start with the tower's name once (``text_model.…``), and ignores the ``position_ids`` of old
-    versions.
+    accepts tower keys that start with the tower's name once (``text_model.…``), and ignores ``position_ids``, which old
+    versions of transformers store.
 
     Args:
         clip_name: CLIP model of the towers, a hub name or a folder. The towers are frozen.

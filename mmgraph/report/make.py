@@ -36,7 +36,7 @@ def report(
     accelerator: Accelerator,
     queries: Sequence[Query],
 ) -> None:
-    """Write one page about several runs. All ranks must call this function, because they share the nodes to embed.
+    """Write one page about several runs. All ranks must call this function, because each embeds a part of the nodes.
 
     Args:
         folders: folders of finished or unfinished runs. If the nodes of a run cannot be embedded, the page gives the
@@ -115,8 +115,8 @@ def end_of_run(
 ) -> Figures | None:
     """Write ``report.html`` into a run's folder.
 
-    All ranks must call this function, because they share the nodes to embed. Then the main process writes the page. The
-    other ranks do not wait for the page.
+    All ranks must call this function, because each embeds a part of the nodes. Then the main process writes the page.
+    The other ranks do not wait for the page.
 
     Args:
         config: settings of the run.

@@ -34,7 +34,7 @@ class Shown(NamedTuple):
 
 
 def write_page(path: Path, shown: Sequence[Shown]) -> None:
-    """Write a page for several runs atomically."""
+    """Write a page about several runs. The write is atomic."""
     content = page(shown)
     write_durably(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 

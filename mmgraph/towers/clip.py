@@ -128,7 +128,7 @@ def load_towers(model_name: str) -> Towers:
 
 
 def random_towers(text_config: CLIPTextConfig, vision_config: CLIPVisionConfig) -> Towers:
-    """Build towers from their configurations. The weights are random, so load them from a checkpoint afterwards."""
+    """Build towers from their configurations. The weights are random, so load a checkpoint afterwards."""
     return _freeze(CLIPTextModel(text_config), CLIPVisionModel(vision_config))
 
 
@@ -184,7 +184,7 @@ def _freeze(text_model: CLIPTextModel, vision_model: CLIPVisionModel) -> Towers:
 def tower_state(towers: Towers) -> dict[str, torch.Tensor]:
     """Return both towers' tensors under the original trainer's keys.
 
-    Each key starts with the tower's name twice. This does not depend on the version of transformers.
+    With any version of transformers, each key starts with the tower's name twice.
     """
     return {
         file_key(f"{name}.{key}"): tensor
@@ -204,10 +204,10 @@ def file_key(key: str) -> str:
 
 
 def read_tower_state(model_name: str) -> dict[str, torch.Tensor]:
-    """Return the :func:`tower_state` of the model with a hub name or in a folder.
+    """Return the :func:`tower_state` of a model, given by a hub name or a folder.
 
-    The tensors are memory-mapped from the model's weight files, so no towers are built. Only if a file is broken or has
-    another layout, this function calls :func:`load_towers`.
+    The tensors are memory-mapped from the model's weight files, without building the towers. If a file is broken, or
+    has other keys or shapes than the towers, this function calls :func:`load_towers` instead.
 
     Raises:
         UserError: see :func:`load_towers`.

@@ -19,7 +19,7 @@ MODEL_FILES = (
 
 
 def towers_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of both towers' tensors, in hexadecimal: of their names, shapes and float32 values."""
+    """Return one SHA-256 over the names, shapes and float32 values of both towers' tensors, in hexadecimal."""
     digest = hashlib.sha256()
     for tower in TOWER_NAMES:
         prefix = f"{tower}.{tower}."

@@ -109,7 +109,7 @@ class Shards:
         return np.where(self._hashes[indices] == hashes, indices, -1)
 
     def locate(self, indices: np.ndarray) -> Sequence[tuple[ShardTensors, int]]:
-        """Return the shard of each entry, and the entry's position in it. Then read them and call :meth:`release`."""
+        """Return the shard of each entry, and its position there. Call :meth:`release` after reading the entries."""
         shards = self._shard_indices(indices)
         entries = indices - self.starts[shards]
         return [(self.tensors[s], e) for s, e in zip(shards.tolist(), entries.tolist(), strict=True)]
@@ -135,7 +135,7 @@ class Shards:
                 _release(shard)
 
     def gather(self, name: str, indices: np.ndarray) -> torch.Tensor:
-        """Return one row per entry for U entries, from the tensor ``name``: ``pooled``, ``causes`` or ``patches``."""
+        """Return the rows of U entries in the tensor ``name``, which is ``pooled``, ``causes`` or ``patches``."""
         rows = torch.stack([shard[name][entry] for shard, entry in self.locate(indices)])
         self.release(indices)
         return rows

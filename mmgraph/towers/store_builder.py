@@ -125,7 +125,8 @@ class _Progress:
 def _builder_index(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     """Return this rank's index among the ranks that write to the same folder, and the number of these ranks.
 
-    The main process creates a file in the folder. If any rank does not see this file, each host has a separate folder.
+    The main process creates a file in the folder. If any rank does not see this file, each host is taken to have a
+    separate folder, and the ranks are counted per host.
     """
     probe = folder / f".probe-{uuid.uuid4().hex}"
     name = broadcast_from_main_process(accelerator, lambda: _touch(probe).name)
@@ -151,14 +152,14 @@ class _ShardBuilder(NamedTuple):
     towers: Towers  # float32, on the device
     dtype: torch.dtype  # of the stored tokens
     device: torch.device
-    readers: ThreadPoolExecutor  # read and decode images
+    readers: ThreadPoolExecutor  # threads that read and decode images
     progress: "_Progress"
 
     def work(self, queue: "deque[Shard]", folder: Path) -> Iterator[int]:
         """Build the queued shards that no other process has built or is building.
 
-        A shard that exists leaves the queue. A shard that another process is building stays at the end of the queue: if
-        that process is killed, this one builds the shard.
+        A shard that exists leaves the queue. A shard that another process is building goes to the end of the queue, so
+        that this process builds it if the other process is killed.
 
         Yields:
             The number of entries of each batch. After each pass over the queue, it yields 0, so that this rank can sync

@@ -1,4 +1,4 @@
-"""Plans a tower store: its recipe, its missing shards, and the cost to build them."""
+"""Plans a tower store: what determines its tokens (the recipe), which shards it lacks, and what building them costs."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from mmgraph.towers.store import MAX_SHARDS, SHARD, Modality, TowerStore, shard_
 from mmgraph.utils.files import cache_folder
 from mmgraph.utils.units import size
 
-# Increase this number when the code computes other tokens from the same text or image, or changes the shards' layout.
+# Increase this number when a change of the code changes the tokens of a text or image, or the layout of the shards.
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
 
 def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> Recipe:
-    """Return the recipe of a run's tower store.
+    """Return the settings that determine the tokens in a run's tower store, and the store's folder.
 
     Args:
         config: settings of the run.
@@ -89,10 +89,11 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
 
 
 def missing_shards(store: TowerStore, content_hashes: ContentHashes, among: np.ndarray | None = None) -> list[Shard]:
-    """Return the shards to build so that a store has the texts and images of some nodes.
+    """Return the shards that must be built before a store has the texts and images of some nodes.
 
-    Each missing text and image occurs once, in the order of the nodes. After an interrupted build, these are the
-    remaining shards of that build: every shard except the last is full, so the entries are divided in the same way.
+    Each missing text and image occurs once, in the order of the nodes. After an interrupted build, these are the shards
+    that it has not written: all shards except the last are full, so the remaining entries are divided into
+    the same shards again.
 
     Args:
         store: the store, which may be empty.

@@ -120,7 +120,7 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
 
 
 def _check_position(start: _Start, schedule: Schedule) -> None:
-    """Raise :class:`UserError` if an epoch of this run cannot have the position at which the state was saved."""
+    """Raise :class:`UserError` if the state was saved at a position that no epoch of this run reaches."""
     done, epoch = start.progress.samples_in_epoch, schedule.samples_per_epoch
     if done > epoch or done % schedule.config.global_batch_size:
         raise UserError(
@@ -202,6 +202,6 @@ def _prepare(
 
 
 def _micro_batches(config: Config, accelerator: Accelerator) -> int:
-    """Return the number of micro batches into which a rank divides its nodes of a step."""
+    """Return the number of micro batches into which a rank divides its batch in each step."""
     edges = config.global_batch_size // accelerator.num_processes
     return math.ceil(edges / (config.micro_batch_size or edges))

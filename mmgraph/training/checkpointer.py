@@ -71,7 +71,7 @@ class Checkpointer:
         """Write the row of the last step, then the resume state.
 
         At the end of an epoch, the epoch file is written before the state. At the end of the run, the final file is
-        also written before the state. If the newest state already has this content, only the row is written.
+        also written before the state. If nothing has changed since the last save, only the row is written.
         """
         self.step_log.flush()
         progress, finished = self.progress, self.schedule.finished

@@ -13,7 +13,7 @@ class EarlyStopping:
     Args:
         config: the run's settings.
         progress: the run's progress; it stores the best value, so that a resumed run does not lose this value.
-        held_out: fingerprint of the held-out edges. A best value on other held-out edges is dropped.
+        held_out: fingerprint of the held-out edges. A best value measured on other held-out edges is dropped.
     """
 
     def __init__(self, config: Config, progress: Progress, held_out: str):

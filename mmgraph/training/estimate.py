@@ -9,7 +9,7 @@ from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.cost import MATMUL_SHARE
 from mmgraph.towers.tokens import Towers
 
-# Memory of a process before any tensor: on a CPU for Python and its libraries, on a GPU for the CUDA context.
+# Memory of a process before it creates tensors: Python and its libraries on a CPU, the CUDA context on a GPU.
 PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}
 
 
@@ -96,8 +96,8 @@ def memory_gb(
     weights += 0 if stored else 4 * sizes.frozen
     pixels = 0 if stored else 3 * sizes.image_size**2 * 4
     tokens = (sizes.text_length * sizes.d_text + sizes.patches * sizes.d_vis) * 4
-    # The fusion keeps about 12 vectors per token for the backward pass. A tower needs about 12 vectors per token for
-    # one layer at a time.
+    # The fusion keeps about 12 vectors per token for the backward pass. A tower has no backward pass. It needs about 12
+    # vectors per token, for the layer that it is computing.
     fusion = 12 * (sizes.text_length + sizes.patches) * sizes.fused_dim * width
     tower = 0 if stored else 12 * max(sizes.text_length * sizes.d_text, (sizes.patches + 1) * sizes.d_vis) * width
     return PROCESS_GB[device] + (weights + nodes * (pixels + tokens) + micro_batch_nodes * max(fusion, tower)) / 1e9

@@ -29,8 +29,9 @@ REMEDY = "try a lower --learning_rate, --max_grad_norm 1, or bf16 instead of fp1
 def poison_if_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """Return the loss. If the loss is not finite, its backward pass gives only NaN gradients.
 
-    The backend averages the gradients over the ranks. After this, all ranks have NaN gradients and detect the loss of
-    one rank without an additional collective. A finite loss does not change, because it is multiplied by 1.
+    The backend averages the gradients over the ranks. If the loss of any rank is not finite, all ranks therefore get
+    NaN gradients, and detect this without an additional collective. A finite loss is multiplied by 1, so it does not
+    change.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -66,7 +67,7 @@ class NonfiniteSteps:
         first_sample: int,
         scaler_skipped: bool,
     ) -> bool:
-        """Record a step if it is not finite, and return whether the step is skipped.
+        """Record a step that is not finite. Return whether the step is skipped because it is not finite.
 
         All ranks must call this method, and all get the same result.
 

@@ -1,4 +1,4 @@
-"""Checks a launch at the start, and reports errors and misleading setups before the towers are loaded."""
+"""Checks a launch at the start: raises errors and logs warnings before the towers are loaded."""
 
 import dataclasses
 import math
@@ -190,7 +190,7 @@ def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
 
 
 def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
-    """Check that the output folder is writable and has enough disk space. No file or folder remains."""
+    """Check that the output folder is writable and has enough disk space. Leave no file or folder behind."""
     folder = config.output_folder.resolve()
     while not folder.exists():
         folder = folder.parent

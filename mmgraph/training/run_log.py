@@ -1,4 +1,7 @@
-"""Writes the text log, ``metrics.jsonl``, trackers and progress bar of a run. Only the main process writes files."""
+"""Writes the text log and ``metrics.jsonl`` of a run, logs to its trackers, and shows its progress bar.
+
+Only the main process writes files.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -59,7 +62,7 @@ class RunLog:
 
         Raises:
             UserError: the output folder is not writable, another process is training in it, or another process has
-                written a newer state there since this process read its state.
+                written a newer state there since this process chose ``start``.
         """
         with ExitStack() as stack:
             on_main_process(self.accelerator, lambda: self._open(stack))

@@ -39,8 +39,8 @@ class StepLog:
 
     All ranks must call :meth:`submit` and :meth:`flush`.
 
-    The reduction also includes the image counts of the ranks, and whether a rank requests a stop. A rank requests a
-    stop after a stop signal, or if it cannot write a row.
+    The collective that averages the metrics also averages the number of images read, the number of bad images, and the
+    ranks' requests to stop. A rank requests a stop after a stop signal, or if it cannot write a row.
 
     Args:
         config, accelerator, progress, schedule: settings, accelerator, progress and schedule of the run.
@@ -90,7 +90,7 @@ class StepLog:
         stop_requested = self.signals.requested or self.run_log.failure is not None
         counts = {"images_read": self.images.read, "images_bad": self.images.bad, "stop_requested": stop_requested}
         local = torch.stack(list(values.values()))
-        # new_full fills the values in on the device, without a copy from the host.
+        # new_full creates the values on the device, without a copy from the host.
         local = torch.cat([local, *(local.new_full((1,), count) for count in counts.values())])
         means = HostCopy(self.accelerator.reduce(local, "mean"))
         first_sample = self.progress.samples_in_epoch - self.config.global_batch_size

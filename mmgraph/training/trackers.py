@@ -136,7 +136,7 @@ class _TrackerThread:
     def __init__(self, name: str, start: Callable[[], GeneralTracker]):
         self._name, self._start, self._disabled = name, start, False
         self._jobs: queue.Queue[Callable[[Any], object] | None] = queue.Queue()
-        self._started, self._job_start = threading.Event(), time.monotonic()  # start of the current job
+        self._started, self._job_start = threading.Event(), time.monotonic()  # _job_start: start of the current job
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -144,7 +144,7 @@ class _TrackerThread:
         """Wait for the start of the tracker. Disable the tracker if it has not started by ``deadline``.
 
         Args:
-            deadline: latest value of ``time.monotonic()``.
+            deadline: value of ``time.monotonic()`` at which the wait ends.
             timeout: seconds from the start of the thread to ``deadline``. The log line reports this time.
 
         Returns:
@@ -256,10 +256,10 @@ def _logins() -> dict[str, Any]:
 
 
 def _why_offline(base_url: str) -> str | None:
-    """Return why wandb has to run offline; None if it can run online, or if ``WANDB_MODE`` or a proxy is set.
+    """Return why wandb has to run offline: it has no API key, or the server cannot be reached. Otherwise, return None.
 
-    With an API key but no network, wandb retries until its time limit. This check shortens such a start from 46 s to
-    9 s.
+    If ``WANDB_MODE`` is set, nothing is checked. With a proxy, only the API key is checked. If the server cannot be
+    reached, wandb itself would retry until its time limit. This check shortens such a start from 46 s to 9 s.
 
     Args:
         base_url: URL of the wandb server.

@@ -64,8 +64,9 @@ class TrainStep:
         The host does not wait for the device, except in fp16, where the loss scaler waits.
         """
         tokens = self.source.tokens(batch, self.micro_batches)
-        # z_graph, z_text and z_vis: first of the batch's U unique nodes, then of both ends of this rank's b edges.
-        unique = self.module(tokens, self.micro_batches)  # (U, proj_dim) each
+        # The module embeds each of the batch's U unique nodes once. index_select then returns the embeddings of both
+        # ends of this rank's b edges.
+        unique = self.module(tokens, self.micro_batches)  # z_graph, z_text and z_vis, (U, proj_dim) each
         embeddings = Embeddings(*(z.index_select(0, batch.inverse) for z in unique))  # (2b, proj_dim) each
         losses, counters = self.objective(embeddings, batch)
 
@@ -81,11 +82,11 @@ class TrainStep:
     def _clip_gradients(self) -> torch.Tensor:
         """Clip the gradients, unless DeepSpeed has clipped them. Return their norm before clipping, in float32."""
         engine: Any = self.module
-        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; Accelerate's method would wait for the device
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; clip_grad_norm_ would wait for the device
             norm = engine.get_global_grad_norm()
             return torch.as_tensor(UNKNOWN_NORM if norm is None else norm, device=self.accelerator.device).float()
         # An infinite limit does not change the gradients, but the call still returns their norm.
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or math.inf)
-        if self.accelerator.scaler is None:  # a loss scaler would itself skip a non-finite step
+        if self.accelerator.scaler is None:  # a loss scaler, if any, skips such a step itself
             skip_if_nonfinite(self.optimizer.optimizer, norm)
         return norm

@@ -47,7 +47,7 @@ def losses(graph: Path, output: Path, ranks: int = 1, **more: str) -> list[list[
 
 
 @pytest.mark.fault(
-    "a code change that alters the losses of 100 steps: detected by stored losses (to the bit with their versions)"
+    "a code change that alters the losses of 100 steps: detected by stored losses (to the bit with the same versions)"
 )
 def test_losses_equal_the_stored_ones(graph: Path, tmp_path: Path) -> None:
     golden: dict[str, Any] = json.loads(GOLDEN.read_text())

@@ -51,7 +51,9 @@ def batch_of(graph: Path, step: int) -> list[list[str]]:
     return edges.iloc[list(sampler)[index]][["src_id", "dst_id"]].to_numpy().tolist()
 
 
-@pytest.mark.fault("NaN or infinity in a loss or gradient, on one of one or two ranks: the run ends, or skips the step")
+@pytest.mark.fault(
+    "NaN or infinity in a loss or gradient on one rank, in a run of one or two: the run ends, or skips the step"
+)
 @pytest.mark.parametrize(
     ("launch", "every"),
     [*CORE.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in LAUNCHES)],
