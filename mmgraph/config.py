@@ -129,9 +129,9 @@ class Config:
     false_negatives: Literal["keep", "mask_same", "mask_neighbors"] = flag(
         "keep",
         "training",
-        "nodes to exclude from the losses' denominators; keep: none (as in the original trainer); mask_same: the "
-        "query's node, in the graph loss also the node of its positive, and all nodes with the same image as one of "
-        "these; mask_neighbors: all of these, and in the graph loss also the query's neighbors in the training edges",
+        "false negatives to exclude from the losses' denominators; keep: none (as in the original trainer); mask_same: "
+        "other entries of the batch with the query's node (in the graph loss, also with its positive's node) or with "
+        "the same image; mask_neighbors: in the graph loss, also the query's neighbors in the training edges",
         fixed=True,
     )
     missing_image: Literal["black", "mask"] = flag(
@@ -160,8 +160,8 @@ class Config:
         "towers",
         "the path of a folder: run each node through the towers once, and store its tokens there (the tower store); "
         "off: run the towers in every step; auto: use a store beside the node table (or in $MMGRAPH_CACHE), but run "
-        "the towers in every step if the disk has no room, or if the planned steps process no more nodes than are "
-        "missing from the store",
+        "the towers in every step if the disk has no room, or if building the store would take at least as much "
+        "work as the planned steps",
         inherited=True,
     )
     tower_cache_dtype: Literal["auto", "float32", "float16"] = flag(

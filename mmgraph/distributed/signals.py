@@ -73,8 +73,8 @@ class StopRequest:
     def step_finished(self) -> None:
         """Record a finished step, and restart the watchdog's clock.
 
-        The clock restarts because a finished step shows that all ranks were alive: each has sent its losses of the
-        previous step.
+        Call this after the step log has received the averaged losses of the previous step. These show that all ranks
+        were alive recently, because every rank contributes to them.
         """
         now = time.monotonic()
         if math.isfinite(self._last_step):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmgraph.losses.gather import gather_with_gradients
 from mmgraph.losses.negative_mask import FalseNegatives, NegativeMask
 
-LOGIT_CHUNK = 1 << 24  # maximum number of logits in memory (64 MB in float32); larger matrices are computed in chunks
+LOGIT_CHUNK = 1 << 24  # maximum size of a matrix of logits (64 MB in float32); larger ones are computed in chunks
 
 
 class Losses(NamedTuple):
@@ -130,7 +130,7 @@ def _info_nce(
 ) -> torch.Tensor:
     """Compute the loss of :func:`info_nce_loss` from this rank's rows and columns of the logit matrix.
 
-    If there are more than ``LOGIT_CHUNK`` logits, they are computed in chunks and never stored in full.
+    If the matrix has more than ``LOGIT_CHUNK`` logits, it is computed in chunks and never stored in full.
 
     Args:
         local: left and right embeddings of this rank, (n, d) each.

@@ -234,10 +234,12 @@ class _ShardBuilder(NamedTuple):
         return self.inputs.decode_image_of(data, status)
 
     def _cast(self, tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.to(self.dtype)
-        if not tokens.isfinite().all():
+        stored = tokens.to(self.dtype)
+        if stored.isfinite().all():
+            return stored
+        if tokens.isfinite().all():
             raise UserError("tokens of these towers exceed the range of float16; set --tower_cache_dtype float32")
-        return tokens
+        raise UserError("tokens of these towers are not finite; check the weights of --model_name")
 
 
 def _bytes(hashes: np.ndarray) -> np.ndarray:

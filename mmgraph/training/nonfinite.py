@@ -77,8 +77,8 @@ class NonfiniteSteps:
             norm: L2 norm of the gradients, which is equal on all ranks; negative if the backend does not report a norm.
             local_loss: this rank's weighted sum of the losses, ().
             first_sample: number of edges that earlier steps of this epoch used.
-            scaler_skipped: whether the fp16 loss scaler skipped this step and lowered the loss scale. In this case, a
-                non-finite gradient is expected and not recorded.
+            scaler_skipped: whether the fp16 loss scaler skipped this step because the loss scale was too large. In this
+                case, a non-finite gradient is expected and not recorded.
 
         Raises:
             RunError: the step is not finite, and ``--max_skipped_steps`` steps have already been skipped.

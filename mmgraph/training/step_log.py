@@ -31,7 +31,7 @@ class InFlightStep(NamedTuple):
     means: HostCopy  # means over the ranks
     result: StepResult  # losses of this rank
     first_sample: int  # number of edges that earlier steps of this epoch used
-    scaler_skipped: bool  # whether the fp16 loss scaler skipped the step and lowered the loss scale
+    scaler_skipped: bool  # whether the fp16 loss scaler skipped the step because the loss scale was too large
 
 
 class StepLog:
@@ -103,7 +103,7 @@ class StepLog:
         """Build the row of the step that has just finished, with the values that the host knows.
 
         Returns:
-            The row, and whether the fp16 loss scaler skipped the step and lowered the loss scale.
+            The row, and whether the fp16 loss scaler skipped the step because the loss scale was too large.
         """
         now, edges = time.perf_counter(), self.config.global_batch_size
         seconds, self._submitted = now - self._submitted, now
