@@ -128,8 +128,8 @@ def _prune(folder: Path, newest: Path, keep_last: int) -> None:
     """Keep ``newest`` and the newest valid states before it, ``keep_last`` in total. Remove all other states.
 
     States with a higher number than ``newest`` are removed too. They are invalid; otherwise the run would have resumed
-    from them. A state that cannot be read now is not counted. It is removed only if ``keep_last`` newer states are
-    kept.
+    from them. An older state that cannot be read now is not counted. It is removed only if ``keep_last`` newer
+    states are kept.
     """
     kept = 0
     for path in state_folders(folder):

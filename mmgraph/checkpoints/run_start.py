@@ -22,8 +22,9 @@ def find_state(config: Config, run_fingerprint: Mapping[str, Any]) -> Path | Non
     """Return the state to resume from, or None for a new run.
 
     Raises:
-        UserError: the output folder contains another run; ``--resume`` is ``never`` and the folder contains any run;
-            the state that ``--resume`` names is invalid; or the ``--init_from`` file of a new run does not exist.
+        UserError: the output folder contains another run, checkpoints but no valid state, a newer state than the one
+            that ``--resume`` names, or (with ``--resume never``) any run; the state that ``--resume`` names is invalid;
+            or the ``--init_from`` file of a new run does not exist.
     """
     state = _find(config, run_fingerprint)
     if state is None and config.init_from is not None and not Path(config.init_from).is_file():

@@ -17,8 +17,8 @@ from mmgraph.utils.log import is_main_process
 # Most errors of users occur on all ranks. All ranks except rank 0 wait before they print such an error, so that rank 0
 # prints it first, and the launcher ends the waiting ranks before they print it too.
 OTHERS_WAIT_SECONDS = 5
-# Errors of the machine. Other OSErrors, such as EBADF and ENOENT, are bugs. (If a user's file is missing, the code
-# raises UserError.)
+# Errors of the machine or of a user's paths. Other OSErrors, such as EBADF and ENOENT, are bugs. (If a user's file is
+# missing, the code raises UserError.)
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no disk space
     errno.EACCES, errno.EPERM, errno.EROFS,  # no permission

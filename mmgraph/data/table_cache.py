@@ -8,7 +8,7 @@ The folder ``tables`` in a table's cache folder (see :func:`mmgraph.utils.files.
 - ``edges-<hash>.json``: the names of the relations, and the number of dropped edges for the log.
 
 The hash covers the bytes of the tables and the version of the conversion, so a changed table is converted again. All
-files in the folder are complete, and their tables have been checked.
+of these files are complete, and their tables have been checked.
 """
 
 import atexit

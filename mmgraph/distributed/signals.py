@@ -1,4 +1,4 @@
-"""Stop requests: SIGINT, SIGTERM and SIGUSR1 end a run after the current step, with its state written."""
+"""Stop requests: SIGINT, SIGTERM and SIGUSR1 end a run within two steps, with its state written."""
 
 import ctypes
 import math

@@ -44,8 +44,8 @@ class Evaluation:
     candidates. A neighbor is any node that a training or held-out edge links with the query node, in any relation and
     direction. Self-loops are skipped. An edge that occurs several times in the table is ranked once.
 
-    Each process holds one embedding of all nodes at a time, in O(nodes x dim) memory, and computes the ranks of its
-    shard of the queries.
+    Each process holds one or two embeddings of all nodes at a time, in O(nodes x dim) memory, and computes the ranks
+    of its shard of the queries.
 
     Args:
         accelerator: the run's accelerator.
@@ -172,12 +172,9 @@ def one_line(table: Table) -> str:
     z_graph = embeddings["z_graph"]
     others = ", ".join(f"{name} {values['mrr']:.4f}" for name, values in embeddings.items() if name != "z_graph")
     line = f"MRR of z_graph {z_graph['mrr']:.4f} ({others}), Hits@10 {z_graph['hits@10']:.3f}"
-    for name, text in (
-        ("retrieval", "; texts retrieve the image they were fused with in"),
-        ("retrieval_shuffled", ", and with shuffled images in"),
-    ):
+    for name, text in (("retrieval", "text-to-image R@1"), ("retrieval_shuffled", "with shuffled images")):
         if table[name]:
-            line += f"{text} {table[name]['r@1']:.0%} of cases"
+            line += f", {text} {table[name]['r@1']:.0%}"
     return line
 
 

@@ -134,7 +134,7 @@ def _find(nodes: NodeTable, ids: pa.ChunkedArray, names: pa.ChunkedArray, name: 
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column as text, because ids in an Arrow table may have any type."""
+    """Return a column as text, because ids in an Arrow table may be integers."""
     return column if pa.types.is_string(column.type) else column.cast(pa.large_string())
 
 

@@ -18,7 +18,9 @@ class Losses(NamedTuple):
     total: torch.Tensor  # mm + graph_loss_weight * graph
     mm: torch.Tensor  # text-image loss: compares each text with the image of its node
     graph: torch.Tensor  # graph loss: compares each anchor with its positive
-    masked_counts: tuple[torch.Tensor, ...] = ()  # masked false negatives per query: (mm, graph), or () without masking
+    masked_counts: tuple[
+        torch.Tensor, ...
+    ] = ()  # masked false negatives per query: (mm, graph), or () if no rule masks them
 
 
 class BatchNodes(NamedTuple):
@@ -130,7 +132,7 @@ def _info_nce(
 ) -> torch.Tensor:
     """Compute the loss of :func:`info_nce_loss` from this rank's rows and columns of the logit matrix.
 
-    If the matrix has more than ``LOGIT_CHUNK`` logits, it is computed in chunks and never stored in full.
+    If these rows have more than ``LOGIT_CHUNK`` logits, rows and columns are computed in chunks, never in full.
 
     Args:
         local: left and right embeddings of this rank, (n, d) each.

@@ -126,7 +126,7 @@ def _builder_index(accelerator: Accelerator, folder: Path) -> tuple[int, int]:
     """Return this rank's index among the ranks that write to the same folder, and the number of these ranks.
 
     The main process creates a file in the folder. If any rank does not see this file, each host is taken to have a
-    separate folder, and the ranks are counted per host.
+    separate folder, and the number is that of the host with the most ranks.
     """
     probe = folder / f".probe-{uuid.uuid4().hex}"
     name = broadcast_from_main_process(accelerator, lambda: _touch(probe).name)

@@ -76,10 +76,10 @@ class StepLog:
         self._submitted = time.perf_counter()
 
     def submit(self, result: StepResult) -> None:
-        """Queue the metrics of the step that has just finished, and write those of the previous step.
+        """Queue the metrics of the step that was just launched, and write those of the previous step.
 
         Args:
-            result: this rank's results of the step that has just finished.
+            result: this rank's results of that step; on a GPU they may not be computed yet.
 
         Raises:
             UserError: too many images are bad (see ``--max_bad_images``).
@@ -100,7 +100,7 @@ class StepLog:
         self.signals.step_finished()
 
     def _begin_row(self) -> tuple[dict[str, Any], bool]:
-        """Build the row of the step that has just finished, with the values that the host knows.
+        """Build the row of the step that was just launched, with the values that the host knows.
 
         Returns:
             The row, and whether the fp16 loss scaler skipped the step because the loss scale was too large.
