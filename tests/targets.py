@@ -29,9 +29,9 @@ LOAD_CONTENT_HASHES = "mmgraph.towers.cached.load_content_hashes"
 OPEN_STORE = "mmgraph.towers.cached.open_store"
 BUILD_STORE = "mmgraph.towers.store_builder.build"
 BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
-MEET_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of the rendezvous
-MEET = "mmgraph.distributed.launch._join"
-MEET_FOLDER = "mmgraph"  # prefix of the rendezvous keys in the store
+RENDEZVOUS_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of the rendezvous
+RENDEZVOUS = "mmgraph.distributed.launch._join"
+RENDEZVOUS_PREFIX = "mmgraph"  # prefix of the rendezvous keys in the store
 FAIL = "mmgraph.cli.failures.end_workers"  # called first if a run ends with an error
 OTHERS_WAIT_SECONDS = (
     "mmgraph.cli.failures.OTHERS_WAIT_SECONDS"  # delay before another rank than rank 0 prints an error

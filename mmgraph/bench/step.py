@@ -109,7 +109,7 @@ def _figures(steps_by_precision: dict[str, Steps], times: Times, precision: str)
         )
     fusion = [t["forward"] + t["backward"] + t["optimizer"] for t in stored]
     speed = matmul_flops_per_s(steps.accelerator.device, steps.dtype)
-    flops = 3 * unique_nodes * estimate.shape(tower_shapes(config.model_name), config).fusion_flops
+    flops = 3 * unique_nodes * estimate.model_sizes(tower_shapes(config.model_name), config).fusion_flops
     figures |= {
         "fraction of the stored step: fusion and optimizer": median(
             f / w for f, w in zip(fusion, _totals(stored), strict=True)

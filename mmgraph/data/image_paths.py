@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmgraph.data.images import OUTSIDE
+from mmgraph.data.images import OUTSIDE_IMAGE_ROOT
 from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
@@ -42,7 +42,7 @@ class ImagePaths:
         self.confined_to = os.path.join(os.path.realpath(roots[0]), "") if confine else None  # noqa: PTH118
 
     def resolve(self, image_path: object) -> str | None:
-        """Return the path to open; None if the row has no image; ``images.OUTSIDE`` for a refused path."""
+        """Return the path to open; None if the row has no image; ``images.OUTSIDE_IMAGE_ROOT`` for a refused path."""
         path = as_path(image_path)
         if path is None:
             return None
@@ -52,7 +52,7 @@ class ImagePaths:
             if os.path.exists(candidate):  # noqa: PTH110 - Path.exists raises if a name is too long; this returns False
                 return candidate
         if self.confined_to is not None and not self._is_inside(candidates[0]):
-            return OUTSIDE
+            return OUTSIDE_IMAGE_ROOT
         if len(candidates) > 1 and not os.path.exists(candidates[-1]):  # noqa: PTH110
             return candidates[0]
         return candidates[-1]
@@ -85,7 +85,7 @@ class ImagePaths:
         resolved = [self.resolve(path) for path in drawn]
         missing = [path for path in resolved if not os.path.isfile(str(path))]  # noqa: PTH113
         if len(missing) == len(resolved):
-            first = resolved[0] if resolved[0] != OUTSIDE else f"{drawn[0]}, which --confine_images refuses"
+            first = resolved[0] if resolved[0] != OUTSIDE_IMAGE_ROOT else f"{drawn[0]}, which --confine_images refuses"
             raise UserError(
                 f"none of the {len(resolved):,} checked image files exists; the first path is {first}. "
                 "Set --image_root to the folder that image_path starts from"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmgraph.data.image_paths import ImagePaths, as_path
-from mmgraph.data.images import IMAGE_STATUS, OUTSIDE
+from mmgraph.data.images import IMAGE_STATUS, OUTSIDE_IMAGE_ROOT
 from mmgraph.data.node_table import NodeTable
 from mmgraph.utils.files import file_signature
 
@@ -86,7 +86,7 @@ class ImageFiles:
 
 def read_file(path: str | None) -> tuple[bytes | None, int]:
     """Return the bytes of an image file or None, and an index into ``IMAGE_STATUS``."""
-    if path is None or path == OUTSIDE:
+    if path is None or path == OUTSIDE_IMAGE_ROOT:
         return None, IMAGE_STATUS.index("no image path" if path is None else "outside the image root")
     try:
         status = os.stat(path)  # noqa: PTH116 - Path.stat is slow for millions of files

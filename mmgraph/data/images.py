@@ -20,7 +20,7 @@ IMAGE_STATUS = (
     "file too large",
 )  # fmt: skip
 NO_PATH = IMAGE_STATUS.index("no image path")
-OUTSIDE = "/dev/null/outside the image root"  # replaces a refused path; no file can exist there
+OUTSIDE_IMAGE_ROOT = "/dev/null/outside the image root"  # replaces a refused path; no file can exist there
 # Formats that Pillow may open. Images of nodes need no others, and some others start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
 
@@ -164,7 +164,7 @@ class ImageCounter:
         self.image_status, self._seen = np.zeros(nodes, dtype=np.int8), np.zeros(nodes, dtype=bool)
         self.read, self.bad = 0, 0
 
-    def note(self, rows: np.ndarray, image_status: np.ndarray) -> None:
+    def record(self, rows: np.ndarray, image_status: np.ndarray) -> None:
         """Record the unique nodes of a batch: (U,) rows, and (U,) indices into ``IMAGE_STATUS``."""
         with_path = image_status != NO_PATH
         new = with_path & ~self._seen[rows]

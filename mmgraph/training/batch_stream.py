@@ -54,7 +54,7 @@ class BatchStream:
 
     def _record_images(self, batch: EdgeBatch) -> None:
         if batch.image_status is not None:
-            self.images.note(batch.unique, batch.image_status)
+            self.images.record(batch.unique, batch.image_status)
         if batch.cache_failure and not self._cache_failure_logged:  # a worker repeats its failure in every later batch
             self._cache_failure_logged = True
             log(f"no more images are written to the image cache ({batch.cache_failure}); training continues")

@@ -13,7 +13,7 @@ from mmgraph.towers.tokens import Towers
 PROCESS_GB = {"cpu": 0.9, "cuda": 0.6}
 
 
-class Shape(NamedTuple):
+class Sizes(NamedTuple):
     """Sizes of the towers and of the trained module."""
 
     frozen: int  # number of parameters of both towers
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     fusion_flops: float  # floating-point operations of the trained module in the forward pass of one node
 
 
-def shape(towers: Towers, config: Config) -> Shape:
+def model_sizes(towers: Towers, config: Config) -> Sizes:
     """Return the sizes of the towers and of the trained module.
 
     If the towers are on torch's meta device, no weights are loaded or allocated.
@@ -44,28 +44,28 @@ def shape(towers: Towers, config: Config) -> Shape:
     # The factor 6 counts four projections of each token, and the first FFN layer, which costs as much as two of them.
     # The second FFN layer is applied only to the mean over the tokens.
     attention_and_ffn = 6 * (length + patches) * width**2 + 4 * length * patches * width
-    return Shape(
+    return Sizes(
         frozen, trained, length, patches, image.image_size, text.width, image.width, width, both_towers,
         2.0 * (projections + attention_and_ffn),
     )  # fmt: skip
 
 
-def epoch_file_bytes(sizes: Shape) -> int:
+def epoch_file_bytes(sizes: Sizes) -> int:
     """Return the size of an epoch file in bytes."""
     return 4 * (sizes.frozen + 3 * sizes.trained)  # float32, and Adam's two moments
 
 
-def state_bytes(sizes: Shape) -> int:
+def state_bytes(sizes: Sizes) -> int:
     """Return the size of a resume state in bytes."""
     return 12 * sizes.trained  # float32 weights, and Adam's two moments
 
 
-def final_file_bytes(sizes: Shape) -> int:
+def final_file_bytes(sizes: Sizes) -> int:
     """Return the size of the final file in bytes."""
     return 4 * (sizes.frozen + sizes.trained)
 
 
-def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
+def store_bytes(sizes: Sizes, nodes: int, half: bool) -> int:
     """Return the size of a tower store in bytes, if all texts have the full length.
 
     A store has the tokens of each node, and the pooled outputs in float32.
@@ -79,7 +79,7 @@ def store_bytes(sizes: Shape, nodes: int, half: bool) -> int:
 
 
 def memory_gb(
-    sizes: Shape, edges: int, micro_batch_size: int | None, device: str, half: bool, stored: bool = False
+    sizes: Sizes, edges: int, micro_batch_size: int | None, device: str, half: bool, stored: bool = False
 ) -> float:
     """Estimate the peak memory of a process in GB (10^9 bytes).
 
@@ -104,7 +104,7 @@ def memory_gb(
 
 
 def step_seconds(
-    sizes: Shape, edges: int, micro_batch_size: int | None, flops_per_s: float, stored: bool = False
+    sizes: Sizes, edges: int, micro_batch_size: int | None, flops_per_s: float, stored: bool = False
 ) -> float:
     """Estimate the computing time of a step on a process, in seconds. The time to read images is not included.
 

@@ -48,7 +48,7 @@ class Rank(NamedTuple):
     local_ranks: int
     visible_gpus: int
     flops_per_s: float
-    agreed: dict[str, Any]  # values that must be equal on all ranks; the keys are those of SAME_EVERYWHERE
+    same_everywhere: dict[str, Any]  # values that must be equal on all ranks; the keys are those of SAME_EVERYWHERE
 
 
 def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
@@ -88,10 +88,10 @@ def _check_trackers(config: Config) -> None:
         raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed; run pip install tensorboard")
 
 
-def _sizes(config: Config) -> estimate.Shape:
+def _sizes(config: Config) -> estimate.Sizes:
     with torch.device("meta"):
         towers = empty_towers(config.model_name)
-    return estimate.shape(towers, config)
+    return estimate.model_sizes(towers, config)
 
 
 def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
@@ -101,7 +101,7 @@ def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         name = f"{device} {torch.cuda.get_device_name(device)}"
     else:
         free, total, name = *_host_memory(), f"{device.type}, {torch.get_num_threads()} thread(s)"
-    agreed = {
+    same_everywhere = {
         "settings": dataclasses.asdict(config),
         "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
         "node table": graph.nodes_fingerprint,
@@ -112,7 +112,9 @@ def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
     }
     speed = matmul_flops_per_s(device, compute_dtype(accelerator)) if config.check else math.nan
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Rank(platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, agreed)
+    return Rank(
+        platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, same_everywhere
+    )
 
 
 def _host_memory() -> tuple[int, int]:
@@ -128,7 +130,7 @@ def _host_memory() -> tuple[int, int]:
 def _check_agreement(ranks: list[Rank]) -> None:
     for number, rank in enumerate(ranks):
         for name, remedy in SAME_EVERYWHERE.items():
-            expected, value = ranks[0].agreed[name], rank.agreed[name]
+            expected, value = ranks[0].same_everywhere[name], rank.same_everywhere[name]
             if isinstance(value, dict):
                 # Only keys that both ranks have are compared: a rank may lack a model file that it does not need or has
                 # not downloaded yet.
@@ -171,7 +173,7 @@ def _precision(accelerator: Accelerator) -> list[str]:
 
 
 def _towers(config: Config, ranks: list[Rank]) -> list[str]:
-    hosts = sorted({rank.host for rank in ranks if not rank.agreed["towers"]})
+    hosts = sorted({rank.host for rank in ranks if not rank.same_everywhere["towers"]})
     if not hosts:
         return []
     return [
@@ -189,7 +191,7 @@ def _batch(config: Config, accelerator: Accelerator, num_edges: int) -> str:
     )
 
 
-def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
+def _check_output(config: Config, sizes: estimate.Sizes) -> list[str]:
     """Check that the output folder is writable and has enough disk space. Leave no file or folder behind."""
     folder = config.output_folder.resolve()
     while not folder.exists():
@@ -214,7 +216,7 @@ def _check_output(config: Config, sizes: estimate.Shape) -> list[str]:
 
 
 def _resources(
-    config: Config, accelerator: Accelerator, ranks: list[Rank], sizes: estimate.Shape, graph: Graph
+    config: Config, accelerator: Accelerator, ranks: list[Rank], sizes: estimate.Sizes, graph: Graph
 ) -> list[str]:
     edges = config.global_batch_size // len(ranks)
     device, half = accelerator.device.type, accelerator.mixed_precision != "no"

@@ -218,14 +218,14 @@ def test_a_stop_in_a_slow_save_writes_the_state(graph: Path, tmp_path: Path) -> 
     assert 3 <= steps < 8 and (tmp_path / f"run/state/step-{steps:08d}").exists()
 
 
-MEET = """
+RENDEZVOUS = """
 import os, sys
 from datetime import timedelta
 from pkgutil import resolve_name
 import targets, torch
 if sys.argv[1] == "dies":
-    targets.put(targets.MEET_ANSWER, lambda *_: os._exit(9))
-resolve_name(targets.MEET)(timedelta(seconds=30), "gloo")
+    targets.put(targets.RENDEZVOUS_ANSWER, lambda *_: os._exit(9))
+resolve_name(targets.RENDEZVOUS)(timedelta(seconds=30), "gloo")
 total = torch.ones(1)
 torch.distributed.all_reduce(total)
 print(total.item())
@@ -239,7 +239,7 @@ def test_rendezvous_ignores_the_ranks_of_an_earlier_start() -> None:
     rank 1 arrives before rank 0.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    request_key = f"{targets.MEET_FOLDER}/asks/1"
+    request_key = f"{targets.RENDEZVOUS_PREFIX}/asks/1"
     store.set(request_key, "of a rank that died asking")
 
     def start(rank: int, mode: str = "lives") -> subprocess.Popen[str]:
@@ -247,7 +247,9 @@ def test_rendezvous_ignores_the_ranks_of_an_earlier_start() -> None:
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank),
             "WORLD_SIZE": "2", "PYTHONPATH": TESTS_PATH,
         }  # fmt: skip
-        return subprocess.Popen([sys.executable, "-c", MEET, mode], env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", RENDEZVOUS, mode], env=environment, stdout=subprocess.PIPE, text=True
+        )
 
     assert start(0, "dies").wait(timeout=60) == 9
     rank_1 = start(1)

@@ -26,7 +26,7 @@ from runs import brief, run
 
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import MAX_FILE_BYTES, read_file
-from mmgraph.data.images import IMAGE_STATUS, OUTSIDE, decode_picture
+from mmgraph.data.images import IMAGE_STATUS, OUTSIDE_IMAGE_ROOT, decode_picture
 from mmgraph.distributed.launch import peak_memory_gb
 
 Cases = Callable[[int], None]
@@ -291,12 +291,12 @@ def test_confined_paths(graph: Path, tmp_path: Path, cases: Cases, monkeypatch: 
     monkeypatch.chdir(tmp_path)  # without an image root, paths are also searched below the working directory
     for confined in (ImagePaths("x/nodes.csv", root, True), ImagePaths(root / "nodes.csv", None, True),
                      ImagePaths("x", tmp_path / "alias", True)):  # fmt: skip
-        assert not [path for path in inside if confined.resolve(path) == OUTSIDE]
-        assert [path for path in leaving if confined.resolve(path) == OUTSIDE] == leaving
+        assert not [path for path in inside if confined.resolve(path) == OUTSIDE_IMAGE_ROOT]
+        assert [path for path in leaving if confined.resolve(path) == OUTSIDE_IMAGE_ROOT] == leaving
     free = ImagePaths("x/nodes.csv", root)
-    assert not [path for path in leaving if free.resolve(path) == OUTSIDE]
+    assert not [path for path in leaving if free.resolve(path) == OUTSIDE_IMAGE_ROOT]
     assert read_image(free.resolve("../outside/out.png"))[1] == 0
-    assert IMAGE_STATUS[read_image(OUTSIDE)[1]] == "outside the image root"
+    assert IMAGE_STATUS[read_image(OUTSIDE_IMAGE_ROOT)[1]] == "outside the image root"
     assert ImagePaths("x/nodes.csv", root, True).resolve(" ") is None
     cases(3 * (len(inside) + len(leaving)))
 

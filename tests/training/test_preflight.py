@@ -27,7 +27,7 @@ from mmgraph.distributed.launch import check_gpus
 from mmgraph.errors import UserError
 from mmgraph.towers.fingerprint import check_same_towers, file_fingerprints
 from mmgraph.towers.load import empty_towers
-from mmgraph.training.estimate import memory_gb, shape
+from mmgraph.training.estimate import memory_gb, model_sizes
 from mmgraph.training.preflight import SAME_EVERYWHERE, Rank
 
 check_agreement = resolve_name(CHECK_AGREEMENT)
@@ -82,8 +82,8 @@ def test_the_error_names_the_rank_that_differs(graph: Path, tmp_path: Path, diff
     assert not (tmp_path / "run").exists()
 
 
-def make_rank(**agreed: object) -> Rank:
-    values = dict.fromkeys(SAME_EVERYWHERE, "x") | agreed
+def make_rank(**same_everywhere: object) -> Rank:
+    values = dict.fromkeys(SAME_EVERYWHERE, "x") | same_everywhere
     return Rank("host", "cuda:0", 10.0, 80.0, 4, 8, 1e12, values)
 
 
@@ -203,7 +203,7 @@ def test_deepspeed_that_is_not_installed(
 
 
 def test_sizes_of_vit_b_32() -> None:
-    sizes = shape(empty_towers(Config.model_name), Config())
+    sizes = model_sizes(empty_towers(Config.model_name), Config())
     assert (sizes.frozen + sizes.trained, sizes.trained) == (156_662_272, 6_040_320)
     assert sizes.text_length == 77 and sizes.patches == 49 and sizes.image_size == 224
     # Expected multiply-adds of ViT-B/32: 4.4 G per image, and 2.9 G in the text tower for 77 tokens.
@@ -238,7 +238,7 @@ print(peak_memory_gb(torch.device("cpu")))
 def test_the_memory_estimate_is_near_the_measured_memory() -> None:
     """The estimate is within a third of the peak memory of one step: ViT-B/32, 32 edges, float32, one CPU process."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    sizes = shape(empty_towers(Config.model_name), Config())
+    sizes = model_sizes(empty_towers(Config.model_name), Config())
     estimated = memory_gb(sizes, 32, None, "cpu", False)
     print(f"estimated {estimated:.2f} GB, measured {float(done.stdout):.2f} GB")
     assert estimated == pytest.approx(float(done.stdout), rel=0.33)
