@@ -1,7 +1,8 @@
 """Run the fault tests, and print the table in README.md: the number of cases for each fault.
 
-Arguments are passed to pytest. Without arguments, only the core runs. ``-m "slow or not slow" -k "not flat"`` also runs
-the sweeps. Without ``-k "not flat"``, the run of 30 minutes under load is included too.
+Arguments are passed to pytest. Without arguments, only the core runs. With ``-m "slow or not slow" -k "not flat"``, the
+sweeps run, and each replaces its core, so that no case counts twice. Without ``-k "not flat"``, the run of 30 minutes
+under load is included too.
 """
 
 import sys
@@ -9,6 +10,15 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+
+def is_core(item: pytest.Item, sweeps: list[pytest.Item]) -> bool:
+    """Whether one of the sweeps is the same test with another value of a single parameter."""
+    if item in sweeps or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return False
+    params = item.callspec.params
+    others = [other for other in sweeps if isinstance(other, pytest.Function) and other.obj is item.obj]
+    return any(sum(params[name] != other.callspec.params[name] for name in params) == 1 for other in others)
 
 
 class Table:
@@ -20,7 +30,10 @@ class Table:
         self.lost: dict[str, int] = defaultdict(int)  # number of failures, by fault
         self.skipped: list[str] = []
 
+    @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        sweeps = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not is_core(item, sweeps)]
         for item in items:
             marker = item.get_closest_marker("fault")
             assert marker is not None, f"{item.nodeid} has no fault marker"
