@@ -14,7 +14,7 @@ from mmgraph.errors import UserError
 from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
-# Most errors of users occur on all ranks. All ranks except rank 0 wait before they print such an error, so that rank 0
+# Most user errors occur on all ranks. All ranks except rank 0 wait before they print such an error, so that rank 0
 # prints it first, and the launcher ends the waiting ranks before they print it too.
 OTHERS_WAIT_SECONDS = 5
 # Errors of the machine or of a user's paths. Other OSErrors, such as EBADF and ENOENT, are bugs. (If a user's file is

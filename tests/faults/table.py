@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 
-def is_core(item: pytest.Item, sweeps: list[pytest.Item]) -> bool:
+def is_core(item: pytest.Function, sweeps: list[pytest.Function]) -> bool:
     """Whether one of the sweeps is the same test with another value of a single parameter."""
-    if item in sweeps or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+    if item in sweeps or not hasattr(item, "callspec"):
         return False
     params = item.callspec.params
-    others = [other for other in sweeps if isinstance(other, pytest.Function) and other.obj is item.obj]
-    return any(sum(params[name] != other.callspec.params[name] for name in params) == 1 for other in others)
+    others = [other.callspec.params for other in sweeps if other.obj is item.obj]
+    return any(sum(params[name] != other[name] for name in params) == 1 for other in others)
 
 
 class Table:
@@ -31,7 +31,7 @@ class Table:
         self.skipped: list[str] = []
 
     @pytest.hookimpl(trylast=True)  # after -m and -k
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
         sweeps = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if not is_core(item, sweeps)]
         for item in items:

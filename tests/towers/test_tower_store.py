@@ -213,17 +213,21 @@ def test_other_settings_build_another_store(own_graph: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "message"),
-    [(1e6, "exceed the range of float16; set --tower_cache_dtype float32"), (math.nan, "are not finite; check the")],
+    ("scale", "dtype", "message"),
+    [
+        (1e6, "float16", "exceed the range of float16; set --tower_cache_dtype float32"),
+        (math.nan, "float16", "are not finite; check the"),
+        (math.nan, "float32", "are not finite; check the"),
+    ],
 )
 def test_tokens_that_cannot_be_stored(
-    own_graph: Path, capfd: pytest.CaptureFixture[str], scale: float, message: str
+    own_graph: Path, capfd: pytest.CaptureFixture[str], scale: float, dtype: str, message: str
 ) -> None:
     file = own_graph / "towers/model.safetensors"
     weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
     weights["text_model.final_layer_norm.weight"] *= scale
     save_file(weights, file, {"format": "pt"})
-    assert main(["cache", *flags(own_graph, "--tower_cache_dtype=float16")]) == 2
+    assert main(["cache", *flags(own_graph, f"--tower_cache_dtype={dtype}")]) == 2
     [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mmgraph: error:")]
     assert f"tokens of these towers {message}" in error
     assert not list((own_graph / "mmgraph_cache").glob("towers-*/text-*.safetensors"))
