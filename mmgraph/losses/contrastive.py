@@ -18,9 +18,8 @@ class Losses(NamedTuple):
     total: torch.Tensor  # mm + graph_loss_weight * graph
     mm: torch.Tensor  # text-image loss: compares each text with the image of its node
     graph: torch.Tensor  # graph loss: compares each anchor with its positive
-    masked_counts: tuple[
-        torch.Tensor, ...
-    ] = ()  # masked false negatives per query: (mm, graph), or () if no rule masks them
+    # Masked false negatives per query: (mm, graph), or () if no rule masks them.
+    masked_counts: tuple[torch.Tensor, ...] = ()
 
 
 class BatchNodes(NamedTuple):
