@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from mmgraph.config import COMMON, DEMO_FOLDER, Config
+from mmgraph.config import COMMON, Config
 from mmgraph.errors import UserError
+from mmgraph.flags.data import DEMO_FOLDER
 from mmgraph.utils.fields import GROUPS
 from mmgraph.utils.log import is_main_process
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mmgraph"
 ORDER = (
-    ("errors",), ("utils",), ("config",), ("arguments",), ("distributed",), ("data",), ("loader", "towers"),
+    ("errors",), ("utils",), ("flags",), ("config",), ("arguments",), ("distributed",), ("data",), ("loader", "towers"),
     ("models", "losses"), ("checkpoints",), ("inference",), ("evaluation",), ("report",), ("training",), ("demo",),
     ("bench",), ("cli",),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from mmgraph.config import DEFAULT_TABLES, Config
+from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import ImageFiles, ImageSource
@@ -15,6 +15,7 @@ from mmgraph.data.readers import fingerprint
 from mmgraph.data.split import HeldOut, read_held_out, relation_names, split_edges
 from mmgraph.data.table_cache import open_edges, open_nodes
 from mmgraph.errors import UserError
+from mmgraph.flags.data import DEFAULT_TABLES
 
 
 class TrainingEdges(NamedTuple):

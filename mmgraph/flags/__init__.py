@@ -1,0 +1,1 @@
+"""The flags of a run, in groups. :class:`mmgraph.config.Config` joins and checks them."""
