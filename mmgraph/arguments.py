@@ -5,13 +5,14 @@ import dataclasses
 import difflib
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from mmgraph.config import COMMON, Config
+from mmgraph.config import COMMON, VALUE_TYPES, Config
 from mmgraph.errors import UserError
 from mmgraph.flags.data import DEMO_FOLDER
 from mmgraph.utils.fields import GROUPS
@@ -101,16 +102,14 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = parse_settings(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: must contain 'flag: value' lines, not a {type(settings).__name__}")
-    known = {field.name for field in dataclasses.fields(Config)} | {"batch_size"}
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    known = [*VALUE_TYPES, "batch_size"]
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
@@ -118,6 +117,50 @@ def _read_yaml(path: str) -> dict[str, Any]:
         if isinstance(value, dict | list):
             raise UserError(f"--config {path}: '{name}' must be a single value")
     return settings
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Parse the YAML text of a run's settings. Each value gets the type of its flag.
+
+    YAML itself would read ``tower_cache: off`` as False, ``run_name: 007`` as 7 and ``seed: 010`` as 8. Here the value
+    of a text flag is the text in the file, and a number is read as on the command line.
+
+    Returns:
+        The values by name. Names that are not flags are included, with YAML's types.
+
+    Raises:
+        yaml.YAMLError: the text is not valid YAML.
+        ValueError: the text is not a mapping, or a name occurs twice.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            found = type(loader.construct_document(root)).__name__
+            raise ValueError(f"must contain 'flag: value' lines, not a {found}")
+        settings: dict[str, Any] = {}
+        value_types = {**VALUE_TYPES, "batch_size": int}
+        for key, node in root.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError("must contain 'flag: value' lines; a key is a list or a mapping")
+            name = loader.construct_object(key)
+            if name in settings:
+                raise ValueError(f"'{name}' occurs twice; remove one of the lines")
+            settings[name] = _typed(value_types.get(name), node, loader.construct_object(node, deep=True))
+        return settings
+    finally:
+        loader.dispose()
+
+
+def _typed(value_type: type | None, node: yaml.Node, value: Any) -> Any:
+    """Return the value of a YAML node as ``value_type``. If that is not possible, return YAML's ``value``."""
+    if value is None or value_type in (None, bool) or not isinstance(node, yaml.ScalarNode):
+        return value
+    with suppress(ValueError):
+        return value_type(node.value)
+    return value
 
 
 def build_config(settings: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 
@@ -64,6 +65,15 @@ class Config(OutputFlags, EvaluationFlags, CacheFlags, TrainingFlags, DataFlags)
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
 
+def _value_types() -> dict[str, type]:
+    types = {}
+    for name, hint in get_type_hints(Config).items():
+        first = next(iter(get_args(hint)), hint)  # int for "int | None"
+        types[name] = str if isinstance(first, str) else first  # str for a Literal of texts
+    return types
+
+
+VALUE_TYPES = _value_types()  # name of each flag -> type of its value: str, int, float or bool
 _FIELDS = dataclasses.fields(Config)
 COMMON, INHERITED, FIXED_ON_RESUME = (
     tuple(field.name for field in _FIELDS if field.metadata[key]) for key in ("common", "inherited", "fixed")

@@ -5,15 +5,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmgraph.checkpoints import zero_partitions
-from mmgraph.checkpoints.files import TrainedState
+from mmgraph.checkpoints.files import TrainedState, parameters_by_name
 from mmgraph.distributed.deepspeed import is_engine
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside the DDP or DeepSpeed wrapper, or ``module`` itself.
+    """Return the module inside the wrappers of ``torch.compile``, DDP and DeepSpeed, or ``module`` itself.
 
-    This function replaces ``accelerator.unwrap_model``, which imports DeepSpeed wherever DeepSpeed is installed.
+    Accelerate compiles the module last, so ``torch.compile`` has the outer wrapper. This function replaces
+    ``accelerator.unwrap_model``, which imports DeepSpeed wherever DeepSpeed is installed.
     """
+    module = getattr(module, "_orig_mod", module)
     return getattr(module, "module", module)
 
 
@@ -22,7 +24,7 @@ def consolidate(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainedS
     if is_engine(module):
         return zero_partitions.consolidate(module)
     weights, first, second, adam_step = {}, {}, {}, 0
-    for name, parameter in unwrapped(module).named_parameters():
+    for name, parameter in parameters_by_name(unwrapped(module)):
         weights[name] = _copy(parameter)
         state = optimizer.state.get(parameter)
         if state:
@@ -51,7 +53,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, trained: Traine
                 "exp_avg": trained.exp_avg[name],
                 "exp_avg_sq": trained.exp_avg_sq[name],
             }
-            for i, (name, _) in enumerate(unwrapped(module).named_parameters())
+            for i, (name, _) in enumerate(parameters_by_name(unwrapped(module)))
         }
         optimizer.load_state_dict(current)
 

@@ -4,7 +4,7 @@ import errno
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,12 @@ class TrainedState(NamedTuple):
     adam_step: int  # number of steps that Adam has done
 
 
+def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's parameters with their names, without the prefix that ``torch.compile`` adds to names."""
+    for name, parameter in module.named_parameters():
+        yield name.replace("_orig_mod.", ""), parameter
+
+
 class Checkpoint(NamedTuple):
     """Content of a checkpoint file in the original trainer's format. A final file contains only the model."""
 
@@ -47,8 +53,18 @@ def epoch_files(output: Path) -> list[Path]:
     return [epoch_file(output, number) for number in sorted(int(match[1]) for match in numbers if match)]
 
 
+def epoch_of(path: Path) -> int:
+    """Return the epoch in the name of an epoch file."""
+    return int(path.stem.rpartition("_")[2])
+
+
 def final_file(output: Path) -> Path:
     return output / "checkpoints" / "multimodal_encoder_final.pt"
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Return whether a folder is a run's output folder with an epoch file or a final file."""
+    return final_file(output).is_file() or bool(epoch_files(output))
 
 
 def best_file(output: Path) -> Path:

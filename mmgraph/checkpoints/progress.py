@@ -1,6 +1,7 @@
 """The progress of a run. A resume state stores it as JSON, besides the tensors."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ class Progress:
     best: dict[str, Any] | None = None  # see mmgraph.training.early_stopping
     unevaluated: dict[str, Any] | None = None  # metrics row of a step whose evaluation has not finished
     nonfinite_steps: int = 0  # steps skipped because a loss or gradient was not finite
+    final: dict[str, Any] | None = None  # position and time at which the final file was written
 
     def advance(self, edges: int) -> None:
         """Count a finished step and its edges."""
@@ -39,7 +41,16 @@ class Progress:
     def leave_folder(self) -> None:
         """Reset the fields that describe the old output folder, because the run continues in another one."""
         self.metrics_bytes, self.nonfinite_steps = 0, 0
-        self.wandb_id = self.best = self.unevaluated = None
+        self.wandb_id = self.best = self.unevaluated = self.final = None
+
+    def record_final(self) -> None:
+        """Record that the final file has the weights of this step."""
+        self.final = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples_in_epoch": self.samples_in_epoch,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
 
     def to_record(self) -> dict[str, Any]:
         """Return the entries of ``state.json`` that store the progress."""
@@ -50,6 +61,8 @@ class Progress:
             components["unevaluated"] = self.unevaluated
         if self.nonfinite_steps:
             components["not_finite_steps"] = self.nonfinite_steps
+        if self.final is not None:
+            components["final"] = self.final
         plain = ("step", "epoch", "samples_in_epoch", "epoch_sums", "adam_step", "loss_scale", "metrics_bytes")
         return {**{name: getattr(self, name) for name in plain}, "components": components}
 
@@ -69,7 +82,8 @@ class Progress:
         _check("loss_scale", scale, scale is None or isinstance(scale, dict))
         wandb_id, best, unevaluated = (components.get(name) for name in ("wandb", "best", "unevaluated"))
         _check("wandb", wandb_id, wandb_id is None or isinstance(wandb_id, str))
-        for name, value in (("best", best), ("unevaluated", unevaluated)):
+        final = components.get("final")
+        for name, value in (("best", best), ("unevaluated", unevaluated), ("final", final)):
             _check(name, value, value is None or isinstance(value, dict))
         return cls(
             record["step"],
@@ -83,6 +97,7 @@ class Progress:
             best,
             unevaluated,
             int(components.get("not_finite_steps", 0)),
+            final,
         )
 
 

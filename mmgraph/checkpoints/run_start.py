@@ -1,5 +1,6 @@
 """Finds where a run starts: from the beginning, from a state in its output folder, or from the ``--resume`` state."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,40 @@ def check_run_fingerprint(state: Path, run_fingerprint: Mapping[str, Any], what:
         what: start of the error message; the differences follow.
     """
     defaults = {name: getattr(Config, name) for name in FIXED_ON_RESUME}  # values of flags that an older state lacks
-    before = {**defaults, **read_record(state)["identity"]}
+    record = read_record(state)
+    path = record["config"].get("init_from") if isinstance(record.get("config"), dict) else None
+    init_from = None if path is None else {"file": path, "sha256": None}  # of older states, which have only the path
+    before = {**defaults, "init_from": init_from, **record["identity"]}
     differences = [
         f"{name} {_short(before.get(name))} -> {_short(value)}"
         for name, value in run_fingerprint.items()
-        if before.get(name) != value
+        if before.get(name) != value and not (name == "init_from" and _same_file(before[name], value))
     ]
     if differences:
         raise UserError(f"{what}: {', '.join(differences)}; {NEW_RUN_HINT}")
 
 
+def init_from_fingerprint(config: Config) -> dict[str, str | None] | None:
+    """Return path and SHA-256 of the ``--init_from`` file; None without the flag. A missing file has no SHA-256."""
+    if config.init_from is None:
+        return None
+    try:
+        with Path(config.init_from).open("rb") as file:
+            return {"file": config.init_from, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:  # a resumed run does not need the file any more
+        return {"file": config.init_from, "sha256": None}
+
+
+def _same_file(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether two fingerprints of ``--init_from`` name the same file. Without both SHA-256, the path decides."""
+    if before is None or now is None:
+        return before is now
+    if before["sha256"] and now["sha256"]:
+        return bool(before["sha256"] == now["sha256"])
+    return bool(before["file"] == now["file"])
+
+
 def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(_short(part) for part in value.values() if part)
     return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else str(value)  # a SHA-256

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmgraph.checkpoints.files import TrainedState
+from mmgraph.checkpoints.files import TrainedState, parameters_by_name
 
 
 def consolidate(engine: Any) -> TrainedState:
@@ -17,7 +17,7 @@ def consolidate(engine: Any) -> TrainedState:
 
     states = [state for state in engine.basic_optimizer.state.values() if "exp_avg" in state]
     weights, first, second = {}, {}, {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in parameters_by_name(engine.module):
         weights[name] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
         if states:
             first[name], second[name] = (
@@ -31,12 +31,12 @@ def restore(engine: Any, trained: TrainedState) -> None:
 
     The low-precision weights stay as they are, because the module was prepared with the state's weights.
     """
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in parameters_by_name(engine.module):
         _set(parameter, trained.weights[name])
     if not trained.exp_avg:
         return
     _create_moments(engine, trained.adam_step)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in parameters_by_name(engine.module):
         _set(parameter, trained.exp_avg[name], "exp_avg")
         _set(parameter, trained.exp_avg_sq[name], "exp_avg_sq")
 

@@ -2,12 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmgraph.cli.bench import add_bench_arguments, not_negative, positive
-from mmgraph.config import Config
+from mmgraph.config import VALUE_TYPES
 from mmgraph.errors import UserError
 from mmgraph.utils.log import is_main_process
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT = "folder of a run, or a checkpoint file (.pt)"
 RUN_FLAGS = {  # flags of Config that override a setting of the checkpoint's run, and their help
@@ -68,13 +71,12 @@ def _spellings(name: str) -> list[str]:
 
 def _add_config_flags(parser: argparse.ArgumentParser, helps: dict[str, str]) -> None:
     """Add flags of Config, with the types of its fields. A flag that is not set is None and keeps the run's setting."""
-    types = get_type_hints(Config)
     for name, help in helps.items():
-        if types[name] is bool:
+        if VALUE_TYPES[name] is bool:
             parser.add_argument(*_spellings(name), action="store_true", default=None, help=help)
         else:
-            value_type = next(iter(get_args(types[name])), types[name])  # str for "str | None"
-            parser.add_argument(*_spellings(name), type=value_type, metavar=name.rsplit("_", 1)[-1].upper(), help=help)
+            metavar = name.rsplit("_", 1)[-1].upper()
+            parser.add_argument(*_spellings(name), type=VALUE_TYPES[name], metavar=metavar, help=help)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +90,17 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that override the run's settings; flags that are not set are None."""
     names = (*RUN_FLAGS, *SPLIT_FLAGS, "num_workers")
     return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _find_checkpoint(source: Path, accelerator: "Accelerator") -> Path:
+    """Find the checkpoint of ``source`` on the main process.
+
+    A run may be writing checkpoints at the same time, so that ranks could find different ones.
+    """
+    from mmgraph.distributed.collectives import broadcast_from_main_process
+    from mmgraph.inference.pretrained import find_checkpoint
+
+    return broadcast_from_main_process(accelerator, lambda: find_checkpoint(source))
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +149,13 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES, encode
-    from mmgraph.inference.pretrained import find_checkpoint, load_run_config, run_settings
+    from mmgraph.inference.pretrained import load_run_config, run_folder
 
-    checkpoint = find_checkpoint(args.source)
-    config = load_run_config(checkpoint, _overrides(args))
-    default_output = checkpoint.parent.parent / "features" if run_settings(checkpoint) else Path("features")
     accelerator = build_accelerator()
-    encode(checkpoint, config, accelerator, args.output_dir or default_output, args.features or FEATURES, args.format)
+    checkpoint = _find_checkpoint(args.source, accelerator)
+    config = load_run_config(checkpoint, _overrides(args))
+    output = args.output_dir or (run_folder(checkpoint) or Path()) / "features"
+    encode(checkpoint, config, accelerator, output, args.features or FEATURES, args.format)
     accelerator.end_training()
 
 
@@ -158,14 +171,14 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.evaluation.command import evaluate, find_features
-    from mmgraph.inference.pretrained import find_checkpoint, load_run_config
+    from mmgraph.inference.pretrained import load_run_config
 
     features = find_features(args.source)
     if not features and len(args.source) > 1:
         raise UserError("evaluate takes one run or checkpoint at a time: run the command once for each")
-    checkpoint = None if features else find_checkpoint(args.source[0])
-    config = load_run_config(checkpoint or features[0], _overrides(args))
     accelerator = build_accelerator()
+    checkpoint = None if features else _find_checkpoint(args.source[0], accelerator)
+    config = load_run_config(checkpoint or features[0], _overrides(args))
     evaluate(checkpoint, features, config, accelerator, args.json)
     accelerator.end_training()
 
@@ -189,20 +202,18 @@ def _add_neighbors_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _neighbors(args: argparse.Namespace) -> None:
-    from mmgraph.distributed.collectives import broadcast_from_main_process
+    from mmgraph.checkpoints.newest import newest_run
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES
     from mmgraph.inference.neighbor_search import neighbors, query_of
-    from mmgraph.inference.pretrained import find_checkpoint, last_checkpoint, load_run_config, newest_run
+    from mmgraph.inference.pretrained import load_run_config
 
     query = query_of(args.node, args.text, args.image)
     if args.embedding not in FEATURES:
         raise UserError(f"--embedding {args.embedding}: must be one of {', '.join(FEATURES)}")
-    source = args.source or newest_run()
+    source = args.source or newest_run(Path("runs"))
     accelerator = build_accelerator()
-    find = last_checkpoint if source.is_dir() else find_checkpoint
-    # Only the main process looks: a run may be writing checkpoints, so ranks could find different ones.
-    checkpoint = broadcast_from_main_process(accelerator, lambda: find(source))
+    checkpoint = _find_checkpoint(source, accelerator)
     config = load_run_config(checkpoint, _overrides(args))
     neighbors(checkpoint, config, accelerator, query, args.embedding, args.top_k)
     accelerator.end_training()
@@ -229,12 +240,12 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from mmgraph.checkpoints.newest import newest_run
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.neighbor_search import query_of
-    from mmgraph.inference.pretrained import newest_run
     from mmgraph.report.make import FILE, report
 
-    runs = args.source or [newest_run()]
+    runs = args.source or [newest_run(Path("runs"))]
     names = ("node", "text", "image")
     queries = [query_of(**{**dict.fromkeys(names), name: value}) for name in names for value in getattr(args, name)]
     output = args.output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))

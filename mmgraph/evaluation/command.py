@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 
-from mmgraph.checkpoints.files import final_file, load_safely
+from mmgraph.checkpoints.files import has_checkpoint, load_safely
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.graph import Graph, load_graph
@@ -39,7 +39,7 @@ def find_features(sources: Sequence[Path]) -> list[Path]:
     features: list[Path] = []
     others = 0
     for source in sources:
-        if source.is_dir() and not final_file(source).is_file():
+        if source.is_dir() and not has_checkpoint(source):
             in_folder = sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
             features += in_folder
             others += not in_folder

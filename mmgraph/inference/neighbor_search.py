@@ -20,7 +20,7 @@ from mmgraph.data.split import HeldOut
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.embeddings import embed_all_nodes, normalize_rows
-from mmgraph.inference.pretrained import Inference, open_checkpoint, run_settings
+from mmgraph.inference.pretrained import Inference, open_checkpoint, run_folder
 from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
@@ -238,8 +238,7 @@ def embeddings_folder(checkpoint: Path) -> Path:
 
     It is in the run's folder. If the checkpoint is not in a run's folder, it is beside the checkpoint.
     """
-    folder = checkpoint.parent.parent if run_settings(checkpoint) else checkpoint.parent
-    return folder / "embeddings"
+    return (run_folder(checkpoint) or checkpoint.parent) / "embeddings"
 
 
 def neighbors(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from mmgraph.arguments import build_config
-from mmgraph.checkpoints.files import epoch_files, final_file, read_checkpoint
-from mmgraph.config import INHERITED, Config
+from mmgraph.arguments import build_config, parse_settings
+from mmgraph.checkpoints.files import final_file, read_checkpoint
+from mmgraph.checkpoints.newest import last_checkpoint
+from mmgraph.config import INHERITED, VALUE_TYPES, Config
 from mmgraph.data.graph import find_images
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
 from mmgraph.data.images import IMAGE_STATUS
@@ -34,33 +36,20 @@ from mmgraph.utils.log import log
 HEADS = 8  # attention heads of the fusion
 
 
-def newest_run() -> Path:
-    """Return the folder in ``runs/`` whose run finished last. Raise :class:`UserError` if no run has finished."""
-    finished = [folder for folder in Path("runs").glob("*") if final_file(folder).is_file()]
-    if not finished:
-        raise UserError("no run in the folder runs/ has finished; give a run's folder")
-    return max(finished, key=lambda folder: final_file(folder).stat().st_mtime)
-
-
 def find_checkpoint(source: Path) -> Path:
-    """Return ``source`` if it is a file, or the final file of the run in the folder ``source``.
+    """Return ``source`` if it is a file, or the newest checkpoint of the run in the folder ``source``.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, or the folder has no checkpoint.
     """
-    checkpoint = final_file(source) if source.is_dir() else source
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint; give a run's folder, or an epoch or final file (.pt)")
+    if not source.is_dir():
+        if not source.is_file():
+            raise UserError(f"{source}: no such checkpoint; give a run's folder, or an epoch or final file (.pt)")
+        return source
+    checkpoint = last_checkpoint(source)
+    if checkpoint != final_file(source):
+        log(f"{checkpoint} is used: the run in {source} has not finished, or has continued since its final file")
     return checkpoint
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """Return the newest epoch or final file of a run. Raise :class:`UserError` if the run has no such file."""
-    final = final_file(folder)
-    checkpoints = [path for path in (*epoch_files(folder), final) if path.is_file()]
-    if not checkpoints:
-        raise UserError(f"{folder}: the run has not written a checkpoint yet")
-    return max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path == final))
 
 
 def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
@@ -70,7 +59,8 @@ def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
         UserError: the checkpoint is not in a run's folder, and ``overrides`` has no node table; the run's node table
             does not exist; or the run's ``config.yaml`` is invalid.
     """
-    run = run_settings(checkpoint) or {}
+    folder = run_folder(checkpoint)
+    run = {} if folder is None else read_settings(folder) or {}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "nodes" not in {**run, **overrides}:
         raise UserError(
@@ -81,10 +71,10 @@ def load_run_config(checkpoint: Path, overrides: dict[str, Any]) -> Config:
     try:
         run_config = build_config({name: run[name] for name in INHERITED if name in run})
     except UserError as error:
-        raise UserError(f"{checkpoint.parent.parent / 'config.yaml'}: {error}") from None
+        raise UserError(f"{folder or checkpoint.parent.parent}/config.yaml: {error}") from None
     if "nodes" not in overrides and not Path(run_config.nodes).exists():
         raise UserError(
-            f"{run_config.nodes} (from {checkpoint.parent.parent / 'config.yaml'}) does not exist; run this command in "
+            f"{run_config.nodes} (from {folder}/config.yaml) does not exist; run this command in "
             "the folder that training was started in, or set --nodes, --image_root and --model_name"
         )
     return dataclasses.replace(run_config, **overrides)
@@ -208,15 +198,29 @@ def load_pretrained_encoder(
 
 def model_name_of_run(checkpoint_path: str | Path) -> str | None:
     """Return the name of the CLIP model in the settings of a checkpoint's run. Without such settings, return None."""
-    settings = run_settings(checkpoint_path)
-    return settings.get("model_name") if settings else None
+    folder = run_folder(checkpoint_path)
+    return None if folder is None else (read_settings(folder) or {}).get("model_name")
 
 
-def run_settings(checkpoint_path: str | Path) -> dict[str, Any] | None:
-    """Return the settings in the ``config.yaml`` of a checkpoint's run. Without a valid file, return None."""
-    path = Path(checkpoint_path).resolve().parent.parent / "config.yaml"
+def run_folder(checkpoint_path: str | Path) -> Path | None:
+    """Return the folder of the run that a checkpoint belongs to; None if the checkpoint is in no run's folder.
+
+    A run's folder has a ``config.yaml`` and the folder ``checkpoints``. The checkpoint may be a link. First, the folder
+    above the link counts, as in a hub's cache, whose files are links to blobs. Then, the folder above the link's target
+    counts.
+    """
+    absolute = Path(os.path.abspath(checkpoint_path))  # noqa: PTH100 - Path.absolute keeps "..", and resolve() links
+    for path in (absolute, absolute.resolve()):
+        folder = path.parent.parent
+        settings = read_settings(folder)
+        if settings is not None and settings.keys() & VALUE_TYPES.keys():
+            return folder
+    return None
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings in the ``config.yaml`` of a run's folder. Without a valid file, return None."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return parse_settings((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: also text that is not UTF-8
         return None
-    return settings if isinstance(settings, dict) else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from mmgraph.arguments import parse_settings
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table
 from mmgraph.utils.environment import read_starts
@@ -46,11 +47,9 @@ def read_run(folder: Path) -> Run:
     if not config.is_file():
         raise UserError(f"{folder}: not a run's folder (it has no config.yaml); give the output folder of a run")
     try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        settings = parse_settings(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{config}: must be a YAML mapping of flags to values")
     steps, evaluations = _read_metrics(folder / "metrics.jsonl")
     name = str(settings.get("run_name") or folder.resolve().name)
     return Run(name, folder, settings, steps, evaluations, _read_table(folder / "evaluation.json"), read_starts(folder))

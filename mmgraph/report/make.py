@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from mmgraph.checkpoints.files import final_file
+from mmgraph.checkpoints.newest import last_checkpoint
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.distributed.collectives import broadcast_from_main_process, on_main_process, raise_on_all_ranks
@@ -16,7 +17,7 @@ from mmgraph.inference.embeddings import NodeVectors, embed_all_nodes, normalize
 from mmgraph.inference.neighbor_search import Links, Query, embeddings_folder, load_links, resolve_query
 from mmgraph.inference.node_outputs import NodeOutputs
 from mmgraph.inference.node_sharding import embed_shard, gather_on_main_process
-from mmgraph.inference.pretrained import Inference, last_checkpoint, load_run_config, open_checkpoint
+from mmgraph.inference.pretrained import Inference, load_run_config, open_checkpoint
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.report.figures import Figures, figures
 from mmgraph.report.history import Run, read_run, read_runs

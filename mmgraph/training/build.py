@@ -14,7 +14,7 @@ from mmgraph.checkpoints.consolidate import restore, set_loss_scale
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.resume_state import compute_run_fingerprint
-from mmgraph.checkpoints.run_start import find_state, read_start
+from mmgraph.checkpoints.run_start import find_state, init_from_fingerprint, read_start
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader
@@ -111,6 +111,7 @@ class _Start(NamedTuple):
 
 def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Start:
     fixed = compute_run_fingerprint(config, graph.nodes_fingerprint, graph.edges_fingerprint)
+    fixed["init_from"] = broadcast_from_main_process(accelerator, lambda: init_from_fingerprint(config))
     state = broadcast_from_main_process(accelerator, lambda: find_state(config, fixed))
     frozen = raise_on_all_ranks(accelerator, lambda: read_tower_state(config.model_name))
     fixed["towers"] = towers_fingerprint(frozen)
@@ -189,7 +190,7 @@ def _prepare(
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
     configure_deepspeed(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    if accelerator.num_processes > 1 and wrapped is module:
+    if accelerator.num_processes > 1 and getattr(wrapped, "_orig_mod", wrapped) is module:
         raise UserError(
             "the trained module is not wrapped for data parallel training, so the ranks would not share gradients; "
             "start with a config file from accelerate_configs/"

@@ -125,5 +125,6 @@ class Checkpointer:
         config = self.config
         if finished:
             write_checkpoint(final_file(self.output), Checkpoint(model_state(self.frozen, trained.weights)))
+            self.progress.record_final()
         self.progress.metrics_bytes = self.run_log.sync()
         write_state(self.output / "state", self.progress, trained, self.run_fingerprint, config, config.keep_last)

@@ -1,0 +1,87 @@
+"""Finds the newest checkpoint of a run, and the run that finished last.
+
+The order comes from what was trained, never from the times of files, because a copy of a run changes these times.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgraph.checkpoints.files import epoch_files, epoch_of, final_file, load_safely
+from mmgraph.checkpoints.resume_state import RECORD, state_folders
+from mmgraph.errors import UserError
+from mmgraph.utils.environment import read_starts
+
+COMPARED = "graph_proj.weight"  # trained tensor that differs between the epochs
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the epoch file or final file of a run that was trained for the most steps.
+
+    The final file is older than the epoch files that the run has written after it was continued. The resume state
+    records the step of the final file. Without this record, the final file is taken to be as old as the epoch file with
+    equal weights, and to be the newest file if no epoch file has equal weights.
+
+    Raises:
+        UserError: the run has not written such a file.
+    """
+    final, epochs = final_file(folder), epoch_files(folder)
+    if not final.is_file():
+        if not epochs:
+            raise UserError(f"{folder}: the run has not written a checkpoint yet")
+        return epochs[-1]
+    return final if not epochs or _finished_epochs(folder) >= epoch_of(epochs[-1]) else epochs[-1]
+
+
+def _finished_epochs(folder: Path) -> float:
+    """Return the number of epochs that the final file has been trained for; infinity if no file shows it."""
+    record = _final_record(folder)
+    if record is not None:
+        return int(record["epoch"]) - 1 + (record["samples_in_epoch"] > 0) / 2
+    weights = _weights(final_file(folder))
+    for path in reversed(epoch_files(folder)):
+        other = _weights(path)
+        if weights is not None and other is not None and torch.equal(weights, other):
+            return epoch_of(path)
+    return float("inf")
+
+
+def _final_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of the final file in the newest state that has one, or None."""
+    for state in state_folders(folder / "state"):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads((state / RECORD).read_text(encoding="utf-8"))["components"].get("final")
+            if isinstance(record, dict):
+                return {"time": str(record["time"]), **{n: int(record[n]) for n in ("epoch", "samples_in_epoch")}}
+    return None
+
+
+def _weights(path: Path) -> torch.Tensor | None:
+    """Return the tensor that is compared, or None if the file cannot be read."""
+    try:
+        content = load_safely(path, mmap=True)
+        return content.get("model_state_dict", content)[COMPARED]
+    except Exception:  # torch raises many types of errors for broken files, which are reported when the file is used
+        return None
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the run in the folder ``runs`` that finished last. Raise :class:`UserError` if no run has finished.
+
+    The resume state records when the final file was written. Without this record, the start of the run counts.
+    """
+    finished = [folder for folder in sorted(runs.glob("*")) if final_file(folder).is_file()]
+    if not finished:
+        raise UserError(f"no run in the folder {runs}/ has finished; give a run's folder")
+    return max(finished, key=_finished_at)
+
+
+def _finished_at(folder: Path) -> str:
+    """Return the time (UTC) at which a run finished, as text that sorts by time; empty if no file shows it."""
+    record = _final_record(folder)
+    if record is not None:
+        return str(record["time"])
+    return str(next((start["time"] for start in reversed(read_starts(folder)) if "time" in start), ""))
