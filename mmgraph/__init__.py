@@ -9,6 +9,7 @@ _MODULES = {
     "CrossAttentionFusion": "mmgraph.models.cross_attention_fusion",
     "GraphEdgeDataset": "mmgraph.loader.graph_edge_dataset",
     "InferenceCollator": "mmgraph.loader.inference_collator",
+    "InputRules": "mmgraph.data.input_rules",
     "MultimodalCollator": "mmgraph.loader.multimodal_collator",
     "MultimodalGraphEncoder": "mmgraph.models.multimodal_graph_encoder",
     "NodesDataset": "mmgraph.loader.nodes_dataset",

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import yaml
 
 from mmgraph.errors import UserError
-from mmgraph.flags.data import CacheFlags, DataFlags
+from mmgraph.flags.data import CacheFlags, DataFlags, background_color, column_names
 from mmgraph.flags.output import OutputFlags
 from mmgraph.flags.training import EvaluationFlags, TrainingFlags
 
@@ -38,6 +38,8 @@ class Config(OutputFlags, EvaluationFlags, CacheFlags, TrainingFlags, DataFlags)
             raise UserError(
                 "--eval_fraction and --eval_edges both define the edges to evaluate on: set only one of them"
             )
+        background_color(self.background)
+        column_names(self.text_columns)
         self._check_best()
         if self.fused_dim % 8:
             raise UserError(f"--fused_dim {self.fused_dim}: must be a multiple of 8, the number of attention heads")

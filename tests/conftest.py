@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from mmgraph.data.image_source import read_file
 from mmgraph.data.images import decode_picture
+from mmgraph.data.input_rules import InputRules
 from mmgraph.demo.towers import build_towers
 from mmgraph.utils.log import log_file
 
@@ -184,4 +185,4 @@ def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
 
 def read_image(path: str | None, truncated: Literal["partial", "black"] = "partial") -> tuple[torch.Tensor, int]:
     """Return a decoded image before it is resized, and an index into IMAGE_STATUS."""
-    return decode_picture(*read_file(path), truncated)
+    return decode_picture(*read_file(path), InputRules(truncated_images=truncated))

@@ -20,8 +20,9 @@ PATHS = {  # modules of the original trainer
 SIGNATURES = {
     "GraphEdgeDataset": ["nodes_df", "edges_df"],
     "NodesDataset": ["nodes_df"],
-    "MultimodalCollator": ["tokenizer", "processor", "cache_size"],
-    "InferenceCollator": ["tokenizer", "processor"],
+    "MultimodalCollator": ["tokenizer", "processor", "cache_size", "rules"],
+    "InferenceCollator": ["tokenizer", "processor", "rules"],
+    "InputRules": ["truncated_images", "background", "sixteen_bit_images", "text_columns"],
     "CrossAttentionFusion": ["d_text", "d_vis", "d_model", "n_heads"],
     "MultimodalGraphEncoder": ["clip_name", "fused_dim", "proj_dim"],
     "load_pretrained_encoder": ["checkpoint_path", "device", "model_name"],

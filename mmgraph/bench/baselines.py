@@ -12,6 +12,7 @@ from torch import nn
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.launch import build_accelerator
@@ -114,7 +115,7 @@ class Baselines:
         self.config = config
         self.accelerator, self.graph = build_accelerator(config.collective_timeout), load_graph(config)
         graph, held_out = self.graph, self.graph.held_out
-        inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
+        inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, InputRules.of(config))
         self.content_hashes = load_content_hashes(config, self.accelerator, graph)
         towers = towers_fingerprint(read_tower_state(config.model_name))
         source = open_store(config, self.accelerator, graph, self.content_hashes, inputs, towers, planned_nodes=2**62)

@@ -17,7 +17,8 @@ from mmgraph.bench.report import report
 from mmgraph.config import Config
 from mmgraph.data.batches import EdgeCollator, EdgeRows, build_loader, open_image_cache, start_worker
 from mmgraph.data.graph import Graph, load_graph
-from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.input_rules import InputRules
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
@@ -44,7 +45,7 @@ def bench_data(config: Config, tables_only: bool, path: Path | None) -> None:
     figures |= _table_memory(config, graph, before)
     rows: list[dict[str, Any]] = []
     if not tables_only:
-        inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, config.truncated_images)
+        inputs = NodeInputs(*load_tokenizer_and_processor(config.model_name), 0, InputRules.of(config))
         rows += _speeds(graph, inputs)
         figures |= _cache_hits(config, accelerator, graph)
     if accelerator.is_main_process:
@@ -57,7 +58,7 @@ def _speeds(graph: Graph, inputs: NodeInputs) -> list[dict[str, Any]]:
     drawn = np.random.default_rng(0).permutation(len(graph.nodes))[:SAMPLE].tolist()
     nodes = [graph.nodes[row] for row in drawn]
     references = [graph.images.locate(node) for node in nodes]
-    texts = [node_text(node) for node in nodes]
+    texts = [inputs.rules.text(node) for node in nodes]
     operations: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
         "read a node": (lambda row: graph.nodes[row], drawn),
         "tokenise a text": (lambda text: inputs.tokenize([text]), texts),

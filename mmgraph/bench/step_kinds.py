@@ -16,6 +16,7 @@ from mmgraph.config import Config
 from mmgraph.data.batches import BatchCollator, EdgeCollator, EdgeRows
 from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import Graph
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.errors import UserError
 from mmgraph.loader.multimodal_collator import MultimodalCollator
@@ -100,7 +101,7 @@ class Steps:
         self.config, self.accelerator, self.graph, self.dtype = config, accelerator, graph, dtype
         self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
-        self.inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+        self.inputs = NodeInputs(tokenizer, processor, config.cache_size, InputRules.of(config))
         self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
         self.live_collator = BatchCollator(graph.nodes, graph.images, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
@@ -127,7 +128,13 @@ class Steps:
         """
         config, graph, accelerator = self.config, self.graph, self.accelerator
         content_hashes = read_content_hashes(
-            graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, cache_folder(config.nodes), accelerator
+            graph.nodes,
+            graph.images,
+            config.nodes,
+            graph.nodes_fingerprint,
+            self.inputs.rules,
+            cache_folder(config.nodes),
+            accelerator,
         )
         store_recipe = recipe(config, precision, self.inputs, towers_fingerprint(tower_state(self.live.towers)))
         # Number of texts and images in a store of all nodes.

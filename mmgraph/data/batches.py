@@ -16,7 +16,8 @@ from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_cache import ImageCache, file_name, missing_disk_space, slot_bytes, slots_by_frequency
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.input_rules import InputRules
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.preprocessing import Preprocessing
 from mmgraph.data.sampler import GlobalBatchSampler
@@ -105,7 +106,7 @@ class BatchCollator(EdgeCollator):
     def __call__(self, items: Sequence[tuple[int, int, int]]) -> EdgeBatch:
         batch = super().__call__(items)
         nodes = [self.nodes[int(row)] for row in batch.unique]
-        input_ids, attention_mask = self.inputs.tokenize([node_text(node) for node in nodes])
+        input_ids, attention_mask = self.inputs.tokenize([self.inputs.rules.text(node) for node in nodes])
         before = self.inputs.decoded
         pictures, status = self.inputs.read_images(map(self.images.locate, nodes), batch.unique, self.images)
         return batch._replace(
@@ -138,7 +139,7 @@ def open_image_cache(config: Config, graph: Graph, preprocessing: Preprocessing,
         nodes=graph.nodes_fingerprint,
         slots=slots_by,
         preprocessing=[preprocessing.short_side, preprocessing.crop],
-        truncated_images=config.truncated_images,
+        **InputRules.of(config).image_key(),
     )
     path = folder / name
     pictures = min(pictures, nodes)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import IMAGE_STATUS
-from mmgraph.data.node_inputs import node_text
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_table import NodeTable
 from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.utils.files import save_array
@@ -56,7 +56,13 @@ def without_file(images: np.ndarray) -> np.ndarray:
 
 
 def read_content_hashes(
-    nodes: NodeTable, images: ImageSource, table: str | Path, fingerprint: str, folder: Path, accelerator: Accelerator
+    nodes: NodeTable,
+    images: ImageSource,
+    table: str | Path,
+    fingerprint: str,
+    rules: InputRules,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> ContentHashes:
     """Hash the texts and images of all nodes. Call on all ranks.
 
@@ -69,18 +75,21 @@ def read_content_hashes(
         images: source of the images.
         table: path of the node table.
         fingerprint: fingerprint of the node table.
+        rules: how columns become text.
         folder: cache folder. If it can be written, the hashes are stored there for later starts.
         accelerator: the accelerator of the run.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     rows = range(len(nodes) * rank // world_size, len(nodes) * (rank + 1) // world_size)
-    texts_path = folder / f"texts-{fingerprint[:16]}.npy"
+    columns = "" if rules.text_columns is None else f"-{text_hash(','.join(rules.columns)).hex()[:16]}"
+    texts_path = folder / f"texts-{fingerprint[:16]}{columns}.npy"
     location = f"{Path(table).resolve()}\n{images.location}"
     images_path = folder / f"images-{text_hash(location).hex()[:16]}.npy"
     texts = _read(texts_path, HASH)
     known = all(gather_object([len(texts) == len(nodes)]))  # true if every rank could read the hashes of the texts
     shard = raise_on_all_ranks(
-        accelerator, lambda: (texts[:0] if known else _texts(nodes, rows), _images(nodes, images, rows, images_path))
+        accelerator,
+        lambda: (texts[:0] if known else _texts(nodes, rows, rules), _images(nodes, images, rows, images_path)),
     )
     shards: list[tuple[np.ndarray, np.ndarray]] = gather_object([shard])
     records = np.concatenate([part[1] for part in shards])
@@ -95,8 +104,8 @@ def read_content_hashes(
     return ContentHashes(texts, records["hash"])
 
 
-def _texts(nodes: NodeTable, rows: range) -> np.ndarray:
-    texts = (node_text(node) for node in nodes.scan(rows, ("short_name", "summary")))
+def _texts(nodes: NodeTable, rows: range, rules: InputRules) -> np.ndarray:
+    texts = (rules.text(node) for node in nodes.scan(rows, rules.columns))
     return np.fromiter(map(text_hash, texts), HASH, len(rows))
 
 

@@ -10,10 +10,12 @@ from mmgraph.config import Config
 from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import ImageFiles, ImageSource
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.split import HeldOut, read_held_out, relation_names, split_edges
 from mmgraph.data.table_cache import open_edges, open_nodes
+from mmgraph.data.text_check import check_texts
 from mmgraph.errors import UserError
 from mmgraph.flags.data import DEFAULT_TABLES
 
@@ -48,7 +50,8 @@ def load_graph(config: Config) -> Graph:
 
     Raises:
         UserError: as :func:`mmgraph.data.table_cache.open_nodes`, :func:`mmgraph.data.table_cache.open_edges`,
-            :func:`mmgraph.data.split.split_edges`, :meth:`mmgraph.data.image_source.ImageSource.check`.
+            :func:`mmgraph.data.text_check.check_texts`, :func:`mmgraph.data.split.split_edges`,
+            :meth:`mmgraph.data.image_source.ImageSource.check`.
     """
     if (config.nodes, config.edges) == DEFAULT_TABLES and not all(Path(path).is_file() for path in DEFAULT_TABLES):
         raise UserError(
@@ -57,6 +60,7 @@ def load_graph(config: Config) -> Graph:
         )
     nodes_fingerprint = fingerprint(config.nodes)
     nodes = open_nodes(config.nodes, nodes_fingerprint)
+    check_texts(nodes, InputRules.of(config), config.nodes)
     edges = load_edges(config, nodes, nodes_fingerprint)
     images = find_images(nodes, config, config.seed)
     return Graph(

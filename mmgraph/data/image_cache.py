@@ -18,7 +18,7 @@ from mmgraph.data.edge_table import EdgeTable
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import IMAGE_STATUS
 
-FORMAT = 2  # version of the file format
+FORMAT = 3  # version of the file format
 DIGEST_BYTES = 16
 # The kernel's clock ticks every 1 to 10 ms, so a file may change again within a tick without a change of its times. An
 # image file whose last change is more recent than this is not cached. A later read caches it.

@@ -14,12 +14,18 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
+from mmgraph.data.input_rules import InputRules
+from mmgraph.flags.data import background_color
+
 # Image status: why a node has no image, or no complete image. Batches contain the index. Index 0: a complete image.
+# From FIRST_REMARK on: the image is complete, but the rules of the original trainer may spoil it.
 IMAGE_STATUS = (
     "", "no image path", "file not found", "unreadable", "truncated", "too many pixels", "outside the image root",
-    "file too large",
+    "file too large", "transparent", "transparent, one color", "16-bit grey",
 )  # fmt: skip
 NO_PATH = IMAGE_STATUS.index("no image path")
+FIRST_REMARK = IMAGE_STATUS.index("transparent")
+DEFAULT_RULES = InputRules()
 OUTSIDE_IMAGE_ROOT = "/dev/null/outside the image root"  # replaces a refused path; no file can exist there
 # Formats that Pillow may open. Images of nodes need no others, and some others start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "PPM", "ICO", "TGA")
@@ -69,10 +75,10 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
-def decode_picture(
-    data: bytes | None, status: int, truncated: Literal["partial", "black"] = "partial"
-) -> tuple[torch.Tensor, int]:
-    """Decode an image as RGB, like ``PIL.Image.open(...).convert("RGB")``. EXIF rotation is not applied.
+def decode_picture(data: bytes | None, status: int, rules: InputRules = DEFAULT_RULES) -> tuple[torch.Tensor, int]:
+    """Decode an image as RGB. EXIF rotation is not applied.
+
+    With the default rules, the pixels are those of ``PIL.Image.open(...).convert("RGB")``.
 
     torchvision decodes RGB JPEG files, to the same pixels as Pillow. Pillow decodes all other files of :data:`FORMATS`
     (PNG, GIF, WebP, CMYK JPEG, truncated files), because a flipped bit can crash torchvision's PNG decoder (SIGSEGV).
@@ -81,8 +87,7 @@ def decode_picture(
     Args:
         data: the encoded image, or None.
         status: why ``data`` is None, as an index into :data:`IMAGE_STATUS`. Not used if ``data`` is not None.
-        truncated: result for a truncated file: the part that can be decoded (``"partial"``), or a black image
-            (``"black"``).
+        rules: how truncated files, transparent pixels and 16-bit values are treated.
 
     Returns:
         The image, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`. An image that cannot be decoded is black,
@@ -93,10 +98,23 @@ def decode_picture(
     with warnings.catch_warnings():
         # Pillow warns of large images and of palettes, but the original trainer decodes both.
         warnings.simplefilter("ignore")
-        return _decode_safely(data, truncated)
+        return _decode_safely(data, rules)
 
 
-def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
+def convert_picture(picture: Image.Image, rules: InputRules = DEFAULT_RULES) -> tuple[torch.Tensor, int]:
+    """Convert an image that Pillow has opened, as :func:`decode_picture` does for a file.
+
+    If its file is truncated or damaged, the result is black: Pillow cannot read it a second time.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _to_rgb(picture, rules)
+        except Exception:  # Pillow's plugins raise errors of any type for damaged data
+            return black_image(), IMAGE_STATUS.index("unreadable")
+
+
+def _decode_safely(data: bytes, rules: InputRules) -> tuple[torch.Tensor, int]:
     try:
         with _accept_truncated.off():
             header = Image.open(io.BytesIO(data), formats=_formats())
@@ -104,10 +122,10 @@ def _decode_safely(data: bytes, truncated: str) -> tuple[torch.Tensor, int]:
         return black_image(), IMAGE_STATUS.index("too many pixels")
     except Exception:  # Pillow's plugins raise errors of any type for a damaged header
         return black_image(), IMAGE_STATUS.index("unreadable")
-    return _decode(data, header, truncated)
+    return _decode(data, header, rules)
 
 
-def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Tensor, int]:
+def _decode(data: bytes, picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]:
     if picture.format == "JPEG" and picture.mode == "RGB":
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB), 0
@@ -115,15 +133,16 @@ def _decode(data: bytes, picture: Image.Image, truncated: str) -> tuple[torch.Te
             pass  # truncated or damaged; Pillow's error below shows which
     try:
         with _accept_truncated.off():
-            return _to_tensor(picture), 0
+            return _to_rgb(picture, rules)
     except Exception as error:
         if not (isinstance(error, OSError) and "truncated" in str(error)):
             return black_image(), IMAGE_STATUS.index("unreadable")
-    if truncated == "black":
+    if rules.truncated_images == "black":
         return black_image(), IMAGE_STATUS.index("truncated")
     try:
         with _accept_truncated.on():
-            return _to_tensor(Image.open(io.BytesIO(data), formats=_formats())), IMAGE_STATUS.index("truncated")
+            pixels, _ = _to_rgb(Image.open(io.BytesIO(data), formats=_formats()), rules)
+            return pixels, IMAGE_STATUS.index("truncated")
     except Exception:
         return black_image(), IMAGE_STATUS.index("unreadable")
 
@@ -135,17 +154,87 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+def _to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]:
+    """Return the pixels, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`: 0 or a remark."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        if rules.sixteen_bit_images == "scale":
+            grey = (np.array(picture).astype(np.uint32) + 128) // 257  # (H, W), from 0 to 65,535 -> to 255
+            picture = Image.fromarray(grey.astype(np.uint8))
+        return _pixels(picture.convert("RGB")), IMAGE_STATUS.index("16-bit grey")
+    if not picture.has_transparency_data:
+        return _pixels(picture.convert("RGB")), 0
+    picture.load()
+    with_alpha = picture.convert("RGBA")
+    is_transparent = bool((np.asarray(with_alpha.getchannel("A")) < 255).any())
+    color = background_color(rules.background)
+    if color is None or not is_transparent:
+        flat = picture.convert("RGB")
+    else:
+        flat = Image.alpha_composite(Image.new("RGBA", picture.size, (*color, 255)), with_alpha).convert("RGB")
+    if not is_transparent:
+        return _pixels(flat), 0
+    pixels = _pixels(flat)
+    one_color = bool((pixels == pixels[:, :1, :1]).all())
+    return pixels, IMAGE_STATUS.index("transparent, one color" if one_color else "transparent")
 
 
-def describe_image_status(codes: Sequence[int]) -> str:
-    """Return the number of nodes for each image status except 0, as a text such as ``3 file not found, 1 truncated``.
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def is_incomplete(image_status: np.ndarray) -> np.ndarray:
+    """Return which nodes have no image or no complete image: bool of the shape of ``image_status``.
 
     Args:
-        codes: indices into :data:`IMAGE_STATUS`, one per node.
+        image_status: indices into :data:`IMAGE_STATUS`.
     """
-    return ", ".join(f"{codes.count(i):,} {status}" for i, status in enumerate(IMAGE_STATUS) if status and i in codes)
+    return (image_status != 0) & (image_status < FIRST_REMARK)
+
+
+def count_image_status(image_status: np.ndarray | Sequence[int]) -> list[int]:
+    """Return the number of nodes with each image status, in the order of :data:`IMAGE_STATUS`.
+
+    Args:
+        image_status: (N,) indices into :data:`IMAGE_STATUS`, one per node.
+    """
+    return np.bincount(np.asarray(image_status, dtype=np.int64), minlength=len(IMAGE_STATUS)).tolist()
+
+
+def describe_image_status(counts: Sequence[int]) -> str:
+    """Describe how many nodes have no complete image, by image status, such as ``3 file not found, 1 truncated``.
+
+    Args:
+        counts: result of :func:`count_image_status`.
+    """
+    incomplete = list(zip(IMAGE_STATUS, counts, strict=True))[:FIRST_REMARK]
+    return ", ".join(f"{count:,} {status}" for status, count in incomplete if status and count)
+
+
+def image_remarks(counts: Sequence[int], rules: InputRules) -> list[str]:
+    """Return log lines about complete images that the rules may spoil: transparent images and 16-bit grey images.
+
+    Args:
+        counts: result of :func:`count_image_status`.
+        rules: the rules by which the images were decoded.
+    """
+    some, one, grey = counts[FIRST_REMARK:]
+    lines = []
+    if some + one and rules.background == "keep":
+        lines.append(
+            f"warning: the transparency of {some + one:,} images is dropped; {one:,} of them become a single color, "
+            "such as a black shape on a transparent ground; set --background white to keep such shapes"
+        )
+    elif one:
+        lines.append(
+            f"warning: {one:,} of {some + one:,} images with transparent pixels become a single color on --background "
+            f"{rules.background}; set another color"
+        )
+    if grey and rules.sixteen_bit_images == "clip":
+        lines.append(
+            f"warning: {grey:,} greyscale images have 16 bits per pixel, and all values above 255 become white; set "
+            "--sixteen_bit_images scale to keep them"
+        )
+    return lines
 
 
 class ImageCounter:
@@ -157,7 +246,7 @@ class ImageCounter:
     Attributes:
         image_status: (nodes,) int8, indices into ``IMAGE_STATUS``; also 0 if the node was not read.
         read: number of nodes with an image path that were read so far. A node counts once.
-        bad: number of the nodes in ``read`` whose image status was not 0 when they were first read.
+        bad: number of the nodes in ``read`` whose image was not complete when they were first read.
     """
 
     def __init__(self, nodes: int):
@@ -168,7 +257,7 @@ class ImageCounter:
         """Record the unique nodes of a batch: (U,) rows, and (U,) indices into ``IMAGE_STATUS``."""
         with_path = image_status != NO_PATH
         new = with_path & ~self._seen[rows]
-        self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & (image_status != 0)).sum())
+        self.read, self.bad = self.read + int(new.sum()), self.bad + int((new & is_incomplete(image_status)).sum())
         self._seen[rows[with_path]] = True
         self.image_status[rows] = image_status
 
@@ -178,10 +267,10 @@ def is_black(image_status: np.ndarray, truncated: Literal["partial", "black"]) -
 
     Args:
         image_status: indices into ``IMAGE_STATUS``.
-        truncated: as for :func:`decode_picture`.
+        truncated: ``--truncated_images`` of the run.
     """
     partial = (image_status == IMAGE_STATUS.index("truncated")) & (truncated == "partial")
-    return (image_status != 0) & ~partial
+    return is_incomplete(image_status) & ~partial
 
 
 def black_image() -> torch.Tensor:

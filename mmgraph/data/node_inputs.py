@@ -1,45 +1,47 @@
 """Converts nodes to tower inputs. All collators that return tower inputs use this module."""
 
-from collections.abc import Hashable, Iterable, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
+from mmgraph.data.given_images import Given, check_keys, given_image
 from mmgraph.data.image_cache import ImageCache
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
-from mmgraph.data.images import IMAGE_STATUS, black_image, decode_picture
+from mmgraph.data.images import (
+    FIRST_REMARK,
+    IMAGE_STATUS,
+    black_image,
+    convert_picture,
+    count_image_status,
+    decode_picture,
+    describe_image_status,
+    image_remarks,
+)
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.lru import ShardedLRU
 from mmgraph.data.preprocessing import Preprocessing
 
 TEXT_LENGTH = 77  # maximum number of tokens of CLIP's text tower
 
 
-def node_text(node: dict[str, Any]) -> str:
-    """Return a node's text: ``summary`` if it has more than 3 words, else ``short_name``, else one space.
-
-    A value that is not a string, such as None or NaN, counts as missing. So does a ``short_name`` without words.
-    """
-    for name, min_words in (("summary", 4), ("short_name", 1)):
-        value = node.get(name)
-        if isinstance(value, str) and len(value.split()) >= min_words:
-            return value
-    return " "
-
-
 class NodeInputs:
     """Converts N node dicts to inputs of CLIP's towers.
 
     A call returns a dict with ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64 and ``pixel_values``
-    (N, 3, S, S) float32. The image paths of the nodes are opened without an image root.
+    (N, 3, S, S) float32. See :func:`mmgraph.data.given_images.given_image` for the images that the nodes may have.
+    Paths are opened without an image root. The first call in which an image is black, partial or spoiled warns.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
         cache_size: number of decoded and resized images to cache in memory (uint8, 150 KB each at 224 pixels).
-        truncated_images: result for a truncated image file: the part that can be decoded, or a black image.
+        rules: how columns become text and pixels.
         picture_file: cache on disk, indexed by node row; None: no cache on disk.
 
     Attributes:
@@ -51,24 +53,52 @@ class NodeInputs:
         tokenizer: Any,
         processor: Any,
         cache_size: int,
-        truncated_images: Literal["partial", "black"] = "partial",
+        rules: InputRules | None = None,
         picture_file: ImageCache | None = None,
     ):
         self.tokenizer = tokenizer
         self.preprocessing = Preprocessing(processor)
         self.cache: ShardedLRU[tuple[torch.Tensor, int]] = ShardedLRU(cache_size)
-        self.truncated_images = truncated_images
+        self.rules = rules or InputRules()
         self.picture_file = picture_file
         self.decoded = 0
+        self._warned = False
 
-    def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = self.tokenize([node_text(node) for node in nodes], "max_length")
-        pictures, _ = self.read_images(map(UNRESOLVED_FILES.locate, nodes))
+    def __call__(self, nodes: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        check_keys(nodes, self.rules)
+        input_ids, attention_mask = self.tokenize([self.rules.text(node) for node in nodes], "max_length")
+        given = [given_image(node) for node in nodes]
+        pictures, image_status = zip(*map(self._read_given, given), strict=True)
+        self._warn(given, image_status)
         return {
             "input_ids": input_ids,  # (N, 77)
             "attention_mask": attention_mask,  # (N, 77)
-            "pixel_values": self.preprocessing.normalize(pictures),  # (N, 3, S, S)
+            "pixel_values": self.preprocessing.normalize(torch.stack(pictures)),  # (N, 3, S, S)
         }
+
+    def _read_given(self, given: Given) -> tuple[torch.Tensor, int]:
+        match given:
+            case bytes():
+                return self.decode_image_of(given, 0)
+            case Image.Image():
+                return self._resized(*convert_picture(given, self.rules))
+            case path:
+                return self.cache.get(path, partial(self._read, UNRESOLVED_FILES, path, None))
+
+    def _warn(self, given: Sequence[Given], image_status: Sequence[int]) -> None:
+        """Warn once about images that are not as the caller expects. In DataLoader workers, ``log()`` is silent."""
+        with_image = [status for image, status in zip(given, image_status, strict=True) if image is not None]
+        counts = count_image_status(with_image)
+        incomplete, lines = describe_image_status(counts), image_remarks(counts, self.rules)
+        if incomplete:
+            numbers = [number for number, image in enumerate(given) if image is not None]
+            first = next(given[i] for i in numbers if 0 < image_status[i] < FIRST_REMARK)
+            name = f", such as {first}" if isinstance(first, str) else ""
+            lines.insert(0, f"images are black or partial in this batch of {len(given):,} nodes: {incomplete}{name}")
+        if lines and not self._warned:
+            self._warned = True
+            text = "; ".join(line.removeprefix("warning: ") for line in lines)
+            warnings.warn(f"{text} (later batches do not warn)", stacklevel=4)
 
     def tokenize(
         self, texts: Sequence[str], padding: Literal["longest", "max_length"] = "longest"
@@ -125,8 +155,11 @@ class NodeInputs:
         Returns:
             (3, S, S) uint8, and an index into ``IMAGE_STATUS``.
         """
-        picture, status = decode_picture(data, status, self.truncated_images)
+        picture, status = decode_picture(data, status, self.rules)
         self.decoded += data is not None or IMAGE_STATUS[status] == "unreadable"
+        return self._resized(picture, status)
+
+    def _resized(self, picture: torch.Tensor, status: int) -> tuple[torch.Tensor, int]:
         if not self.preprocessing.fits(picture):
             picture, status = black_image(), IMAGE_STATUS.index("too many pixels")
         return self.preprocessing.resize(picture), status

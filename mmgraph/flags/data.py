@@ -4,10 +4,40 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from mmgraph.errors import UserError
 from mmgraph.utils.fields import ABOVE_0, FROM_0, FROM_0_TO_1, flag
 
 DEFAULT_TABLES = ("data/processed/nodes.csv", "data/processed/edges.csv")
 DEMO_FOLDER = Path("data/demo")
+
+
+def background_color(background: str) -> tuple[int, int, int] | None:
+    """Return the color that ``--background`` names: (red, green, blue) from 0 to 255; None for ``keep``.
+
+    Raises:
+        UserError: the text names no color.
+    """
+    if background == "keep":
+        return None
+    parts = ["255"] * 3 if background == "white" else background.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) <= 255 for part in parts):
+        raise UserError(f"--background {background}: must be keep, white, or a color R,G,B with values from 0 to 255")
+    red, green, blue = (int(part) for part in parts)
+    return red, green, blue
+
+
+def column_names(columns: str | None) -> tuple[str, ...]:
+    """Return the columns that ``--text_columns`` names; empty for None.
+
+    Raises:
+        UserError: a name is empty or repeated.
+    """
+    if columns is None:
+        return ()
+    names = tuple(name.strip() for name in columns.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--text_columns {columns}: must be different column names, separated by commas")
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +87,30 @@ class DataFlags:
         "data",
         "truncated image files: partial uses the part that can be decoded (as in the original trainer); black uses a "
         "black image",
+        fixed=True,
+        inherited=True,
+    )
+    sixteen_bit_images: Literal["clip", "scale"] = flag(
+        "clip",
+        "data",
+        "greyscale images with 16 bits per pixel: clip makes all values above 255 white (as in the original trainer); "
+        "scale divides the values by 257",
+        fixed=True,
+        inherited=True,
+    )
+    background: str = flag(
+        "keep",
+        "data",
+        "color under transparent pixels: white, or R,G,B from 0 to 255; keep drops the transparency (as in the "
+        "original trainer), so that a black shape on a transparent ground becomes all black",
+        fixed=True,
+        inherited=True,
+    )
+    text_columns: str | None = flag(
+        None,
+        "data",
+        "columns to join to a node's text, separated by commas, such as short_name,summary (default: summary if it has "
+        "more than three words, else short_name, as in the original trainer)",
         fixed=True,
         inherited=True,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from mmgraph.config import Config
-from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.data.images import describe_image_status, image_remarks
 from mmgraph.distributed.collectives import on_main_process, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import FORMATS
@@ -53,7 +53,7 @@ def _encode(
     features: Sequence[str],
     file_format: str,
 ) -> None:
-    shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)), config.truncated_images)
+    shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)), inference.outputs.inputs.rules)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     build_shards(shards, accelerator)
     with progress_bar(accelerator, len(inference.nodes) * len(shards.features), 0, "row") as bar:
@@ -84,14 +84,12 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
 
 
 def _finish(shards: FeatureShards, output: Path, file_format: str) -> None:
-    image_status = shards.image_status()
-    counts = ", ".join(
-        f"{count:,} {status}"
-        for status, count in zip(IMAGE_STATUS, image_status.tolist(), strict=True)
-        if status and count
-    )
-    if counts:
-        log(f"nodes whose image is black or partial: {counts}")
+    counts = shards.count_image_status()
+    problems = describe_image_status(counts)
+    if problems:
+        log(f"nodes whose image is black or partial: {problems}")
+    for remark in image_remarks(counts, shards.inference.outputs.inputs.rules):
+        log(remark)
     shutil.rmtree(shards.folder)
     log(
         f"wrote {', '.join(shards.features)} of {len(shards.inference.nodes):,} nodes to "

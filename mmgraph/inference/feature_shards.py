@@ -20,7 +20,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from mmgraph.data.content_hashes import HASH, MIN_AGE_NS
-from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.data.images import IMAGE_STATUS, count_image_status
+from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import write_features
@@ -105,14 +106,16 @@ def _write(content: bytes, path: Path) -> None:
 class FeatureShards:
     """Shards of a graph's features in a hidden folder of ``output``: one file for each range of consecutive nodes.
 
-    The folder's name is a hash of the node table, the checkpoint, ``truncated_images``, the feature names and the shard
+    The folder's name is a hash of the node table, the checkpoint, the input rules, the feature names and the shard
     size. The features also depend on the images. Each shard therefore stores a digest of the paths, sizes and times of
     its image files, and the shard is rebuilt if the digest has changed.
     """
 
-    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], truncated_images: str):
+    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], rules: InputRules):
         self.inference, self.output, self.features = inference, output, features
-        key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated_images, features, SHARD_NODES]
+        truncated, *changed = rules.key().items()
+        key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated[1], features, SHARD_NODES]
+        key += changed
         self.folder = output / f".blocks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
@@ -176,10 +179,10 @@ class FeatureShards:
     @torch.no_grad()
     def make(self, numbers: Sequence[int]) -> Iterator[int]:
         """Embed the nodes of these shards, and write the shards. Yield the number of nodes of each batch."""
+        # Computed before any image is read, so that the next run notices an image that changes in the meantime.
+        images = [self._images(number) for number in numbers]
         outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
-        for number in numbers:
-            # Computed before the embeddings, so that the next run notices an image that changes in the meantime.
-            images = self._images(number)
+        for number, images_of_shard in zip(numbers, images, strict=True):
             batches: dict[str, list[torch.Tensor]] = {}
             left = len(self.rows(number))
             while left:
@@ -191,7 +194,7 @@ class FeatureShards:
                 left -= len(image_status)
                 yield len(image_status)
             tensors = {name: torch.cat(parts) for name, parts in batches.items()}
-            content = save(tensors, metadata={"images": images, "sha256": _digest(tensors)})
+            content = save(tensors, metadata={"images": images_of_shard, "sha256": _digest(tensors)})
             write_durably(self.file(number), partial(_write, content))
 
     def write(self, features: Sequence[str], file_format: str) -> Iterator[int]:
@@ -202,12 +205,12 @@ class FeatureShards:
             path = self.folder.parent / f"features_{feature}.{file_format}"
             yield from write_features(path, shape, shards, self._ids())
 
-    def image_status(self) -> np.ndarray:
-        """Return the number of nodes with each image status: int64, in the order of ``IMAGE_STATUS``."""
+    def count_image_status(self) -> list[int]:
+        """Return the number of nodes with each image status, in the order of ``IMAGE_STATUS``."""
         counts = np.zeros(len(IMAGE_STATUS), np.int64)
         for number in range(len(self)):
-            counts += np.bincount(self._read(number, "causes").numpy(), minlength=len(IMAGE_STATUS))
-        return counts
+            counts += count_image_status(self._read(number, "causes").numpy())
+        return counts.tolist()
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor for all nodes.

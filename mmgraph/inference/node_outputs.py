@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmgraph.data.batches import start_worker
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.live import run_towers
@@ -111,7 +111,7 @@ def _collate(
     nodes: NodeTable, images: ImageSource, inputs: NodeInputs, pair: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     rows, image_rows = pair
-    input_ids, attention_mask = inputs.tokenize([node_text(nodes[int(row)]) for row in rows])
+    input_ids, attention_mask = inputs.tokenize([inputs.rules.text(nodes[int(row)]) for row in rows])
     references = [images.locate(nodes[int(row)]) for row in image_rows]
     pictures, image_status = inputs.read_images(references, image_rows, images)
     return {

@@ -52,7 +52,7 @@ def embed_shard(
     for batch in outputs.of([rows or range(1)], image_rows):
         embedded = embeddings(batch.tokens)
         has_words = (batch.tokens.text_mask.sum(1) > NO_WORDS).cpu()
-        has_picture = torch.from_numpy(~is_black(batch.image_status, outputs.inputs.truncated_images))
+        has_picture = torch.from_numpy(~is_black(batch.image_status, outputs.inputs.rules.truncated_images))
         parts.setdefault("complete", []).append((has_words & has_picture).to(torch.uint8))
         parts.setdefault("image_status", []).append(torch.from_numpy(batch.image_status.astype(np.uint8)))
         for name in kinds:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -16,11 +17,13 @@ from mmgraph.checkpoints.newest import last_checkpoint
 from mmgraph.config import INHERITED, VALUE_TYPES, Config
 from mmgraph.data.graph import find_images
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
-from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.data.images import IMAGE_STATUS, count_image_status, image_remarks, is_incomplete
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint as file_fingerprint
 from mmgraph.data.table_cache import open_nodes
+from mmgraph.data.text_check import check_texts
 from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.node_outputs import NodeOutputs
@@ -105,8 +108,10 @@ class Inference(NamedTuple):
         pictures, [status] = inputs.read_images([UNRESOLVED_FILES.locate({"image_path": image_path})])
         if status == IMAGE_STATUS.index("truncated"):
             log(f"{image_path} is truncated; it is used as the run's truncated_images setting says")
-        elif image_path is not None and status:
+        elif image_path is not None and is_incomplete(np.array(status)):
             raise UserError(f"{image_path}: {IMAGE_STATUS[status]}")
+        for remark in image_remarks(count_image_status([status]), inputs.rules):
+            log(remark)
         device = next(self.towers.text_model.parameters()).device
         pixel_values = inputs.preprocessing.normalize(pictures)
         tokens = run_towers(self.towers, input_ids.to(device), attention_mask.to(device), pixel_values.to(device))
@@ -127,12 +132,12 @@ def open_checkpoint(checkpoint: Path, config: Config, accelerator: Accelerator) 
     """
     digest = raise_on_all_ranks(accelerator, lambda: file_fingerprint(config.nodes))
     nodes = raise_on_all_ranks(accelerator, lambda: open_nodes(config.nodes, digest))
+    rules = InputRules.of(config)
+    raise_on_all_ranks(accelerator, lambda: check_texts(nodes, rules, config.nodes))
     images = raise_on_all_ranks(accelerator, lambda: find_images(nodes, config, seed=0))
     tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
-    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
-    encoder = raise_on_all_ranks(
-        accelerator, lambda: load_pretrained_encoder(checkpoint, "cpu", model_name=config.model_name)
-    )
+    inputs = NodeInputs(tokenizer, processor, 0, rules)
+    encoder = raise_on_all_ranks(accelerator, lambda: _load_encoder(checkpoint, "cpu", config.model_name))
     weights = encoder.state_dict()
     module = TrainedModule.from_weights(weights).to(accelerator.device)
     towers = towers_fingerprint(weights)
@@ -157,6 +162,8 @@ def load_pretrained_encoder(
 ) -> MultimodalGraphEncoder:
     """Load an encoder from an epoch or final file, in eval mode. All weights and widths come from the file.
 
+    If the checkpoint's run has other input rules than the defaults, they are logged, because collators need them too.
+
     Args:
         checkpoint_path: a file that mmgraph or the original trainer has written.
         device: where to put the encoder. If CUDA is requested but not available, the CPU is used and a line is logged.
@@ -166,6 +173,14 @@ def load_pretrained_encoder(
     Raises:
         UserError: the file cannot be read, or does not fit the towers' configuration.
     """
+    encoder = _load_encoder(checkpoint_path, device, model_name)
+    _log_input_rules(checkpoint_path)
+    return encoder
+
+
+def _load_encoder(
+    checkpoint_path: str | Path, device: str | torch.device, model_name: str | None
+) -> MultimodalGraphEncoder:
     state = read_checkpoint(checkpoint_path).model_state_dict
     name = model_name or model_name_of_run(checkpoint_path) or DEFAULT_MODEL
     widths = state["fusion.text_proj.weight"].shape[:1] + state["graph_proj.weight"].shape[:1]
@@ -194,6 +209,17 @@ def load_pretrained_encoder(
         log("no CUDA device: the encoder is loaded on the CPU")
         device = "cpu"
     return encoder.to(device).eval()
+
+
+def _log_input_rules(checkpoint_path: str | Path) -> None:
+    """Log the input rules of a checkpoint's run that differ from the defaults."""
+    folder = run_folder(checkpoint_path)
+    settings = {} if folder is None else read_settings(folder) or {}
+    defaults = vars(InputRules())
+    changed = {name: settings[name] for name in defaults if settings.get(name, defaults[name]) != defaults[name]}
+    if changed:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        log(f"{checkpoint_path}: trained with other input rules: give collators rules=InputRules({arguments})")
 
 
 def model_name_of_run(checkpoint_path: str | Path) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 
 
@@ -16,10 +17,11 @@ class InferenceCollator:
     Args:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
+        rules: how columns become text and pixels; those of the run whose encoder gets the inputs.
     """
 
-    def __init__(self, tokenizer: Any, processor: Any):
-        self.inputs = NodeInputs(tokenizer, processor, cache_size=0)
+    def __init__(self, tokenizer: Any, processor: Any, *, rules: InputRules | None = None):
+        self.inputs = NodeInputs(tokenizer, processor, 0, rules)
 
     def __call__(self, nodes: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return self.inputs(nodes)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 
 
@@ -19,10 +20,15 @@ class MultimodalCollator:
         tokenizer: a Hugging Face tokenizer.
         processor: a Hugging Face CLIP processor or CLIP image processor.
         cache_size: maximum number of decoded images in the least-recently-used cache.
+        rules: how columns become text and pixels. The defaults are those of the original trainer.
+
+    Raises:
+        UserError: in a call, if a node's image or text has a type that is not accepted, or a key is misspelt. See
+            :func:`mmgraph.data.given_images.given_image`.
     """
 
-    def __init__(self, tokenizer: Any, processor: Any, cache_size: int = 128):
-        self.inputs = NodeInputs(tokenizer, processor, cache_size)
+    def __init__(self, tokenizer: Any, processor: Any, cache_size: int = 128, *, rules: InputRules | None = None):
+        self.inputs = NodeInputs(tokenizer, processor, cache_size, rules)
 
     def __call__(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, torch.Tensor]:
         anchors, positives = zip(*pairs, strict=True)

@@ -95,7 +95,7 @@ def _shown(
         log(f"{run.folder}: the report has no map and no nearest nodes, because the nodes cannot be embedded: {error}")
         return Shown(run, None, str(error))
     run_nodes = NodesOfRun(
-        inference.nodes, inference.images, vectors, config.truncated_images, config.seed, checkpoint.name
+        inference.nodes, inference.images, vectors, inference.outputs.inputs.rules, config.seed, checkpoint.name
     )
 
     def show() -> Shown:
@@ -139,7 +139,7 @@ def end_of_run(
     run, name = read_run(output), final_file(output).name
     try:
         node_vectors = NodeVectors(normalize_rows(vectors), image_status.numpy())
-        run_nodes = NodesOfRun(graph.nodes, graph.images, node_vectors, config.truncated_images, config.seed, name)
+        run_nodes = NodesOfRun(graph.nodes, graph.images, node_vectors, outputs.inputs.rules, config.seed, name)
         shown = Shown(run, show_nodes(run_nodes, [], lambda rows: Links(rows, graph.rows, graph.held_out)), "")
     except UserError as error:  # an embedding is not finite
         shown = Shown(run, None, str(error))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from mmgraph.data.image_source import UNRESOLVED_FILES, ImageSource
-from mmgraph.data.images import IMAGE_STATUS
-from mmgraph.data.node_inputs import node_text
+from mmgraph.data.images import IMAGE_STATUS, is_incomplete
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_table import NodeTable
 from mmgraph.inference.embeddings import NodeVectors
 from mmgraph.inference.neighbor_search import Links, Match, name_in, nearest_neighbors, plain
@@ -89,7 +89,7 @@ class NodesOfRun(NamedTuple):
     nodes: NodeTable
     images: ImageSource
     embedded: NodeVectors
-    truncated_images: Literal["partial", "black"]
+    rules: InputRules
     seed: int
     checkpoint: str  # name of the checkpoint that computed the embeddings
 
@@ -138,7 +138,7 @@ def _mean_similarity(vectors: np.ndarray) -> float:
 
 def _for_gallery(run_nodes: NodesOfRun, drawn: np.ndarray) -> list[int]:
     """Return the first drawn rows with a complete image, or the first drawn rows if no node has a complete image."""
-    pictured = drawn[run_nodes.embedded.image_status[drawn] == 0]
+    pictured = drawn[~is_incomplete(run_nodes.embedded.image_status[drawn])]
     return [int(row) for row in (pictured if len(pictured) else drawn)[:GALLERY_NODES]]
 
 
@@ -171,9 +171,9 @@ def _nodes(run_nodes: NodesOfRun, rows: Sequence[int], side: int) -> list[Node]:
     ids = [str(node_id) for node_id in run_nodes.nodes.ids(rows)]
     values = [run_nodes.nodes[row] for row in rows]
     references = [run_nodes.images.locate(value) for value in values]
-    pictures = thumbnails(run_nodes.images, references, side, run_nodes.truncated_images)
+    pictures = thumbnails(run_nodes.images, references, side, run_nodes.rules)
     return [
-        Node(row, _short(node_id), _short(name_in(value, node_id)), _short(node_text(value)), picture)
+        Node(row, _short(node_id), _short(name_in(value, node_id)), _short(run_nodes.rules.text(value)), picture)
         for row, node_id, value, picture in zip(rows, ids, values, pictures, strict=True)
     ]
 
@@ -198,7 +198,7 @@ def _gallery(run_nodes: NodesOfRun, chosen: Sequence[GalleryQuery], links: Links
 
 
 def _new_node(run_nodes: NodesOfRun, query: GalleryQuery) -> Node:
-    [picture] = thumbnails(UNRESOLVED_FILES, [query.image], GALLERY_SIDE, run_nodes.truncated_images)
+    [picture] = thumbnails(UNRESOLVED_FILES, [query.image], GALLERY_SIDE, run_nodes.rules)
     return Node(None, "not in the graph", _short(query.name), "", picture)
 
 

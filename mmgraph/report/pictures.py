@@ -6,13 +6,13 @@ import time
 import warnings
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from mmgraph.data.image_source import ImageSource
 from mmgraph.data.images import decode_picture, is_black
+from mmgraph.data.input_rules import InputRules
 
 # Number of threads. Threads are enough, because the decoders release the GIL. There are only 2, because each thread may
 # hold an image of 179 million pixels.
@@ -22,7 +22,7 @@ QUALITY = 70  # of WebP images, from 0 to 100
 
 
 def thumbnails(
-    images: ImageSource, references: Sequence[Hashable], side: int, truncated: Literal["partial", "black"]
+    images: ImageSource, references: Sequence[Hashable], side: int, rules: InputRules
 ) -> list[Image.Image | None]:
     """Return thumbnails of at most ``side`` x ``side`` pixels, in the order of the references.
 
@@ -33,15 +33,15 @@ def thumbnails(
         images: the source that reads the images.
         references: references of images, from ``images.locate``.
         side: maximum width and height in pixels.
-        truncated: as in :func:`mmgraph.data.images.decode_picture`.
+        rules: as in :func:`mmgraph.data.images.decode_picture`.
     """
     deadline = time.monotonic() + SECONDS
 
     def small(reference: Hashable) -> Image.Image | None:
         if time.monotonic() > deadline:
             return None
-        pixels, status = decode_picture(*images.read(reference), truncated)
-        if is_black(np.array(status), truncated):
+        pixels, status = decode_picture(*images.read(reference), rules)
+        if is_black(np.array(status), rules.truncated_images):
             return None
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
         picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)

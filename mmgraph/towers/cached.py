@@ -20,7 +20,8 @@ from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import Graph
 from mmgraph.data.image_source import ImageSource
-from mmgraph.data.images import describe_image_status
+from mmgraph.data.images import count_image_status, describe_image_status, image_remarks
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.node_table import NodeTable
 from mmgraph.distributed.collectives import raise_on_all_ranks
@@ -114,7 +115,9 @@ class CachedTowers:
 def load_content_hashes(config: Config, accelerator: Accelerator, graph: Graph) -> ContentHashes:
     """Return the hashes of a graph's texts and images. Call on all ranks. See :func:`read_content_hashes`."""
     folder = cache_folder(config.nodes)
-    return read_content_hashes(graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, folder, accelerator)
+    return read_content_hashes(
+        graph.nodes, graph.images, config.nodes, graph.nodes_fingerprint, InputRules.of(config), folder, accelerator
+    )
 
 
 def open_store(
@@ -167,7 +170,10 @@ def open_store(
     resident = raise_on_all_ranks(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"tokens in the memory of {accelerator.device}" if resident else "tokens are read from disk as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
-    return raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
+    cached = raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
+    for remark in image_remarks(count_image_status(cached.image_status), inputs.rules):
+        log(remark)
+    return cached
 
 
 def _reopen_after_build(folder: Path, content_hashes: ContentHashes) -> TowerStore:
@@ -215,7 +221,9 @@ def existing_store(
     store_recipe = recipe(config, accelerator.mixed_precision, inputs, towers)
     if not all(gather_object([store_recipe.folder.is_dir()])):
         return None  # return before the nodes are hashed: only a store needs the hashes
-    content_hashes = read_content_hashes(nodes, images, config.nodes, digest, cache_folder(config.nodes), accelerator)
+    content_hashes = read_content_hashes(
+        nodes, images, config.nodes, digest, inputs.rules, cache_folder(config.nodes), accelerator
+    )
     store = raise_on_all_ranks(accelerator, lambda: TowerStore(store_recipe.folder))
     if any(gather_object([bool(missing_shards(store, content_hashes))])):
         return None
@@ -233,10 +241,10 @@ def build_store(config: Config, accelerator: Accelerator, graph: Graph) -> None:
     towers = raise_on_all_ranks(accelerator, lambda: towers_fingerprint(read_tower_state(config.model_name)))
     check_same_towers(towers)
     tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
-    inputs = NodeInputs(tokenizer, processor, 0, config.truncated_images)
+    inputs = NodeInputs(tokenizer, processor, 0, InputRules.of(config))
     stored = open_store(config, accelerator, graph, load_content_hashes(config, accelerator, graph), inputs, towers, 0)
     if stored is not None:
-        counts = describe_image_status(stored.image_status.tolist())
+        counts = describe_image_status(count_image_status(stored.image_status))
         log("the tower store is complete" + (f"; black or partial images: {counts}" if counts else ""))
 
 

@@ -18,7 +18,7 @@ patches are float32 or float16. A shard of K entries has these tensors, where P 
 - ``hashes``: (K, 16) uint8.
 - ``patches``: (K, P, d_vis), without the class token.
 - ``pooled``: (K, d_vis) float32.
-- ``causes``: (K,) uint8, the image status of each image: an index into :data:`mmgraph.data.images.IMAGE_STATUS`.
+- ``causes``: (K,) uint8, indices into :data:`mmgraph.data.images.IMAGE_STATUS`; see :mod:`mmgraph.towers.remarks`.
 """
 
 import ctypes
@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmgraph.data.content_hashes import HASH
 from mmgraph.errors import UserError
+from mmgraph.towers.remarks import with_remarks
 from mmgraph.towers.tokens import Tokens
 
 SHARD = 512  # entries per shard; if a build is killed, each rank loses its unfinished shard
@@ -170,7 +171,7 @@ def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
     # A file consists of the header's length (8 bytes), the header in JSON, and the tensors.
     start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
     header = json.loads(content[8:start].numpy().tobytes())
-    header.pop("__metadata__", None)
+    remarks = (header.pop("__metadata__", None) or {}).get("remarks")
     if header.keys() != LAYOUT[modality].keys() or any(entry["dtype"] not in DTYPES for entry in header.values()):
         description = ", ".join(f"{name} ({entry['dtype']})" for name, entry in header.items())
         raise ValueError(f"unexpected tensors: {description}")
@@ -188,6 +189,8 @@ def _parse_shard(content: torch.Tensor, modality: Modality) -> ShardTensors:
             )
     if shard["hashes"].shape[1] != HASH.itemsize:
         raise ValueError(f"hashes have {shard['hashes'].shape[1]} bytes")
+    if remarks is not None:
+        shard["causes"] = with_remarks(shard["causes"], remarks)
     if modality == "text":
         offsets = shard["offsets"]
         if offsets[0] != 0 or offsets[-1] != len(shard["tokens"]) or not (offsets.diff() > 0).all():

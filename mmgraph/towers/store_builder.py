@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import HASH, image_hash, text_hash
 from mmgraph.data.graph import Graph
-from mmgraph.data.node_inputs import NodeInputs, node_text
+from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.distributed.collectives import (
     broadcast_from_main_process,
     on_main_process,
@@ -30,6 +30,7 @@ from mmgraph.distributed.collectives import (
 from mmgraph.errors import UserError
 from mmgraph.towers.cost import MATMUL_SHARE, matmul_flops_per_s
 from mmgraph.towers.load import load_towers
+from mmgraph.towers.remarks import take_remarks
 from mmgraph.towers.store_plan import Cost, Recipe, Shard
 from mmgraph.towers.tokens import Towers
 from mmgraph.utils.files import POLL_SECONDS, claim_file, explain_disk_errors, write_durably
@@ -197,12 +198,15 @@ class _ShardBuilder(NamedTuple):
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if shard.modality == "text":
             tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors.pop("lengths").cumsum(0)])
+        metadata = {"format": "pt"}
+        if shard.modality == "image":
+            metadata["remarks"] = take_remarks(tensors["causes"])
         tensors["hashes"] = torch.from_numpy(_bytes(shard.hashes).copy())
-        return save(tensors, metadata={"format": "pt"})
+        return save(tensors, metadata=metadata)
 
     def _texts(self, shard: Shard) -> Iterator[dict[str, torch.Tensor]]:
         for rows, hashes in zip(_batches(shard.rows), _batches(_bytes(shard.hashes)), strict=True):
-            texts = [node_text(self.graph.nodes[int(row)]) for row in rows]
+            texts = [self.inputs.rules.text(self.graph.nodes[int(row)]) for row in rows]
             if any(text_hash(text) != expected.tobytes() for text, expected in zip(texts, hashes, strict=True)):
                 raise UserError(
                     "the node table changed while the tower store was built; run the same command again to continue"

@@ -13,7 +13,7 @@ import torch
 from mmgraph.config import Config
 from mmgraph.data.content_hashes import ContentHashes
 from mmgraph.data.graph import Graph
-from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs, node_text
+from mmgraph.data.node_inputs import TEXT_LENGTH, NodeInputs
 from mmgraph.towers.load import tower_shapes
 from mmgraph.towers.store import MAX_SHARDS, SHARD, Modality, TowerStore, shard_name
 from mmgraph.utils.files import cache_folder
@@ -80,7 +80,7 @@ def recipe(config: Config, precision: str, inputs: NodeInputs, towers: str) -> R
             "mean": preprocessing.mean.flatten().tolist(),
             "std": preprocessing.std.flatten().tolist(),
         },
-        "truncated_images": config.truncated_images,
+        **inputs.rules.image_key(),
         "dtype": dtype,
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
@@ -127,7 +127,7 @@ def cost(config: Config, recipe: Recipe, graph: Graph, inputs: NodeInputs, shard
         for modality in ("text", "image")
     }
     sample = np.random.default_rng(0).permutation(len(graph.nodes))[:256]
-    _, mask = inputs.tokenize([node_text(graph.nodes[int(row)]) for row in sample])
+    _, mask = inputs.tokenize([inputs.rules.text(graph.nodes[int(row)]) for row in sample])
     length = float(mask.sum(dim=1).float().mean())
     width = recipe.dtype.itemsize
     text_bytes = counts["text"] * (text.width * (length * width + 4) + 24)

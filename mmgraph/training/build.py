@@ -20,6 +20,7 @@ from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import ImageCounter
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.node_inputs import NodeInputs
 from mmgraph.data.sampler import GlobalBatchSampler
 from mmgraph.distributed.collectives import broadcast_from_main_process, raise_on_all_ranks
@@ -142,7 +143,7 @@ class _Data(NamedTuple):
 
 def _open_data(config: Config, accelerator: Accelerator, graph: Graph, schedule: Schedule, towers: str) -> _Data:
     tokenizer, processor = raise_on_all_ranks(accelerator, lambda: load_tokenizer_and_processor(config.model_name))
-    inputs = NodeInputs(tokenizer, processor, config.cache_size, config.truncated_images)
+    inputs = NodeInputs(tokenizer, processor, config.cache_size, InputRules.of(config))
     content_hashes, neighbors = None, None
     if config.tower_cache != "off" or config.false_negatives != "keep":
         content_hashes = load_content_hashes(config, accelerator, graph)

@@ -19,7 +19,8 @@ from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.resume_state import newer_state
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
-from mmgraph.data.images import describe_image_status
+from mmgraph.data.images import count_image_status, describe_image_status, image_remarks
+from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
@@ -217,9 +218,12 @@ class RunLog:
         """
         if self.accelerator.is_main_process:
             self._close_bar()  # now, because an open bar would be printed below the last log lines
-        problems = describe_image_status_of_all_ranks(image_status)
+        counts = count_image_status_of_all_ranks(image_status)
+        problems = describe_image_status(counts)
         if problems:
             log(f"nodes without a complete image, among those seen since this start: {problems}")
+        for remark in image_remarks(counts, InputRules.of(self.config)):
+            log(remark)
         if best:
             log(best)
         if done:
@@ -242,19 +246,17 @@ def _parts(losses: Mapping[str, Any]) -> str:
     return ", ".join(f"{label} {_figure(losses[name])}" for name, label in LABELS.items())
 
 
-def describe_image_status_of_all_ranks(image_status: np.ndarray) -> str:
-    """Describe how many nodes have no complete image, by image status, over all ranks.
-
-    All ranks must call this function.
+def count_image_status_of_all_ranks(image_status: np.ndarray) -> list[int]:
+    """Count the nodes with each image status over all ranks. All ranks must call this function.
 
     Args:
         image_status: (N,) index into :data:`mmgraph.data.images.IMAGE_STATUS` of each node; 0 if this rank has not seen
             the node.
 
     Returns:
-        The counts, such as ``3 file not found, 1 truncated``. A node that several ranks have seen is counted once.
+        The number of nodes with each image status except 0. A node that several ranks have seen is counted once.
     """
     status_by_row: dict[int, int] = {}
     for rank_status in gather_object([{int(row): int(image_status[row]) for row in image_status.nonzero()[0]}]):
         status_by_row |= rank_status
-    return describe_image_status(list(status_by_row.values()))
+    return count_image_status(list(status_by_row.values()))

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from mmgraph.checkpoints.consolidate import loss_scale
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
-from mmgraph.data.images import ImageCounter
+from mmgraph.data.images import ImageCounter, describe_image_status
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
@@ -18,7 +18,7 @@ from mmgraph.losses.objective import TOTAL
 from mmgraph.training.batch_stream import BatchStream
 from mmgraph.training.host_copy import HostCopy
 from mmgraph.training.nonfinite import NonfiniteSteps
-from mmgraph.training.run_log import RunLog, describe_image_status_of_all_ranks
+from mmgraph.training.run_log import RunLog, count_image_status_of_all_ranks
 from mmgraph.training.schedule import Schedule
 from mmgraph.training.train_step import StepResult, TrainStep
 
@@ -162,7 +162,7 @@ class StepLog:
         # Do not judge before enough images have been read.
         if bad <= limit * read or count < min(100, len(self.images.image_status) // 2):
             return
-        problems = describe_image_status_of_all_ranks(self.images.image_status)
+        problems = describe_image_status(count_image_status_of_all_ranks(self.images.image_status))
         raise UserError(
             f"{bad / read:.0%} of the images so far are missing or incomplete ({problems}); the limit is {limit:.0%} "
             f"(--max_bad_images {limit:g}); check --image_root and the files, or raise the limit"
