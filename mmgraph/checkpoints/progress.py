@@ -30,9 +30,11 @@ class Progress:
         self.samples_in_epoch += edges
 
     def add_losses(self, losses: Mapping[str, float]) -> None:
-        """Add a step's losses to the sums of its epoch."""
+        """Add a step's losses to the sums of its epoch. A loss that the epoch's first step lacks is not summed."""
+        first = not self.epoch_sums
         for name, value in {**losses, "steps": 1}.items():
-            self.epoch_sums[name] = self.epoch_sums.get(name, 0) + value
+            if first or name in self.epoch_sums:
+                self.epoch_sums[name] = self.epoch_sums.get(name, 0) + value
 
     def begin_epoch(self) -> None:
         """Advance to the next epoch."""

@@ -259,6 +259,16 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text({**record, "sha256": others}).encode()).hexdigest()
 
 
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Return the run fingerprint in the newest readable state in ``folder``, or an empty dict. Tensors are not read."""
+    for state in state_folders(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            identity = json.loads((state / RECORD).read_text(encoding="utf-8"))["identity"]
+            if isinstance(identity, dict):
+                return identity
+    return {}
+
+
 def read_state(path: Path) -> tuple[Progress, TrainedState]:
     """Return the progress and the tensors of a state. Raise :class:`UserError` if it is invalid."""
     record = read_record(path)

@@ -57,6 +57,7 @@ def _build_parser() -> _Parser:
         ("evaluate", "rank held-out edges with a checkpoint or with feature files", _add_evaluate_arguments),
         ("neighbors", "find the nodes nearest to a node, a text or an image", _add_neighbors_arguments),
         ("report", "write an HTML report of a run, or of several side by side", _add_report_arguments),
+        ("split", "write the edges that a run was trained on as a table", _add_split_arguments),
         ("bench", "run a benchmark on this machine; also takes the flags of launch.py", _add_bench_arguments),
         ("convert", "convert a checkpoint between .pt and .safetensors without loss", _add_convert_arguments),
     ):
@@ -148,13 +149,13 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _encode(args: argparse.Namespace) -> None:
     from mmgraph.distributed.launch import build_accelerator
-    from mmgraph.inference.encode import FEATURES, encode
-    from mmgraph.inference.pretrained import load_run_config, run_folder
+    from mmgraph.inference.encode import FEATURES, default_output, encode
+    from mmgraph.inference.pretrained import load_run_config
 
     accelerator = build_accelerator()
     checkpoint = _find_checkpoint(args.source, accelerator)
     config = load_run_config(checkpoint, _overrides(args))
-    output = args.output_dir or (run_folder(checkpoint) or Path()) / "features"
+    output = args.output_dir or default_output(checkpoint, config)
     encode(checkpoint, config, accelerator, output, args.features or FEATURES, args.format)
     accelerator.end_training()
 
@@ -252,6 +253,27 @@ def _report(args: argparse.Namespace) -> None:
     accelerator = build_accelerator()
     report(runs, output, _overrides(args), accelerator, queries)
     accelerator.end_training()
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("output", type=Path, metavar="FILE", help="table to write: .csv, .parquet or .arrow")
+    parser.add_argument(
+        "--edges", metavar="EDGES", help="the run's edge table (default: its path in the run's settings)"
+    )
+    parser.set_defaults(run=_split)
+
+
+def _split(args: argparse.Namespace) -> None:
+    from mmgraph.data.run_split import read_split
+    from mmgraph.data.training_edges import write_training_edges
+    from mmgraph.inference.pretrained import read_settings
+
+    split, settings = read_split(args.source), read_settings(args.source)
+    if split is None or settings is None:
+        raise UserError(f"{args.source}: not the folder of a run with a split; runs write it since mmgraph 0.1.0")
+    if is_main_process():
+        write_training_edges(split, args.edges or settings["edges"], args.output)
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

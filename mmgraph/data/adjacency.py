@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mmgraph.data.edge_table import EdgeTable
+from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 
 EDGE_CHUNK = 1 << 20  # edges read at a time
 PAIR_CHUNK = 1 << 21  # pairs per look-up; their int64 keys take 16 MB
@@ -70,7 +70,7 @@ class Adjacency:
         return result
 
 
-def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
+def pair_keys(rows: np.ndarray | EdgeTable | RemainingEdges, num_nodes: int) -> np.ndarray:
     """Return a key for each unique (node, neighbor) pair of the edges. Each edge gives a pair in both directions.
 
     Args:
@@ -87,6 +87,6 @@ def pair_keys(rows: np.ndarray | EdgeTable, num_nodes: int) -> np.ndarray:
     return np.unique(np.concatenate(keys))
 
 
-def _parts(rows: np.ndarray | EdgeTable) -> Iterator[np.ndarray]:
+def _parts(rows: np.ndarray | EdgeTable | RemainingEdges) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), EDGE_CHUNK):
         yield rows[np.arange(start, min(start + EDGE_CHUNK, len(rows)))]

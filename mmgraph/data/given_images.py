@@ -33,7 +33,9 @@ def given_image(node: Mapping[str, Any]) -> Given:
 
 def _given(value: Any) -> Given:
     match value:
-        case None | float() if value is None or np.isnan(value):
+        case None:
+            return None
+        case float() | np.floating() if np.isnan(value):
             return None
         case str():
             if "://" in value:
@@ -79,22 +81,21 @@ def check_keys(nodes: Sequence[Mapping[str, Any]], rules: InputRules) -> None:
     Raises:
         UserError: a key is missing. The message names the key and the node's keys.
     """
+    known = {name for node in nodes for name in node}
     for node in nodes:
         for key in (KEY, *rules.columns):
             if key not in node:
-                _check_missing(key, node, nodes, rules)
+                _check_missing(key, node, known, rules)
 
 
-def _check_missing(key: str, node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], rules: InputRules) -> None:
+def _check_missing(key: str, node: Mapping[str, Any], known: set[Any], rules: InputRules) -> None:
     others = [str(name) for name in node if name not in (KEY, *rules.columns)]
     near = get_close_matches(key, others, 1, cutoff=0.75)
     if key == KEY:
         near += [name for name in others if any(word in name.lower() for word in IMAGE_WORDS)]
     has_text = any(name in node for name in rules.columns)
     required = rules.text_columns is not None or (not has_text and bool(others))
-    if near or any(key in other for other in nodes) or (key != KEY and required):
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(
-            f"a node has no key '{key}', only {', '.join(map(str, node)) or 'no key at all'}{hint} Set '{key}' to None "
-            "for a node without it"
-        )
+    if near or key in known or (key != KEY and required):
+        found = f", only {', '.join(map(str, node))}" if node else " and no other key"
+        hint = f"; did you mean '{near[0]}'? Set" if near else "; set"
+        raise UserError(f"a node has no key '{key}'{found}{hint} '{key}' to None for a node without it")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from mmgraph.config import Config
+from mmgraph.data.edge_conversion import Edges
 from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.image_paths import ImagePaths
 from mmgraph.data.image_source import ImageFiles, ImageSource
@@ -28,6 +29,7 @@ class TrainingEdges(NamedTuple):
     names: list[str]  # names of the relations; empty if the edges have none
     fingerprint: str  # fingerprint of the edge table
     held_out: HeldOut | None  # edges to evaluate on; None: no edges are held out
+    table: Edges  # all edges of the edge table
 
 
 class Graph(NamedTuple):
@@ -39,8 +41,9 @@ class Graph(NamedTuple):
     nodes_fingerprint: str
     edges_fingerprint: str
     held_out: HeldOut | None  # edges to evaluate on; None: no edges are held out
-    relations: EdgeTable | RemainingEdges | None = None  # (E,) indices into relation_names; None: no relations
-    relation_names: Sequence[str] = ()
+    relations: EdgeTable | RemainingEdges | None  # (E,) indices into relation_names; None: no relations
+    relation_names: Sequence[str]
+    edge_table: Edges  # all edges of the edge table, with those that are held out
 
 
 def load_graph(config: Config) -> Graph:
@@ -72,6 +75,7 @@ def load_graph(config: Config) -> Graph:
         edges.held_out,
         edges.relations,
         edges.names,
+        edges.table,
     )
 
 
@@ -83,15 +87,15 @@ def load_edges(config: Config, nodes: NodeTable, nodes_fingerprint: str) -> Trai
     """
     digest = fingerprint(config.edges)
     edges = open_edges(config.edges, digest, nodes, nodes_fingerprint)
-    edges = edges._replace(names=relation_names(config.edges, edges.names))
+    names = relation_names(config.edges, edges.names)
     if config.eval_fraction:
         digests = digest, nodes_fingerprint
         rows, relations, held_out = split_edges(
-            config.edges, edges, digests, len(nodes), config.eval_fraction, config.seed
+            config.edges, edges, names, digests, len(nodes), config.eval_fraction, config.seed
         )
-        return TrainingEdges(rows, relations, edges.names, digest, held_out)
+        return TrainingEdges(rows, relations, names, digest, held_out, edges)
     other = None if config.eval_edges is None else read_held_out(config.eval_edges, nodes, nodes_fingerprint)
-    return TrainingEdges(edges.rows, edges.relations, edges.names, digest, other)
+    return TrainingEdges(edges.rows, edges.relations, names, digest, other, edges)
 
 
 def find_images(nodes: NodeTable, config: Config, seed: int) -> ImageSource:

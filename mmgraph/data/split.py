@@ -8,11 +8,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 
+from mmgraph.data.edge_conversion import Edges
 from mmgraph.data.edge_table import EdgeTable, EdgeWriter, RemainingEdges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
 from mmgraph.data.sampler import permuted
-from mmgraph.data.table_cache import FORMAT, Edges, convert_once, open_edges
+from mmgraph.data.table_cache import FORMAT, open_converted, open_edges
 from mmgraph.errors import UserError
 from mmgraph.utils.files import save_array
 from mmgraph.utils.log import log
@@ -27,6 +28,8 @@ class HeldOut(NamedTuple):
     relations: np.ndarray | None  # (M,) int64, indices into names; None: the edges have no relations
     names: list[str]  # names of the relations
     fingerprint: str  # identifies the set of edges
+    relation_ids: Sequence[str] = ()  # ids of the relations in the table of the edges
+    numbers: np.ndarray | None = None  # (M,) int64, ascending, numbers among the run's edges; None: from another table
 
 
 def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.ndarray:
@@ -62,7 +65,13 @@ def split(rows: np.ndarray, num_nodes: int, fraction: float, seed: int) -> np.nd
 
 
 def split_edges(
-    path: str | Path, edges: Edges, digests: Sequence[str], num_nodes: int, fraction: float, seed: int
+    path: str | Path,
+    edges: Edges,
+    names: list[str],
+    digests: Sequence[str],
+    num_nodes: int,
+    fraction: float,
+    seed: int,
 ) -> tuple[EdgeTable, RemainingEdges | None, HeldOut]:
     """Split the edges for training and evaluation. The split is computed once and stored beside the edge table.
 
@@ -70,7 +79,8 @@ def split_edges(
 
     Args:
         path: the edge table.
-        edges: the edges of this table, their relations, and the names of the relations.
+        edges: the edges of this table, their relations, and the ids of the relations.
+        names: names of the relations.
         digests: fingerprints of the edge table and the node table.
         num_nodes, fraction, seed: as in :func:`split`.
 
@@ -81,10 +91,16 @@ def split_edges(
         UserError: no edge can be held out.
     """
     name = f"split{FORMAT}-{fraction!r}-{seed}-{'-'.join(digest[:16] for digest in digests)}.npy"
-    train_path = convert_once(
-        path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed)
+
+    def load(converted: Path) -> tuple[EdgeTable, np.ndarray]:
+        rows, numbers = EdgeTable(converted), np.load(converted.parent / f"{name}.held_out.npy")
+        if len(rows) + len(numbers) != len(edges.rows):
+            raise ValueError(f"{len(rows):,} + {len(numbers):,} edges instead of {len(edges.rows):,}")
+        return rows, numbers
+
+    rows, numbers = open_converted(
+        path, name, lambda file, target: _write_split(file, target, edges, num_nodes, fraction, seed), load
     )
-    numbers = np.load(train_path.parent / f"{name}.held_out.npy")
     requested = int(fraction * len(edges.rows))
     if len(numbers) < 0.9 * requested:
         log(
@@ -97,9 +113,9 @@ def split_edges(
             "edge table instead"
         )
     relations = None if edges.relations is None else edges.relations[numbers]
-    held_out = HeldOut(edges.rows[numbers], relations, edges.names, name)
+    held_out = HeldOut(edges.rows[numbers], relations, names, name, edges.names, numbers)
     return (
-        EdgeTable(train_path),
+        rows,
         None if edges.relations is None else RemainingEdges(edges.relations, numbers),
         held_out,
     )
@@ -131,7 +147,7 @@ def read_held_out(path: str | Path, nodes: NodeTable, nodes_digest: str) -> Held
     edges = open_edges(path, digest, nodes, nodes_digest)
     numbers = np.arange(len(edges.rows))
     rows, relations = edges.rows[numbers], None if edges.relations is None else edges.relations[numbers]
-    return HeldOut(rows, relations, relation_names(path, edges.names), digest)
+    return HeldOut(rows, relations, relation_names(path, edges.names), digest, edges.names)
 
 
 def relation_names(edges_path: str | Path, ids: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ The folder ``tables`` in a table's cache folder (see :func:`mmgraph.utils.files.
 - ``nodes-<hash>.arrow``: the nodes. If an Arrow file needs no conversion: an empty ``nodes-<hash>.checked`` instead.
 - ``edges-<hash>.npy``: the edges, as pairs of row numbers in the node table.
 - ``edges-<hash>.relations.npy``: the relations of the edges, if the table has a column ``rel_id``.
+- ``edges-<hash>.known.npy``: which rows of the edge table have both ends in the node table, one bit each, if not all.
 - ``edges-<hash>.json``: the names of the relations, and the number of dropped edges for the log.
 
 The hash covers the bytes of the tables and the version of the conversion, so a changed table is converted again. All
@@ -14,43 +15,30 @@ of these files are complete, and their tables have been checked.
 import atexit
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mmgraph.data.edge_table import EdgeTable, EdgeWriter
+from mmgraph.data.edge_conversion import Edges, load_converted_edges, write_edges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import ARROW, fingerprint, is_text, read_chunks
-from mmgraph.data.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique, find_ids
+from mmgraph.data.tables import EDGE_COLUMNS, NODE_COLUMNS, check_dropped, check_unique
 from mmgraph.errors import RunError, UserError
-from mmgraph.utils.files import cache_folder, create_once, save_array, write_durably
+from mmgraph.utils.files import cache_folder, create_once
 from mmgraph.utils.log import log
 
 Opened = TypeVar("Opened")
 
 FORMAT = 2  # version of the conversion; increase it when the result of the conversion changes
-RELATION = "rel_id"
 ATTEMPTS = 3  # maximum number of attempts to open a converted table
 ROW_CHUNK = 1 << 16  # rows in memory at a time, and in a record batch
-EDGE_CHUNK = 1 << 20  # minimum number of edges whose node ids are looked up at a time
-
-
-class Edges(NamedTuple):
-    """The edges that have both ends in the node table, in the order of the edge table."""
-
-    rows: EdgeTable  # (E, 2) node rows of source and destination
-    relations: EdgeTable | None  # (E,) indices into names; None: the table has no relations
-    names: list[str]  # names of the relations, from ``rel_id``; empty if the table has none
 
 
 _temporary_folders: dict[Path, Path] = {}  # cache folder that cannot be written -> temporary folder
@@ -70,7 +58,7 @@ def open_nodes(path: str | Path, digest: str) -> NodeTable:
         # The empty file marks the table as checked, so that later starts skip the check.
         convert_once(path, f"{name}.checked", lambda file, _: _check_nodes(path, table))
         return table
-    return _open(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
+    return open_converted(path, f"{name}.arrow", lambda file, _: _write_nodes(file, path, digest), NodeTable)
 
 
 def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: str) -> Edges:
@@ -86,27 +74,34 @@ def open_edges(path: str | Path, digest: str, nodes: NodeTable, nodes_digest: st
     """
     name = f"edges-{_hash(digest, nodes_digest)}.npy"
 
-    def load(converted: Path) -> tuple[Edges, list[Any]]:
-        summary = json.loads(converted.with_suffix(".json").read_text())
-        relations = EdgeTable(converted.with_suffix(".relations.npy")) if summary["relations"] else None
-        return Edges(EdgeTable(converted), relations, summary["relations"]), summary["dropped"]
-
-    edges, dropped = _open(path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), load)
+    edges, dropped = open_converted(
+        path, name, lambda file, target: _write_edges(file, target, path, digest, nodes), load_converted_edges
+    )
     if dropped[0]:
         check_dropped(path, *dropped)
     return edges
 
 
-def _open(
+def open_converted(
     table: str | Path, name: str, write: Callable[[BinaryIO, Path], object], load: Callable[[Path], Opened]
 ) -> Opened:
-    """Convert a table if needed, and open the result with ``load``. Convert it again if the result is damaged."""
+    """Convert a table if needed, and open the result with ``load``. Convert it again if the result is damaged.
+
+    Args:
+        table: path of the table.
+        name: name of the converted file in the table's cache.
+        write: fills the converted file, an open file with this final path.
+        load: opens the converted file with this path.
+
+    Raises:
+        RunError: the result is still damaged after :data:`ATTEMPTS` attempts.
+    """
     for _ in range(ATTEMPTS):
         path = convert_once(table, name, write)
         identity = _identity(path)
         try:
             return load(path)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = f"{path}: damaged ({type(error).__name__}: {error})"
         if _identity(path) == identity:  # else another process has already converted the table again
             log(f"{reason}; converting it again")
@@ -228,67 +223,8 @@ def _plain(path: str | Path, table: pa.Table) -> pa.Table:
 
 def _write_edges(file: BinaryIO, target: Path, path: str | Path, digest: str, nodes: NodeTable) -> None:
     start = time.monotonic()
-    writer, relations = EdgeWriter(file, len(nodes)), _Relations()
-    total, unknown = 0, None
-    # Each look-up builds the index of the node ids again. With few edges per look-up, this would be most of the work.
-    for part in _gathered(read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROW_CHUNK), max(EDGE_CHUNK, len(nodes) // 4)):
-        both = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in part[name].chunks])
-        with nodes.column("node_id") as ids:
-            ends = find_ids(ids.cast(pa.large_string()), both).reshape(2, -1).T
-        known = np.all(ends >= 0, axis=1)
-        if unknown is None and not known.all():
-            first = int(np.argmin(known))
-            unknown = part[EDGE_COLUMNS[0 if ends[first, 0] < 0 else 1]][first].as_py()
-        writer.write(ends[known])
-        if RELATION in part.column_names:
-            relations.add(path, part[RELATION], known)
-        total += len(part)
-    writer.finish()
-    dropped = total - writer.count, total, unknown
-    if not writer.count:
-        check_dropped(path, *dropped)  # raises, so that the file is discarded
+    write_edges(file, target, path, read_chunks(path, EDGE_COLUMNS, EDGE_COLUMNS, ROW_CHUNK), nodes)
     _finish(path, digest, start)
-    names = list(relations.names) if relations.usable else []
-    if names:
-        save_array(target.with_suffix(".relations.npy"), np.concatenate(relations.codes))
-    summary = json.dumps({"dropped": dropped, "relations": names})
-    write_durably(target.with_suffix(".json"), lambda temporary: temporary.write_text(summary), shared=True)
-
-
-class _Relations:
-    """Collects the relations of edges chunk by chunk, as numbers. A missing relation gets an empty name."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, int] = {}
-        self.codes: list[np.ndarray] = []  # int32
-        self.usable = True
-
-    def add(self, path: str | Path, column: pa.ChunkedArray, known: np.ndarray) -> None:
-        try:
-            text = pc.fill_null(column.cast(pa.large_string()), "").combine_chunks()
-        except pa.ArrowException:
-            if not self.codes:
-                log(
-                    f"{path}: column '{RELATION}' has type {column.type}, which cannot be converted to text; relations "
-                    "are ignored"
-                )
-            text = pa.array([""] * len(column), pa.large_string())
-            self.usable = False
-        encoded = text.filter(pa.array(known)).dictionary_encode()
-        numbers = [self.names.setdefault(name, len(self.names)) for name in encoded.dictionary.to_pylist()]
-        self.codes.append(np.array(numbers, np.int32)[encoded.indices.to_numpy()])
-
-
-def _gathered(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Join the edge columns of the tables into chunks of at least ``rows`` rows. The last chunk may have fewer rows."""
-    pending: list[pa.Table] = []
-    for table in tables:
-        pending.append(table.select([*EDGE_COLUMNS, *[RELATION] * (table.column_names.count(RELATION) == 1)]))
-        if sum(map(len, pending)) >= rows:
-            yield pa.concat_tables(pending, promote_options="permissive")
-            pending = []
-    if pending:
-        yield pa.concat_tables(pending, promote_options="permissive")
 
 
 def _finish(path: str | Path, digest: str, start: float) -> None:

@@ -44,8 +44,8 @@ def check_texts(nodes: NodeTable, rules: InputRules, path: str | Path) -> None:
     if unused >= WARN_SHARE * len(rows):
         log(
             f"warning: {path}: the summary of {unused:,} of {len(rows):,} checked nodes is not used, although it has "
-            f"more than {LONG} characters, such as '{example[:LONG]}...': it has at most three words between spaces, so "
-            "the short_name is the text; set --text_columns short_name,summary to use both"
+            f"more than {LONG} characters, such as '{example[:LONG]}...': it has at most three words between spaces. "
+            "Their short_name is used; set --text_columns short_name,summary to use both"
         )
 
 

@@ -13,13 +13,17 @@ from accelerate import Accelerator
 from mmgraph.checkpoints.files import has_checkpoint, load_safely
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
-from mmgraph.data.graph import Graph, load_graph
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.table_cache import open_nodes
 from mmgraph.data.tables import find_ids
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
 from mmgraph.inference.feature_files import FORMATS, read_features
-from mmgraph.inference.pretrained import open_checkpoint
+from mmgraph.inference.feature_origin import check_origin
+from mmgraph.inference.pretrained import open_checkpoint, run_folder
+from mmgraph.inference.run_edges import load_run_edges
 from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
@@ -68,7 +72,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def evaluate(
-    checkpoint: Path | None, features: Sequence[Path], config: Config, accelerator: Accelerator, path: Path | None
+    checkpoint: Path | None,
+    features: Sequence[Path],
+    config: Config,
+    accelerator: Accelerator,
+    path: Path | None,
 ) -> None:
     """Rank held-out edges by a checkpoint's embeddings or by feature files. All processes must call this function.
 
@@ -88,10 +96,18 @@ def evaluate(
         raise UserError(
             "no edges to rank: set --eval_edges to an edge table, or --eval_fraction to its value in the run"
         )
-    graph = raise_on_all_ranks(accelerator, lambda: load_graph(config))
-    assert graph.held_out is not None
-    trained = Adjacency(torch.from_numpy(pair_keys(graph.rows, len(graph.nodes))), len(graph.nodes))
-    evaluation = Evaluation(accelerator, trained, graph.held_out, config.seed)
+    digest = raise_on_all_ranks(accelerator, lambda: fingerprint(config.nodes))
+    nodes = raise_on_all_ranks(accelerator, lambda: open_nodes(config.nodes, digest))
+    folder = run_folder(checkpoint or features[0])
+    edges = raise_on_all_ranks(accelerator, lambda: load_run_edges(folder, config, nodes, digest))
+    if edges.held_out is None:
+        raise UserError(f"{folder}: the run held out no edges; rank other edges with --eval_edges")
+    trained, known = (
+        None if rows is None else Adjacency(torch.from_numpy(pair_keys(rows, len(nodes))), len(nodes))
+        for rows in (edges.trained, edges.known)
+    )
+    trained = trained or Adjacency(torch.empty(0, dtype=torch.int64), len(nodes))
+    evaluation = Evaluation(accelerator, trained, edges.held_out, config.seed, known)
     if checkpoint is not None:
         inference = open_checkpoint(checkpoint, config, accelerator)
         table = evaluation.evaluate(inference.module.embeddings, inference.outputs)
@@ -99,28 +115,29 @@ def evaluate(
         ranks = {}
         names = [file.stem.removeprefix("features_") for file in features]
         for name, file in zip(names, features, strict=True):
-            vectors = raise_on_all_ranks(accelerator, partial(_features_of, file, graph, config.nodes))
+            vectors = raise_on_all_ranks(accelerator, partial(_features_of, file, nodes, digest, config.nodes))
             unique = names.count(name) == 1 and name != "random"
             ranks[name if unique else str(file)] = evaluation.ranks(vectors)
         table = evaluation.table({**ranks, "random": evaluation.random_ranks()})
     on_main_process(accelerator, lambda: _print_table(table, path))
 
 
-def _features_of(path: Path, graph: Graph, nodes_path: str) -> torch.Tensor:
+def _features_of(path: Path, nodes: NodeTable, nodes_fingerprint: str, nodes_path: str) -> torch.Tensor:
     """Return a file's vectors, (N, d), in the order of the node table."""
     vectors, ids = read_features(path)
-    count = len(graph.nodes)
+    count = len(nodes)
     if len(vectors) != count:
         raise UserError(
             f"{path} has {len(vectors):,} vectors, but {nodes_path} has {count:,} nodes; give files of the same graph"
         )
     if ids is None:
+        check_origin(path, nodes, nodes_fingerprint, nodes_path)
         return vectors
-    with graph.nodes.column("node_id") as column:
+    with nodes.column("node_id") as column:
         rows = find_ids(pa.chunked_array([pa.array(ids, pa.large_string())]), column.cast(pa.large_string()))
     if (rows < 0).any():
         raise UserError(
-            f"{path} has no vector for node '{graph.nodes.ids([int(rows.argmin())])[0]}'; give files of the same graph"
+            f"{path} has no vector for node '{nodes.ids([int(rows.argmin())])[0]}'; give files of the same graph"
         )
     return vectors[torch.from_numpy(rows)]
 

@@ -41,8 +41,8 @@ class Evaluation:
 
     Each held-out edge gives two queries. The first ranks the destination among all nodes, by similarity to the source.
     The second ranks the source, by similarity to the destination. The query node and its other neighbors are not
-    candidates. A neighbor is any node that a training or held-out edge links with the query node, in any relation and
-    direction. Self-loops are skipped. An edge that occurs several times in the table is ranked once.
+    candidates. A neighbor is any node that a training, held-out or otherwise known edge links with the query node, in
+    any relation and direction. Self-loops are skipped. An edge that occurs several times in the table is ranked once.
 
     Each process holds one or two embeddings of all nodes at a time, in O(nodes x dim) memory, and computes the ranks
     of its shard of the queries.
@@ -52,12 +52,15 @@ class Evaluation:
         trained: adjacency of the training edges.
         held_out: the edges to rank.
         seed: seed of the random embeddings, the sampled negatives, the retrieval queries and the shuffled images.
+        known: adjacency of further edges that are known. It may contain held-out edges.
 
     Raises:
         UserError: all held-out edges are self-loops.
     """
 
-    def __init__(self, accelerator: Accelerator, trained: Adjacency, held_out: HeldOut, seed: int):
+    def __init__(
+        self, accelerator: Accelerator, trained: Adjacency, held_out: HeldOut, seed: int, known: Adjacency | None = None
+    ):
         self.accelerator, self.num_nodes, self.seed = accelerator, trained.num_nodes, seed
         self.names, self.held_out = held_out.names, held_out.fingerprint
         relations = np.zeros(len(held_out.rows), np.int64) if held_out.relations is None else held_out.relations
@@ -75,7 +78,8 @@ class Evaluation:
                 "this inflates all metrics"
             )
         held_out_pairs = Adjacency(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
-        self.known = [neighbors.to(accelerator.device) for neighbors in (trained, held_out_pairs)]
+        adjacencies = [trained, held_out_pairs, *([] if known is None else [known])]
+        self.known = [neighbors.to(accelerator.device) for neighbors in adjacencies]
         self.fixed: dict[str, Ranks] = {}  # ranks by embedding, for FIXED and random; filled in once
 
     def evaluate(self, embeddings: Embeddings, outputs: NodeOutputs) -> Table:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from mmgraph.checkpoints.resume_state import read_identity
 from mmgraph.config import Config
 from mmgraph.data.images import describe_image_status, image_remarks
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.run_split import read_split
 from mmgraph.distributed.collectives import on_main_process, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import FORMATS
 from mmgraph.inference.feature_shards import FeatureShards, build_shards, progress_bar, show_progress
-from mmgraph.inference.pretrained import Inference, open_checkpoint
+from mmgraph.inference.pretrained import Inference, open_checkpoint, read_settings, run_folder
 from mmgraph.utils.files import lock_folder
 from mmgraph.utils.log import log
 
@@ -43,6 +46,26 @@ def encode(
     with ExitStack() as stack:
         on_main_process(accelerator, lambda: _open_folder(output, stack))
         _encode(open_checkpoint(checkpoint, config, accelerator), config, accelerator, output, features, file_format)
+
+
+def default_output(checkpoint: Path, config: Config) -> Path:
+    """Return the folder for the features of a checkpoint's run, or ``features`` for a checkpoint outside of a run.
+
+    Raises:
+        UserError: ``config`` names another node table than that of the run, whose features would be overwritten.
+    """
+    folder = run_folder(checkpoint)
+    if folder is None:
+        return Path("features")
+    own = Path(str((read_settings(folder) or {}).get("nodes")))
+    split = read_split(folder)
+    trained_on = split.nodes_fingerprint if split is not None else read_identity(folder / "state").get("nodes table")
+    if own.resolve() != Path(config.nodes).resolve() and trained_on != fingerprint(config.nodes):
+        raise UserError(
+            f"--nodes {config.nodes}: not the node table that the run was trained on; set --output_dir, so that the "
+            f"run's own features in {folder / 'features'} are not overwritten"
+        )
+    return folder / "features"
 
 
 def _encode(

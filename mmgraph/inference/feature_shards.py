@@ -25,6 +25,7 @@ from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import write_features
+from mmgraph.inference.feature_origin import ids_digest, origin_file, write_origin
 from mmgraph.inference.node_outputs import BATCH
 from mmgraph.inference.pretrained import Inference
 from mmgraph.towers.cached import VISIBLE_SECONDS
@@ -199,11 +200,15 @@ class FeatureShards:
 
     def write(self, features: Sequence[str], file_format: str) -> Iterator[int]:
         """Join the shards into one file per feature, in format ``file_format``. Yield the number of rows written."""
+        ids = ids_digest(self.inference.nodes) if features else ""
         for feature in features:
             shape = len(self.inference.nodes), self._read(0, feature).shape[1]
             shards = (self._read(number, feature).numpy() for number in range(len(self)))
             path = self.folder.parent / f"features_{feature}.{file_format}"
+            origin_file(path).unlink(missing_ok=True)  # first, so that it never stands beside another file
             yield from write_features(path, shape, shards, self._ids())
+            fingerprints = self.inference.nodes_fingerprint, self.inference.checkpoint_fingerprint
+            write_origin(path, shape[0], ids, *fingerprints)
 
     def count_image_status(self) -> list[int]:
         """Return the number of nodes with each image status, in the order of ``IMAGE_STATUS``."""

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from sklearn.neighbors import NearestNeighbors
 
 from mmgraph.config import Config
-from mmgraph.data.edge_table import EdgeTable
-from mmgraph.data.graph import load_edges
+from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.split import HeldOut
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.embeddings import embed_all_nodes, normalize_rows
 from mmgraph.inference.pretrained import Inference, open_checkpoint, run_folder
+from mmgraph.inference.run_edges import load_run_edges
 from mmgraph.towers.clip import has_random_weights
 from mmgraph.utils.log import log
 from mmgraph.utils.text_table import text_table
@@ -169,7 +169,7 @@ class Links:
         held_out: the held-out edges; None if there are none.
     """
 
-    def __init__(self, rows: Sequence[int], trained: EdgeTable | np.ndarray, held_out: HeldOut | None):
+    def __init__(self, rows: Sequence[int], trained: EdgeTable | RemainingEdges | np.ndarray, held_out: HeldOut | None):
         chosen = np.unique(np.array(rows, np.int64))
         self.pairs = {"held out": set[tuple[int, int]](), "trained": set[tuple[int, int]]()}
         for start in range(0, len(trained), EDGE_CHUNK):
@@ -208,14 +208,20 @@ def plain(text: str) -> str:
     return " ".join(CONTROL.sub(" ", text).split())
 
 
-def load_links(rows: Sequence[int], inference: Inference, config: Config) -> Links | None:
-    """Load the edges of some nodes. If that fails, log why and return None."""
+def load_links(rows: Sequence[int], inference: Inference, config: Config, folder: Path | None) -> Links | None:
+    """Load the edges of some nodes. If that fails, log why and return None.
+
+    Args:
+        folder: folder of the checkpoint's run; None if the checkpoint is in no run's folder.
+    """
     try:
-        edges = load_edges(config, inference.nodes, inference.nodes_fingerprint)
+        edges = load_run_edges(folder, config, inference.nodes, inference.nodes_fingerprint)
+        if edges.trained is None:
+            raise UserError("it is not known which of the table's edges the run was trained on")
     except UserError as error:
         log(f"edges are not shown: {error}")
         return None
-    return Links(rows, edges.rows, edges.held_out)
+    return Links(rows, edges.trained, edges.held_out)
 
 
 def resolve_query(query: Query, inference: Inference, embedding: str) -> int | np.ndarray:
@@ -263,7 +269,7 @@ def neighbors(
     def show() -> None:
         row, vector = (target, embedded.vectors[target]) if isinstance(target, int) else (None, target)
         [matches] = nearest_neighbors(embedded.vectors, vector[None], count, [row])
-        links = None if row is None else load_links([row], inference, config)
+        links = None if row is None else load_links([row], inference, config, run_folder(checkpoint))
         if row is None and not (query.text and query.image):
             log(f"the query has {'no image, so a black image' if query.text else 'no text, so one space'} is used")
         if row is None and has_random_weights(config.model_name):

@@ -236,8 +236,9 @@ def run_folder(checkpoint_path: str | Path) -> Path | None:
     counts.
     """
     absolute = Path(os.path.abspath(checkpoint_path))  # noqa: PTH100 - Path.absolute keeps "..", and resolve() links
+    relative = not Path(checkpoint_path).is_absolute()
     for path in (absolute, absolute.resolve()):
-        folder = path.parent.parent
+        folder = Path(os.path.relpath(path.parent.parent)) if relative else path.parent.parent
         settings = read_settings(folder)
         if settings is not None and settings.keys() & VALUE_TYPES.keys():
             return folder

@@ -20,6 +20,8 @@ class Losses(NamedTuple):
     graph: torch.Tensor  # graph loss: compares each anchor with its positive
     # Masked false negatives per query: (mm, graph), or () if no rule masks them.
     masked_counts: tuple[torch.Tensor, ...] = ()
+    # Graph loss of embeddings that are all equal: the mean of ln(candidates in the denominator). None: ln(batch size).
+    graph_chance: torch.Tensor | None = None
 
 
 class BatchNodes(NamedTuple):
@@ -80,7 +82,8 @@ def contrastive_losses(
     graph_loss = _info_nce(tuple(local[0]), tuple(gathered[0]), labels, temperature, masks.graph)
     text, vis, all_text, all_vis = (z.flatten(0, 1) for z in (*local[1:], *gathered[1:]))  # (2b or 2B, proj_dim)
     mm_loss = _info_nce((text, vis), (all_text, all_vis), node_labels, temperature, masks.mm, masks.mm_weights)
-    return Losses(mm_loss + graph_loss_weight * graph_loss, mm_loss, graph_loss, masks.counts())
+    total = mm_loss + graph_loss_weight * graph_loss
+    return Losses(total, mm_loss, graph_loss, masks.counts(), masks.graph_chance())
 
 
 class _Masks(NamedTuple):
@@ -100,6 +103,12 @@ class _Masks(NamedTuple):
             for masks in (self.mm, self.graph)
             if masks is not None and masks[0].own_images
         )
+
+    def graph_chance(self) -> torch.Tensor | None:
+        """Return the graph loss of equal embeddings; None if the graph loss masks nothing. Call as :meth:`counts`."""
+        if self.graph is None:
+            return None
+        return torch.stack([mask.log_candidates / mask.queries for mask in self.graph]).mean()
 
 
 def _build_masks(

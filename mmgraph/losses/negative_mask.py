@@ -29,6 +29,8 @@ class NegativeMask:
         count: scalar tensor, the number of false negatives in the chunks computed so far. Logits that only ``absent``
             masks are not counted.
         queries: number of queries in these chunks.
+        log_candidates: scalar tensor, the sum of ln(candidates that are not false negatives) over these queries, with
+            the positive. Columns that only ``absent`` masks count as candidates.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class NegativeMask:
             absent,
         )
         self.count, self.queries = torch.zeros((), device=columns.device), 0
+        self.log_candidates = torch.zeros((), device=columns.device)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         """Return the mask of queries ``start`` to ``stop``, (s, N) bool, and count its false negatives."""
@@ -58,7 +61,9 @@ class NegativeMask:
             neighbors, queries, columns = self.linked
             mask |= neighbors.linked(queries[start:stop], columns)
         mask.scatter_(1, labels, False)
-        self.count += mask.sum()
+        masked = mask.sum(1)  # (s,)
+        self.count += masked.sum()
+        self.log_candidates += (len(self.columns) - masked).log().sum()
         self.queries += len(labels)
         return mask if self.absent is None else mask.logical_or_(self.absent).scatter_(1, labels, False)
 

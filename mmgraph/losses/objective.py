@@ -14,6 +14,9 @@ from mmgraph.data.images import is_black
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import FalseNegatives
 
+GRAPH_CHANCE = (
+    "chance_graph"  # name of the graph loss of equal embeddings in metrics.jsonl; only if negatives are masked
+)
 TOTAL = "loss"  # name of the weighted sum in metrics.jsonl
 LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # names of the losses in metrics.jsonl -> display names
 
@@ -48,7 +51,7 @@ class Objective:
 
     def __call__(self, embeddings: Embeddings, batch: EdgeBatch) -> Losses:
         """Compute the losses of this rank's embeddings against those of all ranks. Call on all ranks."""
-        total, text_image, graph, masked_counts = contrastive_losses(
+        total, text_image, graph, masked_counts, chance = contrastive_losses(
             *embeddings,
             self.config.temperature,
             self.config.graph_loss_weight,
@@ -57,6 +60,8 @@ class Objective:
         )
         losses = {TOTAL: total, "loss_mm": text_image, "loss_graph": graph}
         counters = dict(zip(("false_negatives_mm", "false_negatives_graph"), masked_counts, strict=False))
+        if chance is not None:
+            counters[GRAPH_CHANCE] = chance
         return Losses(losses, counters)
 
     def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:

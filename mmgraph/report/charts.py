@@ -1,6 +1,7 @@
 """Draws Bokeh charts of runs: metrics of each step, MRR and Hits of each evaluation, and the map of nodes."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +19,14 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from mmgraph.evaluation.evaluator import FIXED, TRAINED
-from mmgraph.losses.objective import LABELS, TOTAL
+from mmgraph.evaluation.evaluator import TRAINED
+from mmgraph.evaluation.verdict import BASELINES
+from mmgraph.losses.objective import GRAPH_CHANCE, LABELS, TOTAL
 from mmgraph.report.history import RANKS, Run, thinned
 
 MAX_POINTS = 1_000  # largest number of points in a curve
 FEW_POINTS = 50  # a solid line of MRR or Hits with fewer points has a marker at each point
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
-BASELINES = (*FIXED, "random")
 CURVES = {  # name in metrics.jsonl -> title of the chart
     TOTAL: "loss",
     **{name: f"{label} loss" for name, label in LABELS.items()},
@@ -73,9 +74,23 @@ def curves(runs: Sequence[Run]) -> tuple[list[Chart], int]:
                 steps, values, size = thinned(run.steps, key, MAX_POINTS)
                 max_steps = max(max_steps, size)
                 lines.append(Line(run.name, steps, values, colour, marked=len(steps) == 1))
+                if key == "loss_graph":
+                    lines += _chance(run, steps, colour)
         if lines:
             charts.append(_chart(key, title, lines))
     return charts, max_steps
+
+
+def _chance(run: Run, steps: np.ndarray, colour: str) -> list[Line]:
+    """Return the line of the graph loss that embeddings have that are all equal, if the run's settings tell it."""
+    values = np.full(len(steps), np.nan)
+    batch_size = run.settings.get("global_batch_size")
+    if isinstance(batch_size, int) and batch_size > 0:
+        values[:] = math.log(batch_size)
+    if GRAPH_CHANCE in run.steps:  # fewer candidates, because false negatives are masked
+        _, masked, _ = thinned(run.steps, GRAPH_CHANCE, MAX_POINTS)
+        values = np.where(np.isfinite(masked), masked, values)
+    return [Line(f"{run.name}: chance", steps, values, colour, dashed=True)] if np.isfinite(values).any() else []
 
 
 class RankLine(NamedTuple):

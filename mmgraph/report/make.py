@@ -98,10 +98,11 @@ def _shown(
         inference.nodes, inference.images, vectors, inference.outputs.inputs.rules, config.seed, checkpoint.name
     )
 
+    def links_of(rows: Sequence[int]) -> Links | None:
+        return load_links(rows, inference, config, run.folder)
+
     def show() -> Shown:
-        return Shown(
-            run, show_nodes(run_nodes, resolved, lambda rows: load_links(rows, inference, config), max_nodes), ""
-        )
+        return Shown(run, show_nodes(run_nodes, resolved, links_of, max_nodes), "")
 
     return raise_on_all_ranks(accelerator, show if accelerator.is_main_process else lambda: Shown(run, None, ""))
 

@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmgraph.config import Config
 from mmgraph.evaluation.evaluator import Table
-from mmgraph.report.charts import BASELINES, Chart, colours, curves, node_map, rank_lines, ranks
+from mmgraph.evaluation.verdict import BASELINES, EMBEDDING, Verdict, judge
+from mmgraph.report.charts import Chart, colours, curves, node_map, rank_lines, ranks
 from mmgraph.report.history import RANKS, Run
 from mmgraph.report.nodes import Node, Nodes
 from mmgraph.report.pictures import as_uri
@@ -64,7 +65,7 @@ def page(shown: Sequence[Shown]) -> str:
         starts=[(run.name, list(_start(run.starts))) for run in runs],
         tables=[(run, run.table and list(_table(run.table)), relations_of(run.table)) for run in runs],
         random_towers=[run.name for run in runs if has_random_weights(str(run.settings.get("model_name")))],
-        summaries=[_summary(run) for run in runs],
+        summaries=[(_summary(run), _verdict(run)) for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         style=files("mmgraph.report").joinpath("page.css").read_text(encoding="utf-8"),
         script=files("mmgraph.report").joinpath("page.js").read_text(encoding="utf-8"),
@@ -129,6 +130,16 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             best = max(baselines, key=lambda name: baselines[name])
             summary.append((f"MRR of the best baseline, {best}", digits(baselines[best])))
     return summary
+
+
+def _verdict(run: Run) -> Verdict | None:
+    """Return the verdict on a run; None if its last evaluation does not have ``z_graph``."""
+    if run.table is None or EMBEDDING not in run.table["embeddings"]:
+        return None
+    columns = {name: values for name, values in run.evaluations.items() if name.startswith("eval/")}
+    before = {name.split("/")[1]: float(values[0]) for name, values in columns.items() if name.endswith("/mrr")}
+    at_start = len(run.evaluations.get("step", ())) and run.evaluations["step"][0] == 0
+    return judge(run.table, before if at_start and EMBEDDING in before else None)
 
 
 def _table(table: Table) -> Iterator[tuple[str, bool, list[float]]]:

@@ -25,7 +25,7 @@ from mmgraph.checkpoints.resume_state import write_state
 from mmgraph.config import Config
 from mmgraph.distributed.collectives import write_on_main_process
 from mmgraph.distributed.signals import StopRequest
-from mmgraph.losses.objective import LABELS, TOTAL
+from mmgraph.losses.objective import GRAPH_CHANCE, LABELS, TOTAL
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.training.run_log import RunLog
 from mmgraph.training.schedule import Schedule
@@ -112,7 +112,10 @@ class Checkpointer:
         progress, sums = self.progress, self.progress.epoch_sums
         steps = int(sums.get("steps", 0))
         means = {name: sums[name] / steps if steps else math.nan for name in (TOTAL, *LABELS)}
-        self.run_log.epoch(progress.epoch, means, steps)
+        chance = math.log(self.config.global_batch_size)
+        if steps and GRAPH_CHANCE in sums:
+            chance = sums[GRAPH_CHANCE] / steps
+        self.run_log.epoch(progress.epoch, means, steps, chance)
         checkpoint = Checkpoint(
             model_state(self.frozen, trained.weights),
             optimizer_state(trained, self.optimizer.param_groups[0]),

@@ -24,6 +24,7 @@ from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import on_main_process
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table, metrics, one_line
+from mmgraph.evaluation.verdict import judge, mrr_at_start
 from mmgraph.losses.objective import LABELS, TOTAL
 from mmgraph.towers.clip import DEFAULT_MODEL, has_random_weights
 from mmgraph.training.metrics_file import MetricsFile
@@ -31,6 +32,12 @@ from mmgraph.training.trackers import Trackers
 from mmgraph.utils.environment import record_start
 from mmgraph.utils.files import lock_folder, sync, write_durably
 from mmgraph.utils.log import flush_log, log, log_file
+
+CHANCE_MARGIN = 0.02  # the graph loss of an epoch is at chance if it is less than this fraction below chance
+CHANCE_ADVICE = (
+    "if it stays there, try another --learning_rate, usually a lower one, with --warmup_steps, or --max_grad_norm 1"
+)
+WORSE_ADVICE = "try another --learning_rate with --warmup_steps, or more epochs, before you use these embeddings"
 
 
 class RunLog:
@@ -152,18 +159,24 @@ class RunLog:
             self.metrics.write(metrics_row := {"step": step, "epoch": self.progress.epoch, **values})
             self.trackers.write(metrics_row)
 
-    def epoch(self, epoch: int, means: Mapping[str, float], steps: int) -> None:
-        """Log a summary of a finished epoch, and flush the log.
+    def epoch(self, epoch: int, means: Mapping[str, float], steps: int, chance: float) -> None:
+        """Log a summary of a finished epoch, with a warning if its graph loss is at chance, and flush the log.
 
         Args:
             epoch: the finished epoch; the first is 1.
             means: losses by name, averaged over ``steps``.
             steps: number of steps of the epoch, without those that had a non-finite loss or gradient.
+            chance: mean graph loss of embeddings that are all equal.
         """
         log(
             f"epoch {epoch}/{self.config.epochs} done: mean loss {_figure(means[TOTAL])} ({_parts(means)}) over "
             f"{steps:,} steps"
         )
+        if means["loss_graph"] >= (1 - CHANCE_MARGIN) * chance:
+            log(
+                f"warning: the mean graph loss of epoch {epoch}, {means['loss_graph']:.4f}, is within 2 % of chance, "
+                f"{chance:.4f}, or above it (the loss of embeddings that are all equal); {CHANCE_ADVICE}"
+            )
         flush_log()
 
     def sync(self) -> int:
@@ -205,7 +218,7 @@ class RunLog:
             f"{self.output / 'checkpoints'}"
         )
 
-    def log_end(self, image_status: np.ndarray, done: bool, best: str) -> None:
+    def log_end(self, image_status: np.ndarray, done: bool, best: str, table: Table | None) -> None:
         """Close the bar. Log how the run ends, and how many nodes had no complete image, by image status.
 
         All ranks must call this method.
@@ -215,6 +228,7 @@ class RunLog:
                 seen the node.
             done: whether the run is finished. False means that a stop signal ended the run early.
             best: line about the best evaluation, or an empty string.
+            table: the last evaluation; None if the run was not evaluated.
         """
         if self.accelerator.is_main_process:
             self._close_bar()  # now, because an open bar would be printed below the last log lines
@@ -226,11 +240,13 @@ class RunLog:
             log(remark)
         if best:
             log(best)
+        verdict = None if table is None or not done else judge(table, mrr_at_start(self.output / "metrics.jsonl"))
+        if verdict is not None:
+            advice = f"; {WORSE_ADVICE}" if verdict.not_beaten else ""
+            log(f"{'warning: ' if advice else ''}verdict: {verdict}{advice}")
         if done:
-            log(
-                f"done: wrote {final_file(self.output)}; metrics.jsonl and training_log.txt are in {self.output}. "
-                f"To write the embeddings, run: mmgraph encode {self.output}"
-            )
+            hint = "" if verdict and verdict.not_beaten else f". To write the embeddings: mmgraph encode {self.output}"
+            log(f"done: wrote {final_file(self.output)}; metrics.jsonl and training_log.txt are in {self.output}{hint}")
         else:
             log(f"stopped at step {self.progress.step:,}; the state is written; run the same command to resume")
         with suppress(OSError):

@@ -14,7 +14,7 @@ from mmgraph.data.images import ImageCounter, describe_image_status
 from mmgraph.distributed.launch import peak_memory_gb
 from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
-from mmgraph.losses.objective import TOTAL
+from mmgraph.losses.objective import GRAPH_CHANCE, TOTAL
 from mmgraph.training.batch_stream import BatchStream
 from mmgraph.training.host_copy import HostCopy
 from mmgraph.training.nonfinite import NonfiniteSteps
@@ -141,7 +141,8 @@ class StepLog:
         if self.nonfinite.handle(row, losses[TOTAL], norm, local_loss, step.first_sample, step.scaler_skipped):
             row["skipped"] = True
         else:
-            self.progress.add_losses(losses)
+            chance = {GRAPH_CHANCE: means[GRAPH_CHANCE]} if GRAPH_CHANCE in means else {}
+            self.progress.add_losses({**losses, **chance})
         row["grad_norm"] = norm if math.isfinite(norm) and norm >= 0 else None
         finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
         self._write({"step": row.pop("step"), "epoch": row.pop("epoch"), **finite, **row, **means})

@@ -11,6 +11,7 @@ from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
 from mmgraph.data.images import ImageCounter
+from mmgraph.data.run_split import write_split
 from mmgraph.distributed.signals import EXIT_CODE, StopRequest
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Evaluation, Table
@@ -46,6 +47,7 @@ class Run:
     outputs: NodeOutputs  # tower outputs of all nodes, for evaluation and report
     evaluation: Evaluation | None  # None if there are no held-out edges
     parameters: tuple[int, int]  # number of trained and of frozen parameters
+    last_table: Table | None = None  # the last evaluation since this start
 
     def train(self, at_end: Callable[["Run"], object] | None = None) -> int:
         """Train until the run is finished or a stop signal arrives. All ranks must call this method.
@@ -70,6 +72,7 @@ class Run:
         # The run log is the inner context, so that no signal interrupts it while it writes its last lines.
         with self.signals.listening(), self.run_log.opened():
             self.run_log.log_start(self.graph, *self.parameters)
+            self.checkpointer.write(lambda: write_split(self.config.output_folder, self.config, self.graph))
             if progress.step == 0 or progress.unevaluated is not None:
                 self.evaluate()
             for batch in self.stream:
@@ -83,7 +86,7 @@ class Run:
                 if due.save:
                     self.checkpointer.save()
             self.checkpointer.save()
-            self.run_log.log_end(self.images.image_status, schedule.finished, self._best())
+            self.run_log.log_end(self.images.image_status, schedule.finished, self._best(), self.last_table)
             if at_end is not None and schedule.finished and not any(gather_object([self.signals.requested])):
                 at_end(self)
         return EXIT_CODE if self.signals.stop_agreed and not schedule.finished else 0
@@ -101,7 +104,7 @@ class Run:
         if self.evaluation is not None:
             with self.signals.exclude_from_timing():
                 module = self.checkpointer.full_module()
-                table = self._rank(self.evaluation, module)
+                table = self.last_table = self._rank(self.evaluation, module)
         self.checkpointer.write(lambda: self.run_log.evaluation(progress.step, row, table))
         if table is not None and self.early_stopping.improves(progress.step, table["embeddings"]):
             self.checkpointer.save_best(module)

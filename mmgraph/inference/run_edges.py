@@ -1,0 +1,107 @@
+"""The edges of a run for the verbs: those that it trained on, and those that it held out, from the run's own split."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmgraph.checkpoints.resume_state import read_identity
+from mmgraph.config import Config
+from mmgraph.data.edge_table import EdgeTable, RemainingEdges
+from mmgraph.data.graph import load_edges
+from mmgraph.data.node_table import NodeTable
+from mmgraph.data.readers import fingerprint
+from mmgraph.data.run_split import RunSplit, read_split
+from mmgraph.data.split import HeldOut, read_held_out
+from mmgraph.data.table_cache import open_edges
+from mmgraph.errors import UserError
+from mmgraph.inference.pretrained import read_settings
+from mmgraph.utils.log import log
+
+
+class RunEdges(NamedTuple):
+    """Edges of a graph, as pairs of node rows."""
+
+    trained: EdgeTable | RemainingEdges | None  # the training edges; None: not known which edges these are
+    held_out: HeldOut | None  # the edges to rank; None: there are none
+    # Other edges that are known, and therefore no candidates in a ranking. They may contain the held-out edges.
+    known: EdgeTable | None = None
+
+
+def load_run_edges(folder: Path | None, config: Config, nodes: NodeTable, nodes_fingerprint: str) -> RunEdges:
+    """Load the edges that a run trained on, and the edges to rank.
+
+    The edges to rank are those that the run held out, also if the edge table has changed since: then it is not known
+    which of the table's edges the run trained on, and all of them count as known. ``config`` may name other edges to
+    rank.
+
+    Args:
+        folder: folder of the run; None: there is no run, so the settings alone define the split.
+        config: the run's settings, with the settings of the verb.
+        nodes: the node table.
+        nodes_fingerprint: fingerprint of the node table.
+
+    Raises:
+        UserError: as :func:`mmgraph.data.graph.load_edges`. Also if the settings draw a split of the run's edge table
+            that is not the run's, or if a table has changed and the run has no split of its own.
+    """
+    settings = {} if folder is None else read_settings(folder) or {}
+    split = None if folder is None else read_split(folder)
+    if folder is None or split is None:
+        if folder is not None and config.eval_fraction:
+            _check_same_tables(folder, config, nodes_fingerprint)
+        edges = load_edges(config, nodes, nodes_fingerprint)
+        return RunEdges(edges.rows, edges.held_out)
+    digest = fingerprint(config.edges)
+    is_same = digest == split.edges_fingerprint
+    if (config.eval_fraction, config.seed) != (split.eval_fraction, split.seed) and config.eval_fraction:
+        own = is_same or Path(config.edges).resolve() == Path(str(settings.get("edges"))).resolve()
+        return _drawn_again(split, config, nodes, nodes_fingerprint, own)
+    table = open_edges(config.edges, digest, nodes, nodes_fingerprint)
+    if config.eval_edges is not None and config.eval_edges != settings.get("eval_edges"):
+        held_out: HeldOut | None = read_held_out(config.eval_edges, nodes, nodes_fingerprint)
+    else:
+        held_out = split.held_out(nodes)
+        if is_same:
+            return RunEdges(split.training_edges_of(table), held_out)
+        log(
+            f"warning: {config.edges} has changed since the run was trained; the edges to rank are those that the run "
+            f"held out ({split.folder}), and all edges of the table count as known"
+        )
+    return RunEdges(split.training_edges_of(table) if is_same else None, held_out, table.rows)
+
+
+def _drawn_again(split: RunSplit, config: Config, nodes: NodeTable, nodes_fingerprint: str, is_same: bool) -> RunEdges:
+    """Draw other edges to rank than the run held out. ``own``: the edge table is that of the run.
+
+    Raises:
+        UserError: the edge table is that of the run, so that the run was trained on these edges.
+    """
+    if own:
+        raise UserError(
+            f"--eval_fraction {config.eval_fraction:g} with --seed {config.seed} draws other edges than the run held "
+            f"out (--eval_fraction {split.eval_fraction:g}, --seed {split.seed}), and the run was trained on them; "
+            "leave out both flags, or rank other edges with --eval_edges"
+        )
+    log(f"warning: the edges to rank are drawn from {config.edges}; the run may have been trained on some of them")
+    edges = load_edges(config, nodes, nodes_fingerprint)
+    return RunEdges(edges.rows, edges.held_out)
+
+
+def _check_same_tables(folder: Path, config: Config, nodes_fingerprint: str) -> None:
+    """Check that a run without a split of its own would draw the split that it was trained with.
+
+    Raises:
+        UserError: a table has changed since the run was trained.
+    """
+    identity: dict[str, Any] = read_identity(folder / "state")
+    for name, path, digest in (
+        ("nodes table", config.nodes, nodes_fingerprint),
+        ("edges table", config.edges, fingerprint(config.edges)),
+    ):
+        if name not in identity:
+            log(f"warning: {folder} has no resume state, so it is not known whether {path} has changed since the run")
+        elif identity[name] != digest:
+            raise UserError(
+                f"{path} has changed since the run in {folder} was trained, and the run has no split/ because an older "
+                "version trained it; so it is not known which edges it held out. Restore the table, or rank other "
+                "edges with --eval_edges"
+            )
