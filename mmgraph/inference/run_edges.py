@@ -69,7 +69,7 @@ def load_run_edges(folder: Path | None, config: Config, nodes: NodeTable, nodes_
     return RunEdges(split.training_edges_of(table) if is_same else None, held_out, table.rows)
 
 
-def _drawn_again(split: RunSplit, config: Config, nodes: NodeTable, nodes_fingerprint: str, is_same: bool) -> RunEdges:
+def _drawn_again(split: RunSplit, config: Config, nodes: NodeTable, nodes_fingerprint: str, own: bool) -> RunEdges:
     """Draw other edges to rank than the run held out. ``own``: the edge table is that of the run.
 
     Raises:

@@ -14,9 +14,7 @@ from mmgraph.data.images import is_black
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import FalseNegatives
 
-GRAPH_CHANCE = (
-    "chance_graph"  # name of the graph loss of equal embeddings in metrics.jsonl; only if negatives are masked
-)
+GRAPH_CHANCE = "chance_graph"  # graph loss of equal embeddings in metrics.jsonl; only if it masks false negatives
 TOTAL = "loss"  # name of the weighted sum in metrics.jsonl
 LABELS = {"loss_mm": "text-image", "loss_graph": "graph"}  # names of the losses in metrics.jsonl -> display names
 

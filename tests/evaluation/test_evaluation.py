@@ -23,6 +23,7 @@ from mmgraph.checkpoints.progress import Progress
 from mmgraph.cli import main, train_main
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.split import HeldOut
 from mmgraph.evaluation.evaluator import Evaluation, derangement
 from mmgraph.towers.tokens import Tokens
@@ -344,7 +345,7 @@ class Outputs:
     nodes = range(12)
 
     class inputs:  # noqa: N801 - an attribute of NodeOutputs
-        truncated_images = "partial"
+        rules = InputRules()
 
     def of(self, parts: list[range], image_rows: np.ndarray | None = None) -> Any:
         rows = np.concatenate([np.arange(part.start, part.stop) for part in parts])

@@ -94,7 +94,7 @@ def test_two_ranks_and_all_formats(
     for suffix in ("safetensors", "npy", "parquet"):
         more = f"--output_dir={tmp_path / suffix}", f"--format={suffix}", "--features", "fused", "z_graph", "fused"
         assert main(encode_arguments(graph, original, tmp_path, *more)) == 0
-        assert len(list((tmp_path / suffix).glob("features_*"))) == 2
+        assert len(list((tmp_path / suffix).glob(f"features_*.{suffix}"))) == 2
     z_graph = expected["z_graph"]
     assert torch.allclose(
         load_file(tmp_path / "safetensors/features_z_graph.safetensors")["z_graph"], z_graph, atol=1e-5
