@@ -135,23 +135,31 @@ def parse_settings(text: str) -> dict[str, Any]:
     loader = yaml.SafeLoader(text)
     try:
         root = loader.get_single_node()
-        if root is None:
-            return {}
         if not isinstance(root, yaml.MappingNode):
-            found = type(loader.construct_document(root)).__name__
-            raise ValueError(f"must contain 'flag: value' lines, not a {found}")
+            content = None if root is None else _constructed(loader, root)
+            if content is None:
+                return {}
+            raise ValueError(f"must contain 'flag: value' lines, not a {type(content).__name__}")
         settings: dict[str, Any] = {}
         value_types = {**VALUE_TYPES, "batch_size": int}
         for key, node in root.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError("must contain 'flag: value' lines; a key is a list or a mapping")
-            name = loader.construct_object(key)
+            name = _constructed(loader, key)
             if name in settings:
                 raise ValueError(f"'{name}' occurs twice; remove one of the lines")
-            settings[name] = _typed(value_types.get(name), node, loader.construct_object(node, deep=True))
+            settings[name] = _typed(value_types.get(name), node, _constructed(loader, node))
         return settings
     finally:
         loader.dispose()
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """Return YAML's value of a node; for text that only looks like a date, such as 2026-31-12, the text."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError:
+        return node.value
 
 
 def _typed(value_type: type | None, node: yaml.Node, value: Any) -> Any:

@@ -119,7 +119,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for key, tensor in model.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {key} is {tensor.dtype}, expected floating-point numbers of at least 16 bits")
-    if "graph_proj.weight" not in state or "fusion.text_proj.weight" not in state:
+    if "graph_proj.weight" not in model or "fusion.text_proj.weight" not in model:
         raise UserError(
             f"{path}: not a multimodal graph encoder: graph_proj.weight or fusion.text_proj.weight is missing"
         )

@@ -274,7 +274,11 @@ def read_state(path: Path) -> tuple[Progress, TrainedState]:
     record = read_record(path)
     progress = Progress.from_record(record)
     try:
-        weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
+        # Older versions wrote the prefix of torch.compile for compiled runs.
+        weights, moments = (
+            {name.replace("_orig_mod.", ""): tensor for name, tensor in load_file(path / file).items()}
+            for file in (WEIGHTS, MOMENTS)
+        )
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     first, second = (

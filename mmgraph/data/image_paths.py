@@ -86,9 +86,11 @@ class ImagePaths:
         missing = [path for path in resolved if not os.path.isfile(str(path))]  # noqa: PTH113
         if len(missing) == len(resolved):
             first = resolved[0] if resolved[0] != OUTSIDE_IMAGE_ROOT else f"{drawn[0]}, which --confine_images refuses"
+            remedy = "Set --image_root to the folder that image_path starts from"
+            if "://" in str(drawn[0]):
+                first, remedy = drawn[0], "URLs are not read: download the images, and set image_path to their files"
             raise UserError(
-                f"none of the {len(resolved):,} checked image files exists; the first path is {first}. "
-                "Set --image_root to the folder that image_path starts from"
+                f"none of the {len(resolved):,} checked image files exists; the first path is {first}. {remedy}"
             )
         if len(missing) > 0.1 * len(resolved):
             share = len(missing) / len(resolved)

@@ -156,9 +156,9 @@ def _formats() -> tuple[str, ...]:
 
 def _to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]:
     """Return the pixels, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`: 0 or a remark."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+    if picture.mode.startswith("I"):  # I;16 and I;16B, or I for some formats
         if rules.sixteen_bit_images == "scale":
-            grey = (np.array(picture).astype(np.uint32) + 128) // 257  # (H, W), from 0 to 65,535 -> to 255
+            grey = (np.array(picture).clip(0, 65_535).astype(np.uint32) + 128) // 257  # (H, W), from 0 to 255
             picture = Image.fromarray(grey.astype(np.uint8))
         return _pixels(picture.convert("RGB")), IMAGE_STATUS.index("16-bit grey")
     if not picture.has_transparency_data:

@@ -198,9 +198,14 @@ def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return an encoder's tensors under the original trainer's keys, without ``position_ids``.
 
     Args:
-        state: tensors of a complete encoder. Tower keys may start with the tower's name once or twice.
+        state: tensors of a complete encoder. Tower keys may start with the tower's name once or twice. Other keys may
+            have the prefix of ``torch.compile``, as in files of older versions of mmgraph.
     """
-    return {file_key(key): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
+    return {
+        file_key(key.removeprefix("_orig_mod.")): tensor
+        for key, tensor in state.items()
+        if not key.endswith("position_ids")
+    }
 
 
 def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -67,7 +67,8 @@ def test_features_of_an_original_checkpoint(
 ) -> None:
     """The names, shapes, order and values of the original trainer's four files and of z_graph are correct."""
     assert main(encode_arguments(graph, original, tmp_path)) == 0
-    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {f"features_{name}.pt" for name in FEATURES}
+    files = {f"features_{name}.pt" for name in FEATURES}
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == files | {f"{file}.json" for file in files}
     for name, width in zip(FEATURES, (16, 24, 128, 128, 256), strict=True):
         vectors = torch.load(tmp_path / f"features_{name}.pt", weights_only=True)
         assert vectors.shape == (40, width) and vectors.dtype == torch.float32 and vectors.is_contiguous()
