@@ -20,7 +20,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FIXED = [
     "seed", "global_batch_size", "fused_dim", "proj_dim", "temperature", "graph_loss_weight", "learning_rate",
     "weight_decay", "lr_schedule", "warmup_steps", "max_grad_norm", "confine_images", "truncated_images",
-    "false_negatives", "missing_image", "eval_fraction",
+    "false_negatives", "missing_image", "eval_fraction", "sixteen_bit_images", "background", "text_columns",
 ]  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_a_state_written_before_a_flag_existed_has_its_default(name: str, monkey
 def test_flags_that_other_commands_read_from_the_run() -> None:
     assert set(INHERITED) == {
         "nodes", "edges", "image_root", "confine_images", "model_name", "truncated_images", "tower_cache",
-        "eval_edges", "eval_fraction", "seed",
+        "eval_edges", "eval_fraction", "seed", "sixteen_bit_images", "background", "text_columns",
     }  # fmt: skip
     assert {*verbs.RUN_FLAGS, *verbs.SPLIT_FLAGS} <= set(INHERITED)
 

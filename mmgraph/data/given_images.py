@@ -50,7 +50,7 @@ def _given(value: Any) -> Given:
         case np.ndarray():
             return _from_array(value)
         case dict() if value and value.keys() <= {"bytes", "path"}:
-            return _given(value.get("bytes")) or _given(value.get("path"))
+            return _given(value["bytes"] if value.get("bytes") is not None else value.get("path"))
     if type(value).__name__ == "NAType":
         return None
     raise UserError(

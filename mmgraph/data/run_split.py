@@ -12,6 +12,7 @@ Verbs read the split from here. They do not draw it again, because another edge 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ class RunSplit(NamedTuple):
         path = self.folder / HELD_OUT
         try:
             table = pq.read_table(path)
+            table.validate(full=True)  # a damaged file may have ids that are not UTF-8
             ends = pa.chunked_array([chunk for name in EDGE_COLUMNS for chunk in table[name].chunks])
             relations = None
             if self.relation_ids:
@@ -108,7 +110,7 @@ class RunSplit(NamedTuple):
             bits = np.load(path)
             if bits.dtype != np.uint8 or bits.shape != ((self.edge_rows + 7) // 8,):
                 raise ValueError(f"it does not fit {RECORD}")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, TokenError) as error:  # TokenError: NumPy cannot parse the header
             raise UserError(f"{path}: cannot be read ({error}); restore the run's folder") from None
         return unpacked(bits, self.edge_rows)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
@@ -101,7 +102,7 @@ def open_converted(
         identity = _identity(path)
         try:
             return load(path)
-        except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError, TokenError, pa.ArrowException) as error:
             reason = f"{path}: damaged ({type(error).__name__}: {error})"
         if _identity(path) == identity:  # else another process has already converted the table again
             log(f"{reason}; converting it again")

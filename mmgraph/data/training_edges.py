@@ -30,7 +30,8 @@ def write_training_edges(split: RunSplit, edges: str | Path, output: Path) -> No
         output: the file to write: ``.csv``, ``.parquet`` or ``.arrow``.
 
     Raises:
-        UserError: the edge table has changed since the run was trained, or the suffix of ``output`` is unknown.
+        UserError: the edge table has changed since the run was trained, the suffix of ``output`` is unknown, or its
+            format cannot hold a column of the edge table.
         RunError: the file cannot be written.
     """
     if output.suffix not in (*PARQUET, *ARROW, ".csv"):
@@ -40,8 +41,14 @@ def write_training_edges(split: RunSplit, edges: str | Path, output: Path) -> No
             f"{edges} has changed since the run was trained, so the rows of {split.folder} do not fit it; restore the "
             "table, or set --edges to the run's table"
         )
-    with explain_disk_errors(output, "give a file in an existing folder with free disk space"):
-        write_durably(output, lambda temporary: _write(temporary, output.suffix, _training_rows(split, edges)))
+    try:
+        with explain_disk_errors(output, "give a file in an existing folder with free disk space"):
+            write_durably(output, lambda temporary: _write(temporary, output.suffix, _training_rows(split, edges)))
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{output}: {output.suffix} cannot hold a column of {edges} ({reason}); choose another format"
+        ) from None
     log(f"wrote {split.training_edges:,} training edges to {output}")
 
 
@@ -54,7 +61,17 @@ def _training_rows(split: RunSplit, edges: str | Path) -> Iterator[pa.Table]:
         trained = trained[len(table) :]
 
 
+def _decoded(table: pa.Table) -> pa.Table:
+    """Return a table whose dictionary-encoded columns, such as pandas' categories, are plain columns."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(number, field.name, table[number].cast(field.type.value_type))
+    return table
+
+
 def _write(path: Path, suffix: str, tables: Iterator[pa.Table]) -> None:
+    if suffix in ARROW:  # an Arrow file can hold only one dictionary per column, but each chunk may have its own
+        tables = map(_decoded, tables)
     first = next(tables)
     with ExitStack() as stack:
         writer: Any

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import targets
@@ -39,6 +40,132 @@ def test_flags_override_settings_files(tmp_path: Path) -> None:
     assert parse_config(["--config", str(tmp_path / "saved.yaml")]) == config
     assert parse_config(["--demo", "--epochs=1"]).fused_dim == 128
     assert str(parse_config(["--nodes=a/b/nodes.csv"]).output_folder) == "runs/b"
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        # Text flags have the text in the file, also where YAML 1.1 reads a boolean, a number or a date.
+        ("tower_cache: off", "tower_cache", "off"),
+        ("tower_cache: 'off'", "tower_cache", "off"),
+        ("run_name: 007", "run_name", "007"),
+        ("run_name: yes", "run_name", "yes"),
+        ("run_name: No", "run_name", "No"),
+        ("run_name: 1e3", "run_name", "1e3"),
+        ("run_name: 1_000", "run_name", "1_000"),
+        ("run_name: 0x1F", "run_name", "0x1F"),
+        ("run_name: 12:30", "run_name", "12:30"),
+        ("run_name: 2026-11-05", "run_name", "2026-11-05"),
+        ("run_name: 2026-31-12", "run_name", "2026-31-12"),  # looks like a date, but is none
+        ("run_name: 1.10", "run_name", "1.10"),
+        ("run_name: 'null'", "run_name", "null"),
+        ("run_name: a b # comment", "run_name", "a b"),
+        ("run_name: |-\n  off", "run_name", "off"),
+        ("run_name: &name off", "run_name", "off"),
+        ("background: 1,2,3", "background", "1,2,3"),
+        ("background: 255, 0, 0", "background", "255, 0, 0"),
+        ("text_columns: true,false", "text_columns", "true,false"),
+        # Numbers are read as on the command line.
+        ("seed: 010", "seed", 10),
+        ("seed: 7", "seed", 7),
+        ("seed: '7'", "seed", 7),
+        ("seed: 1_000", "seed", 1000),
+        ("batch_size: 08", "global_batch_size", 8),
+        ("global_batch_size: 12", "global_batch_size", 12),
+        ("max_steps: 9", "max_steps", 9),
+        ("learning_rate: 5e-5", "learning_rate", 5e-5),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("temperature: .5", "temperature", 0.5),
+        # Switches.
+        ("report: off", "report", False),
+        ("report: no", "report", False),
+        ("report: false", "report", False),
+        ("confine_images: on", "confine_images", True),
+        ("confine_images: yes", "confine_images", True),
+        # No value selects the default.
+        ("max_steps: null", "max_steps", None),
+        ("max_steps:", "max_steps", None),
+        ("max_steps: ~", "max_steps", None),
+        ("run_name: null", "run_name", None),
+        ("report:", "report", True),
+        ("tower_cache:", "tower_cache", "auto"),
+    ],
+)
+def test_values_of_settings_files(line: str, name: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"epochs: 3\n{line}\nproj_dim: 16\n")
+    config = parse_config([f"--config={path}"])
+    found = getattr(config, name)
+    assert found == value and type(found) is type(value)
+    assert (config.epochs, config.proj_dim) == (3, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("epochs: 3\nseed: 1\nepochs: 4", ["FILE", "'epochs' occurs twice"]),
+        ("run_name: off\nrun_name: off", ["FILE", "'run_name' occurs twice"]),
+        ("[a, b]: 3", ["FILE", "a key is a list"]),
+        ("? {a: 1}\n: 3", ["FILE", "a key is a list or a mapping"]),
+        ("epochs: [3]", ["FILE", "'epochs'", "single value"]),
+        ("run_name: [a]", ["FILE", "'run_name'", "single value"]),
+        ("run_name: {a: b}", ["FILE", "'run_name'", "single value"]),
+        ("text_columns: [short_name, summary]", ["FILE", "'text_columns'", "single value"]),
+        ("text", ["FILE", "str"]),
+        ("7", ["FILE", "int"]),
+        ("- epochs: 3", ["FILE", "list"]),
+        ("seed: 1.5", ["FILE", "--seed", "int", "'1.5'"]),
+        ("seed: yes", ["FILE", "--seed", "int"]),
+        ("seed: 2026-31-12", ["FILE", "--seed", "int", "'2026-31-12'"]),
+        ("2026-31-12: 3", ["FILE", "'2026-31-12'"]),
+        ("- 2026-31-12", ["FILE", "list"]),
+        ("learning_rate: fast", ["FILE", "--learning_rate", "float", "'fast'"]),
+        ("report: maybe", ["FILE", "--report", "maybe"]),
+        ("seed: -1", ["--seed -1"]),
+        ("1: 2", ["FILE", "'1'"]),
+        ("off: 2", ["FILE", "unknown key"]),
+        ("epochs: 3\n---\nepochs: 4", ["FILE", "YAML"]),
+        ("epochs: !!python/object:os.system 3", ["FILE", "YAML"]),
+        ("epochs: *missing", ["FILE", "YAML"]),
+        ("a: " + "[" * 5000, ["FILE", "YAML"]),
+    ],
+)
+def test_wrong_settings_files_are_one_line_with_the_name_of_the_file(
+    text: str, facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text(text)
+    assert train_main(["--config=FILE"]) == 2
+    check_error(capsys.readouterr().err, *facts)
+
+
+def test_a_settings_file_may_be_empty(tmp_path: Path) -> None:
+    for text in ("", "# only a comment\n", "---\n", "{}"):
+        (tmp_path / "run.yaml").write_text(text)
+        assert parse_config([f"--config={tmp_path / 'run.yaml'}"]) == Config()
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbfepochs: 3\r\nrun_name: off\r\n")  # written on Windows
+    assert parse_config([f"--config={tmp_path / 'run.yaml'}"]) == Config(epochs=3, run_name="off")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            {"run_name": name}
+            for name in ("off", "007", "null", "~", "1e3", "", "yes", "1.10", " a ", "a: b", "#1", "é\n")
+        ),
+        {"tower_cache": "off"},
+        {"background": "1,2,3", "text_columns": "yes,no", "sixteen_bit_images": "scale", "truncated_images": "black"},
+        {"learning_rate": 1e-5, "temperature": 1.0, "weight_decay": 1e-30, "max_grad_norm": 2.0},
+        {"seed": 2**63 - 1, "max_steps": 8, "micro_batch_size": 3, "report": False, "confine_images": True},
+        {"nodes": "2026-11-05/nodes.csv", "edges": "0x10", "image_root": "off"},
+    ],
+    ids=str,
+)
+def test_saved_settings_are_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = Config(**settings)
+    config.save(tmp_path / "config.yaml")
+    assert parse_config([f"--config={tmp_path / 'config.yaml'}"]) == config
 
 
 def check_error(text: str, *facts: str) -> None:

@@ -13,6 +13,7 @@ from mmgraph.config import Config
 from mmgraph.data import content_hashes, image_source
 from mmgraph.data.content_hashes import ContentHashes, read_content_hashes
 from mmgraph.data.graph import load_graph
+from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.utils.files import cache_folder, file_signature
 
@@ -38,7 +39,13 @@ def hashes(nodes: str, image_root: str | None = None) -> ContentHashes:
     config = Config(nodes=nodes, edges=str(Path(nodes).with_name("edges.csv")), image_root=image_root)
     graph = load_graph(config)
     return read_content_hashes(
-        graph.nodes, graph.images, nodes, graph.nodes_fingerprint, cache_folder(nodes), build_accelerator()
+        graph.nodes,
+        graph.images,
+        nodes,
+        graph.nodes_fingerprint,
+        InputRules.of(config),
+        cache_folder(nodes),
+        build_accelerator(),
     )
 
 

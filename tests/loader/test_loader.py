@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from mmgraph import GraphEdgeDataset, InferenceCollator, MultimodalCollator, NodesDataset
 from mmgraph.bench.data import private_mb
 from mmgraph.data.batches import start_worker
+from mmgraph.data.input_rules import InputRules
 from mmgraph.data.lru import ShardedLRU
-from mmgraph.data.node_inputs import node_text
 from mmgraph.data.tables import read_edges, read_nodes
 from mmgraph.towers.clip import load_tokenizer_and_processor
 
@@ -46,7 +46,7 @@ def collator(graph: Path) -> MultimodalCollator:
     ],
 )
 def test_text_of_a_node(node: dict[str, Any], text: str) -> None:
-    assert node_text(node) == text
+    assert InputRules().text(node) == text
 
 
 def test_collated_pairs(dataset: GraphEdgeDataset, collator: MultimodalCollator) -> None:

@@ -30,6 +30,7 @@ from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import IMAGE_STATUS
+from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import SYNC_SECONDS, work_on_all_ranks
 from mmgraph.distributed.launch import build_accelerator
 from mmgraph.errors import UserError
@@ -516,7 +517,13 @@ def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
     config = parse_config(flags(graph))
     data = load_graph(config)
     return tower_cache.read_content_hashes(
-        data.nodes, data.images, config.nodes, data.nodes_fingerprint, graph / "mmgraph_cache", build_accelerator()
+        data.nodes,
+        data.images,
+        config.nodes,
+        data.nodes_fingerprint,
+        InputRules.of(config),
+        graph / "mmgraph_cache",
+        build_accelerator(),
     )
 
 
