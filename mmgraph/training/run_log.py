@@ -35,9 +35,12 @@ from mmgraph.utils.log import flush_log, log, log_file
 
 CHANCE_MARGIN = 0.02  # the graph loss of an epoch is at chance if it is less than this fraction below chance
 CHANCE_ADVICE = (
-    "if it stays there, try another --learning_rate, usually a lower one, with --warmup_steps, or --max_grad_norm 1"
+    "this is normal in the first 100 steps of a run; if it stays there, start a new run with --warmup_steps 100, or "
+    "with a lower --learning_rate"
 )
-WORSE_ADVICE = "try another --learning_rate with --warmup_steps, or more epochs, before you use these embeddings"
+WORSE_ADVICE = (
+    "train for more epochs, or try another --learning_rate and --warmup_steps, before you use these embeddings"
+)
 
 
 class RunLog:
