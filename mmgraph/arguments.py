@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,12 +162,13 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _typed(value_type: type | None, node: yaml.Node, value: Any) -> Any:
-    """Return the value of a YAML node as ``value_type``. If that is not possible, return YAML's ``value``."""
+    """Return the value of a YAML node as ``value_type``; if that is not possible, its text, which the flag refuses."""
     if value is None or value_type in (None, bool) or not isinstance(node, yaml.ScalarNode):
         return value
-    with suppress(ValueError):
+    try:
         return value_type(node.value)
-    return value
+    except ValueError:
+        return node.value
 
 
 def build_config(settings: Mapping[str, Any]) -> Config:

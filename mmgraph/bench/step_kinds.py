@@ -102,7 +102,7 @@ class Steps:
         self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
         self.inputs = NodeInputs(tokenizer, processor, config.cache_size, InputRules.of(config))
-        self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size)
+        self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size, rules=self.inputs.rules)
         self.live_collator = BatchCollator(graph.nodes, graph.images, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
         self.modules, self.optimizers = {}, {}

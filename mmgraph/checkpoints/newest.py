@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from mmgraph.checkpoints.files import epoch_files, epoch_of, final_file, load_safely
-from mmgraph.checkpoints.resume_state import RECORD, state_folders
+from mmgraph.checkpoints.resume_state import RECORD, WEIGHTS, state_folders
 from mmgraph.errors import UserError
 from mmgraph.utils.environment import read_starts
 
@@ -23,7 +24,7 @@ def last_checkpoint(folder: Path) -> Path:
 
     The final file is older than the epoch files that the run has written after it was continued. The resume state
     records the step of the final file. Without this record, the final file is taken to be as old as the epoch file with
-    equal weights, and to be the newest file if no epoch file has equal weights.
+    equal weights; otherwise, to be the newest file if the newest state has its weights.
 
     Raises:
         UserError: the run has not written such a file.
@@ -37,7 +38,10 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def _finished_epochs(folder: Path) -> float:
-    """Return the number of epochs that the final file has been trained for; infinity if no file shows it."""
+    """Return the number of epochs that the final file has been trained for.
+
+    If no file shows the number, return -1 if the run has continued since, else infinity.
+    """
     record = _final_record(folder)
     if record is not None:
         return int(record["epoch"]) - 1 + (record["samples_in_epoch"] > 0) / 2
@@ -46,6 +50,9 @@ def _finished_epochs(folder: Path) -> float:
         other = _weights(path)
         if weights is not None and other is not None and torch.equal(weights, other):
             return epoch_of(path)
+    states = state_folders(folder / "state")
+    if weights is not None and states and not torch.equal(weights, _state_weights(states[0])):
+        return -1  # the run has continued since its final file
     return float("inf")
 
 
@@ -66,6 +73,13 @@ def _weights(path: Path) -> torch.Tensor | None:
         return content.get("model_state_dict", content)[COMPARED]
     except Exception:  # torch raises many types of errors for broken files, which are reported when the file is used
         return None
+
+
+def _state_weights(state: Path) -> torch.Tensor:
+    """Return the tensor that is compared; empty if the state cannot be read."""
+    with suppress(OSError, SafetensorError), safe_open(state / WEIGHTS, "pt") as file:
+        return file.get_tensor(COMPARED)
+    return torch.empty(0)
 
 
 def newest_run(runs: Path) -> Path:

@@ -165,6 +165,13 @@ def init_from_fingerprint(config: Config) -> dict[str, str | None] | None:
         return {"file": config.init_from, "sha256": None}
 
 
+def keep_init_from(state: Path | None, fingerprint: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fingerprint of ``--init_from``. If the file is missing, it has the SHA-256 that the state has."""
+    if state is None or fingerprint is None or fingerprint["sha256"] is not None:
+        return fingerprint
+    return read_record(state)["identity"].get("init_from") or fingerprint
+
+
 def _same_file(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
     """Whether two fingerprints of ``--init_from`` name the same file. Without both SHA-256, the path decides."""
     if before is None or now is None:

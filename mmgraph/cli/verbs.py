@@ -148,6 +148,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
+    from mmgraph.distributed.collectives import broadcast_from_main_process
     from mmgraph.distributed.launch import build_accelerator
     from mmgraph.inference.encode import FEATURES, default_output, encode
     from mmgraph.inference.pretrained import load_run_config
@@ -155,7 +156,7 @@ def _encode(args: argparse.Namespace) -> None:
     accelerator = build_accelerator()
     checkpoint = _find_checkpoint(args.source, accelerator)
     config = load_run_config(checkpoint, _overrides(args))
-    output = args.output_dir or default_output(checkpoint, config)
+    output = args.output_dir or broadcast_from_main_process(accelerator, lambda: default_output(checkpoint, config))
     encode(checkpoint, config, accelerator, output, args.features or FEATURES, args.format)
     accelerator.end_training()
 
@@ -180,7 +181,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     accelerator = build_accelerator()
     checkpoint = None if features else _find_checkpoint(args.source[0], accelerator)
     config = load_run_config(checkpoint or features[0], _overrides(args))
-    evaluate(checkpoint, features, config, accelerator, args.json)
+    evaluate(checkpoint, features, config, accelerator, args.json, args.eval_edges)
     accelerator.end_training()
 
 
@@ -267,13 +268,14 @@ def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
 def _split(args: argparse.Namespace) -> None:
     from mmgraph.data.run_split import read_split
     from mmgraph.data.training_edges import write_training_edges
+    from mmgraph.flags.data import DEFAULT_TABLES
     from mmgraph.inference.pretrained import read_settings
 
     split, settings = read_split(args.source), read_settings(args.source)
     if split is None or settings is None:
-        raise UserError(f"{args.source}: not the folder of a run with a split; runs write it since mmgraph 0.1.0")
+        raise UserError(f"{args.source}: not the folder of a run that has kept its split (older versions kept none)")
     if is_main_process():
-        write_training_edges(split, args.edges or settings["edges"], args.output)
+        write_training_edges(split, args.edges or settings.get("edges", DEFAULT_TABLES[1]), args.output)
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Images that callers of the public collators pass in ``image_path``: paths, bytes, Pillow images and arrays."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -13,7 +14,11 @@ from mmgraph.data.input_rules import InputRules
 from mmgraph.errors import UserError
 
 KEY = "image_path"
-IMAGE_WORDS = ("image", "img", "picture", "photo")  # a key that contains one of them looks like a misspelt KEY
+# A key that has one of the first words, and no other words than these, looks like a misspelt KEY.
+IMAGE_WORDS, PATH_WORDS = (
+    {"image", "images", "img", "picture", "photo"},
+    {"path", "pth", "paths", "file", "name", "url"},
+)
 
 Given = str | bytes | Image.Image | None
 
@@ -74,13 +79,15 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def check_keys(nodes: Sequence[Mapping[str, Any]], rules: InputRules) -> None:
     """Check that node dicts have the keys of their text and image.
 
-    A node without the key ``image_path`` has no image, and a node without the keys of its text has no text. So that a
-    misspelt key is not taken for that, this check refuses nodes that lack a key which other nodes have, or which one of
-    their own keys resembles.
+    A node without the key ``image_path`` has no image. A node without the keys of its text has no text if it has no
+    other keys either. So that a misspelt key is not taken for that, this check refuses nodes that lack a key which
+    other nodes have, or which one of their own keys resembles.
 
     Raises:
-        UserError: a key is missing. The message names the key and the node's keys.
+        UserError: there are no nodes, or a key is missing. The message names the key and the node's keys.
     """
+    if not nodes:
+        raise UserError("the batch has no nodes; give at least one")
     known = {name for node in nodes for name in node}
     for node in nodes:
         for key in (KEY, *rules.columns):
@@ -89,10 +96,11 @@ def check_keys(nodes: Sequence[Mapping[str, Any]], rules: InputRules) -> None:
 
 
 def _check_missing(key: str, node: Mapping[str, Any], known: set[Any], rules: InputRules) -> None:
-    others = [str(name) for name in node if name not in (KEY, *rules.columns)]
+    others = [str(name) for name in node if name not in ("node_id", KEY, *rules.columns)]
     near = get_close_matches(key, others, 1, cutoff=0.75)
     if key == KEY:
-        near += [name for name in others if any(word in name.lower() for word in IMAGE_WORDS)]
+        words = {name: set(re.split(r"[\W_]+", name.lower())) for name in others}
+        near += [name for name in others if words[name] & IMAGE_WORDS and words[name] <= IMAGE_WORDS | PATH_WORDS]
     has_text = any(name in node for name in rules.columns)
     required = rules.text_columns is not None or (not has_text and bool(others))
     if near or key in known or (key != KEY and required):

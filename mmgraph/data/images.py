@@ -156,11 +156,8 @@ def _formats() -> tuple[str, ...]:
 
 def _to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]:
     """Return the pixels, (3, H, W) uint8, and an index into :data:`IMAGE_STATUS`: 0 or a remark."""
-    if picture.mode.startswith("I"):  # I;16 and I;16B, or I for some formats
-        if rules.sixteen_bit_images == "scale":
-            grey = (np.array(picture).clip(0, 65_535).astype(np.uint32) + 128) // 257  # (H, W), from 0 to 255
-            picture = Image.fromarray(grey.astype(np.uint8))
-        return _pixels(picture.convert("RGB")), IMAGE_STATUS.index("16-bit grey")
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _deep_grey_to_rgb(picture, rules)
     if not picture.has_transparency_data:
         return _pixels(picture.convert("RGB")), 0
     picture.load()
@@ -176,6 +173,22 @@ def _to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]
     pixels = _pixels(flat)
     one_color = bool((pixels == pixels[:, :1, :1]).all())
     return pixels, IMAGE_STATUS.index("transparent, one color" if one_color else "transparent")
+
+
+def _deep_grey_to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]:
+    """Convert a greyscale image whose pixels are integers of 16 or 32 bits, or floating-point numbers.
+
+    The remark is set if the conversion loses values: those above 255 (or 65,535 with ``scale``) become white, and
+    floating-point numbers from 0 to 1 become black.
+    """
+    grey = np.array(picture)  # (H, W)
+    is_float = picture.mode == "F"
+    spoiled = bool(grey.size) and bool(grey.max() > 255 or (is_float and 0 < grey.max() <= 1))
+    if rules.sixteen_bit_images == "scale" and spoiled and not is_float:
+        spoiled = bool(grey.max() > 65_535)
+        scaled = (grey.clip(0, 65_535).astype(np.uint32) + 128) // 257  # from 0 to 255
+        picture = Image.fromarray(scaled.astype(np.uint8))
+    return _pixels(picture.convert("RGB")), IMAGE_STATUS.index("16-bit grey") if spoiled else 0
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:
@@ -231,9 +244,11 @@ def image_remarks(counts: Sequence[int], rules: InputRules) -> list[str]:
         )
     if grey and rules.sixteen_bit_images == "clip":
         lines.append(
-            f"warning: {grey:,} greyscale images have 16 bits per pixel, and all values above 255 become white; set "
-            "--sixteen_bit_images scale to keep them"
+            f"warning: {grey:,} greyscale images have more than 8 bits per pixel; their values above 255 become white; "
+            "set --sixteen_bit_images scale for 16-bit images, and convert floating-point images"
         )
+    elif grey:
+        lines.append(f"warning: {grey:,} greyscale images have 32 bits per pixel, which cannot be scaled; convert them")
     return lines
 
 

@@ -4,7 +4,10 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Literal
+
+import numpy as np
 
 from mmgraph.config import Config
 from mmgraph.errors import UserError
@@ -24,7 +27,7 @@ class InputRules:
             more than three words, else ``short_name``.
 
     Raises:
-        UserError: ``background`` is not a color, or a column is empty or repeated.
+        UserError: a value is not one of those above, or a column is empty or repeated.
     """
 
     truncated_images: Literal["partial", "black"] = "partial"
@@ -33,6 +36,9 @@ class InputRules:
     text_columns: str | None = None
 
     def __post_init__(self) -> None:
+        for name, values in (("truncated_images", ("partial", "black")), ("sixteen_bit_images", ("clip", "scale"))):
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} '{getattr(self, name)}': must be {' or '.join(values)}")
         background_color(self.background)
         column_names(self.text_columns)
 
@@ -66,9 +72,12 @@ class InputRules:
 
         Rules that were added later are left out while they have their default, so that older caches stay valid.
         """
-        added = ("background", "sixteen_bit_images")
-        changed = {name: getattr(self, name) for name in added if getattr(self, name) != getattr(InputRules, name)}
-        return {"truncated_images": self.truncated_images, **changed}
+        key, color = {"truncated_images": self.truncated_images}, background_color(self.background)
+        if color is not None:
+            key["background"] = ",".join(map(str, color))
+        if self.sixteen_bit_images != "clip":
+            key["sixteen_bit_images"] = self.sixteen_bit_images
+        return key
 
     def key(self) -> dict[str, str]:
         """Return all rules as a part of cache keys; see :meth:`image_key`."""
@@ -89,6 +98,6 @@ def as_text(name: str, value: object) -> str:
         return value
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return ""
-    if isinstance(value, numbers.Real):  # also NumPy's numbers
+    if isinstance(value, numbers.Real | Decimal | np.bool_):  # Real: also NumPy's numbers
         return "" if math.isnan(value) else str(value)
     raise UserError(f"{name} is a {type(value).__name__}: {str(value)[:40]!r}; give text, a number or None")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -128,9 +128,19 @@ def read_split(output: Path) -> RunSplit | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the run's folder") from None
-    if not isinstance(record, dict) or record.keys() != set(RunSplit._fields[1:]) or record["format"] != FORMAT:
+    if not isinstance(record, dict) or not _is_valid(record):
         raise UserError(f"{path}: damaged, or written by another version of mmgraph; restore the run's folder")
     return RunSplit(folder=path.parent, **record)
+
+
+def _is_valid(record: dict[str, Any]) -> bool:
+    kinds = get_type_hints(RunSplit)
+    types = {name: get_origin(kinds[name]) or kinds[name] for name in RunSplit._fields[1:]}  # without the folder
+    return (
+        record.keys() == types.keys()
+        and all(isinstance(record[name], int | float if kind is float else kind) for name, kind in types.items())
+        and record["format"] == FORMAT
+    )
 
 
 def write_split(output: Path, config: Config, graph: Graph) -> None:
@@ -161,7 +171,8 @@ def write_split(output: Path, config: Config, graph: Graph) -> None:
     )
     record = json.dumps({name: value for name, value in split._asdict().items() if name != "folder"}, indent=1)
     path = folder / RECORD
-    if path.is_file() and path.read_bytes() == record.encode():
+    complete = all((folder / name).is_file() for name in (RECORD, HELD_OUT, TRAINED))
+    if complete and path.read_bytes() == record.encode():
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # first, so that no record ever stands beside files of another split

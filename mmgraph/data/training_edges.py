@@ -30,12 +30,14 @@ def write_training_edges(split: RunSplit, edges: str | Path, output: Path) -> No
         output: the file to write: ``.csv``, ``.parquet`` or ``.arrow``.
 
     Raises:
-        UserError: the edge table has changed since the run was trained, the suffix of ``output`` is unknown, or its
-            format cannot hold a column of the edge table.
+        UserError: ``output`` exists, or its suffix is unknown or its format cannot hold a column of the edge table; or
+            the edge table has changed since the run was trained.
         RunError: the file cannot be written.
     """
     if output.suffix not in (*PARQUET, *ARROW, ".csv"):
         raise UserError(f"{output}: unknown format; give a file that ends in .csv, .parquet or .arrow")
+    if output.exists():
+        raise UserError(f"{output} exists; give the path of a new file")
     if fingerprint(edges) != split.edges_fingerprint:
         raise UserError(
             f"{edges} has changed since the run was trained, so the rows of {split.folder} do not fit it; restore the "

@@ -15,6 +15,7 @@ from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
+from mmgraph.data.run_split import read_split
 from mmgraph.data.table_cache import open_nodes
 from mmgraph.data.tables import find_ids
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks
@@ -43,6 +44,8 @@ def find_features(sources: Sequence[Path]) -> list[Path]:
     features: list[Path] = []
     others = 0
     for source in sources:
+        if source.suffix == ".json" and source.with_suffix("").suffix[1:] in FORMATS:
+            continue  # the origin of a feature file, for example from the shell pattern features/*
         if source.is_dir() and not has_checkpoint(source):
             in_folder = sorted(path for path in source.glob("features_*") if path.suffix[1:] in FORMATS)
             features += in_folder
@@ -56,6 +59,20 @@ def find_features(sources: Sequence[Path]) -> list[Path]:
             "cannot mix feature files with other sources; give one run or checkpoint, or only feature files"
         )
     return features
+
+
+def _common_run(files: Sequence[Path]) -> Path | None:
+    """Return the folder of the run that checkpoint or feature files belong to; None for files outside of a run.
+
+    Raises:
+        UserError: the files belong to runs that have held out different edges.
+    """
+    folders = [folder for folder in map(run_folder, files) if folder is not None]
+    splits = [(folder, split) for folder, split in ((folder, read_split(folder)) for folder in folders) if split]
+    for folder, split in splits[1:]:
+        if split.held_out_fingerprint != splits[0][1].held_out_fingerprint:
+            raise UserError(f"{splits[0][0]} and {folder} have held out different edges; evaluate them one at a time")
+    return folders[0] if folders else None
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -77,6 +94,7 @@ def evaluate(
     config: Config,
     accelerator: Accelerator,
     path: Path | None,
+    eval_edges: str | None = None,
 ) -> None:
     """Rank held-out edges by a checkpoint's embeddings or by feature files. All processes must call this function.
 
@@ -88,6 +106,7 @@ def evaluate(
             ``checkpoint`` is not None.
         config: settings that name the graph and the edges to rank.
         path: JSON file to write the table to; None writes no file.
+        eval_edges: table of other edges to rank than the run's, if the user named one.
 
     Raises:
         UserError: there are no edges to rank, or a file does not fit the graph.
@@ -98,8 +117,10 @@ def evaluate(
         )
     digest = raise_on_all_ranks(accelerator, lambda: fingerprint(config.nodes))
     nodes = raise_on_all_ranks(accelerator, lambda: open_nodes(config.nodes, digest))
-    folder = run_folder(checkpoint or features[0])
-    edges = raise_on_all_ranks(accelerator, lambda: load_run_edges(folder, config, nodes, digest))
+    folder = raise_on_all_ranks(accelerator, lambda: _common_run([checkpoint] if checkpoint else features))
+    edges = raise_on_all_ranks(accelerator, lambda: load_run_edges(folder, config, nodes, digest, eval_edges))
+    if edges.note:
+        log(edges.note)
     if edges.held_out is None:
         raise UserError(f"{folder}: the run held out no edges; rank other edges with --eval_edges")
     trained, known = (

@@ -52,7 +52,7 @@ class Evaluation:
         trained: adjacency of the training edges.
         held_out: the edges to rank.
         seed: seed of the random embeddings, the sampled negatives, the retrieval queries and the shuffled images.
-        known: adjacency of further edges that are known. It may contain held-out edges.
+        known: adjacency of all known edges, if it contains more than the training edges; it may contain held-out edges.
 
     Raises:
         UserError: all held-out edges are self-loops.
@@ -78,8 +78,7 @@ class Evaluation:
                 "this inflates all metrics"
             )
         held_out_pairs = Adjacency(torch.from_numpy(pair_keys(held_out.rows, self.num_nodes)), self.num_nodes)
-        adjacencies = [trained, held_out_pairs, *([] if known is None else [known])]
-        self.known = [neighbors.to(accelerator.device) for neighbors in adjacencies]
+        self.known = [neighbors.to(accelerator.device) for neighbors in (known or trained, held_out_pairs)]
         self.fixed: dict[str, Ranks] = {}  # ranks by embedding, for FIXED and random; filled in once
 
     def evaluate(self, embeddings: Embeddings, outputs: NodeOutputs) -> Table:

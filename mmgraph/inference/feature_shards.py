@@ -181,7 +181,10 @@ class FeatureShards:
     def make(self, numbers: Sequence[int]) -> Iterator[int]:
         """Embed the nodes of these shards, and write the shards. Yield the number of nodes of each batch."""
         # Computed before any image is read, so that the next run notices an image that changes in the meantime.
-        images = [self._images(number) for number in numbers]
+        images = []
+        for number in numbers:
+            images.append(self._images(number))
+            yield 0  # lets this rank sync with the others, because this loop takes long for many files
         outputs = self.inference.outputs.of([self.rows(number) for number in numbers])
         for number, images_of_shard in zip(numbers, images, strict=True):
             batches: dict[str, list[torch.Tensor]] = {}

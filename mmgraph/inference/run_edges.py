@@ -9,7 +9,7 @@ from mmgraph.data.edge_table import EdgeTable, RemainingEdges
 from mmgraph.data.graph import load_edges
 from mmgraph.data.node_table import NodeTable
 from mmgraph.data.readers import fingerprint
-from mmgraph.data.run_split import RunSplit, read_split
+from mmgraph.data.run_split import HELD_OUT, RunSplit, read_split
 from mmgraph.data.split import HeldOut, read_held_out
 from mmgraph.data.table_cache import open_edges
 from mmgraph.errors import UserError
@@ -22,28 +22,31 @@ class RunEdges(NamedTuple):
 
     trained: EdgeTable | RemainingEdges | None  # the training edges; None: not known which edges these are
     held_out: HeldOut | None  # the edges to rank; None: there are none
-    # Other edges that are known, and therefore no candidates in a ranking. They may contain the held-out edges.
+    # All edges of the edge table, if all are known and therefore no candidates in a ranking. None: the others are.
     known: EdgeTable | None = None
+    note: str = ""  # warning about the edges to rank
 
 
-def load_run_edges(folder: Path | None, config: Config, nodes: NodeTable, nodes_fingerprint: str) -> RunEdges:
+def load_run_edges(
+    folder: Path | None, config: Config, nodes: NodeTable, nodes_fingerprint: str, eval_edges: str | None = None
+) -> RunEdges:
     """Load the edges that a run trained on, and the edges to rank.
 
-    The edges to rank are those that the run held out, also if the edge table has changed since: then it is not known
-    which of the table's edges the run trained on, and all of them count as known. ``config`` may name other edges to
-    rank.
+    The edges to rank are those that the run held out, also if the edge table has changed since. Then it is not known
+    which of the table's edges the run trained on, and all of them count as known.
 
     Args:
         folder: folder of the run; None: there is no run, so the settings alone define the split.
-        config: the run's settings, with the settings of the verb.
+        config: the run's settings, with the settings of the verb. If its edge table is another one than the run's, the
+            settings define a split of that table.
         nodes: the node table.
         nodes_fingerprint: fingerprint of the node table.
+        eval_edges: table of other edges to rank, if the user named one.
 
     Raises:
         UserError: as :func:`mmgraph.data.graph.load_edges`. Also if the settings draw a split of the run's edge table
             that is not the run's, or if a table has changed and the run has no split of its own.
     """
-    settings = {} if folder is None else read_settings(folder) or {}
     split = None if folder is None else read_split(folder)
     if folder is None or split is None:
         if folder is not None and config.eval_fraction:
@@ -51,39 +54,38 @@ def load_run_edges(folder: Path | None, config: Config, nodes: NodeTable, nodes_
         edges = load_edges(config, nodes, nodes_fingerprint)
         return RunEdges(edges.rows, edges.held_out)
     digest = fingerprint(config.edges)
-    is_same = digest == split.edges_fingerprint
-    if (config.eval_fraction, config.seed) != (split.eval_fraction, split.seed) and config.eval_fraction:
-        own = is_same or Path(config.edges).resolve() == Path(str(settings.get("edges"))).resolve()
-        return _drawn_again(split, config, nodes, nodes_fingerprint, own)
-    table = open_edges(config.edges, digest, nodes, nodes_fingerprint)
-    if config.eval_edges is not None and config.eval_edges != settings.get("eval_edges"):
-        held_out: HeldOut | None = read_held_out(config.eval_edges, nodes, nodes_fingerprint)
-    else:
-        held_out = split.held_out(nodes)
-        if is_same:
-            return RunEdges(split.training_edges_of(table), held_out)
-        log(
-            f"warning: {config.edges} has changed since the run was trained; the edges to rank are those that the run "
-            f"held out ({split.folder}), and all edges of the table count as known"
+    own = Path(str((read_settings(folder) or {}).get("edges")))
+    if digest != split.edges_fingerprint and own.resolve() != Path(config.edges).resolve():
+        edges = load_edges(config, nodes, nodes_fingerprint)
+        note = (
+            f"warning: {config.edges} is not the run's edge table; the run may have been trained on some of its edges"
         )
-    return RunEdges(split.training_edges_of(table) if is_same else None, held_out, table.rows)
+        return RunEdges(edges.rows, edges.held_out, note=note)
+    return _edges_of_own_table(split, config, nodes, nodes_fingerprint, digest, eval_edges)
 
 
-def _drawn_again(split: RunSplit, config: Config, nodes: NodeTable, nodes_fingerprint: str, own: bool) -> RunEdges:
-    """Draw other edges to rank than the run held out. ``own``: the edge table is that of the run.
-
-    Raises:
-        UserError: the edge table is that of the run, so that the run was trained on these edges.
-    """
-    if own:
+def _edges_of_own_table(
+    split: RunSplit, config: Config, nodes: NodeTable, nodes_fingerprint: str, digest: str, eval_edges: str | None
+) -> RunEdges:
+    if config.eval_fraction and (config.eval_fraction, config.seed) != (split.eval_fraction, split.seed):
         raise UserError(
             f"--eval_fraction {config.eval_fraction:g} with --seed {config.seed} draws other edges than the run held "
             f"out (--eval_fraction {split.eval_fraction:g}, --seed {split.seed}), and the run was trained on them; "
             "leave out both flags, or rank other edges with --eval_edges"
         )
-    log(f"warning: the edges to rank are drawn from {config.edges}; the run may have been trained on some of them")
-    edges = load_edges(config, nodes, nodes_fingerprint)
-    return RunEdges(edges.rows, edges.held_out)
+    table = open_edges(config.edges, digest, nodes, nodes_fingerprint)
+    is_same = digest == split.edges_fingerprint
+    trained = split.training_edges_of(table) if is_same else None
+    if eval_edges is not None:
+        return RunEdges(trained, read_held_out(eval_edges, nodes, nodes_fingerprint), table.rows)
+    changed = (
+        [] if is_same else [f"{config.edges} has changed since the run was trained, so all its edges count as known"]
+    )
+    if config.eval_edges is not None and Path(config.eval_edges).is_file():
+        if fingerprint(config.eval_edges) != split.held_out_fingerprint:
+            changed.append(f"{config.eval_edges} has changed since the run was trained (--eval_edges ranks its edges)")
+    note = f"warning: {'; '.join(changed)}; the edges to rank are those in {split.folder / HELD_OUT}" if changed else ""
+    return RunEdges(trained, split.held_out(nodes), None if is_same else table.rows, note)
 
 
 def _check_same_tables(folder: Path, config: Config, nodes_fingerprint: str) -> None:

@@ -133,8 +133,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
 
 
 def _verdict(run: Run) -> Verdict | None:
-    """Return the verdict on a run; None if its last evaluation does not have ``z_graph``."""
-    if run.table is None or EMBEDDING not in run.table["embeddings"]:
+    """Return the verdict on a run; None if it was not evaluated after training."""
+    if run.table is None or not run.table.get("step") or EMBEDDING not in run.table["embeddings"]:
         return None
     columns = {name: values for name, values in run.evaluations.items() if name.startswith("eval/")}
     before = {name.split("/")[1]: float(values[0]) for name, values in columns.items() if name.endswith("/mrr")}

@@ -28,6 +28,7 @@ from mmgraph.distributed.collectives import raise_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
+from mmgraph.towers.remarks import lacks_remarks
 from mmgraph.towers.store import ResidentTokens, TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
@@ -173,6 +174,8 @@ def open_store(
     cached = raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
     for remark in image_remarks(count_image_status(cached.image_status), inputs.rules):
         log(remark)
+    if lacks_remarks(store.images.files):
+        log("an older version built this store, so transparent and 16-bit grey images are not counted")
     return cached
 
 

@@ -4,8 +4,11 @@ They are not in the tensor ``causes``: to older versions, each value there other
 """
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from mmgraph.data.images import FIRST_REMARK, IMAGE_STATUS
 
@@ -18,6 +21,15 @@ def take_remarks(image_status: torch.Tensor) -> str:
     }
     image_status[image_status >= FIRST_REMARK] = 0
     return json.dumps(remarks)
+
+
+def lacks_remarks(files: Iterable[Path]) -> bool:
+    """Return whether an older version, which counted no remarks, wrote some of these image shards."""
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            if "remarks" not in (shard.metadata() or {}):
+                return True
+    return False
 
 
 def with_remarks(image_status: torch.Tensor, remarks: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from mmgraph.checkpoints.consolidate import restore, set_loss_scale
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.resume_state import compute_run_fingerprint
-from mmgraph.checkpoints.run_start import find_state, init_from_fingerprint, read_start
+from mmgraph.checkpoints.run_start import find_state, init_from_fingerprint, keep_init_from, read_start
 from mmgraph.config import Config
 from mmgraph.data.adjacency import Adjacency, pair_keys
 from mmgraph.data.batches import build_loader
@@ -114,6 +114,7 @@ def _read_start(config: Config, accelerator: Accelerator, graph: Graph) -> _Star
     fixed = compute_run_fingerprint(config, graph.nodes_fingerprint, graph.edges_fingerprint)
     fixed["init_from"] = broadcast_from_main_process(accelerator, lambda: init_from_fingerprint(config))
     state = broadcast_from_main_process(accelerator, lambda: find_state(config, fixed))
+    fixed["init_from"] = broadcast_from_main_process(accelerator, lambda: keep_init_from(state, fixed["init_from"]))
     frozen = raise_on_all_ranks(accelerator, lambda: read_tower_state(config.model_name))
     fixed["towers"] = towers_fingerprint(frozen)
     check_same_towers(fixed["towers"])

@@ -175,7 +175,7 @@ class RunLog:
             f"epoch {epoch}/{self.config.epochs} done: mean loss {_figure(means[TOTAL])} ({_parts(means)}) over "
             f"{steps:,} steps"
         )
-        if means["loss_graph"] >= (1 - CHANCE_MARGIN) * chance:
+        if self.config.graph_loss_weight and 0 < (1 - CHANCE_MARGIN) * chance <= means["loss_graph"]:
             log(
                 f"warning: the mean graph loss of epoch {epoch}, {means['loss_graph']:.4f}, is within 2 % of chance, "
                 f"{chance:.4f}, or above it (the loss of embeddings that are all equal); {CHANCE_ADVICE}"
@@ -240,7 +240,7 @@ class RunLog:
         if problems:
             log(f"nodes without a complete image, among those seen since this start: {problems}")
         for remark in image_remarks(counts, InputRules.of(self.config)):
-            log(remark)
+            log(f"{remark} (among the nodes seen since this start)")
         if best:
             log(best)
         verdict = None if table is None or not done else judge(table, mrr_at_start(self.output / "metrics.jsonl"))
@@ -275,7 +275,7 @@ def count_image_status_of_all_ranks(image_status: np.ndarray) -> list[int]:
     Returns:
         The number of nodes with each image status except 0. A node that several ranks have seen is counted once.
     """
-    status_by_row: dict[int, int] = {}
-    for rank_status in gather_object([{int(row): int(image_status[row]) for row in image_status.nonzero()[0]}]):
-        status_by_row |= rank_status
-    return count_image_status(list(status_by_row.values()))
+    seen = image_status.nonzero()[0]
+    rows, codes = (np.concatenate(parts) for parts in zip(*gather_object([(seen, image_status[seen])]), strict=True))
+    _, first = np.unique(rows, return_index=True)
+    return count_image_status(codes[first])
