@@ -72,7 +72,8 @@ class InputRules:
 
         Rules that were added later are left out while they have their default, so that older caches stay valid.
         """
-        key, color = {"truncated_images": self.truncated_images}, background_color(self.background)
+        key: dict[str, str] = {"truncated_images": self.truncated_images}
+        color = background_color(self.background)
         if color is not None:
             key["background"] = ",".join(map(str, color))
         if self.sixteen_bit_images != "clip":

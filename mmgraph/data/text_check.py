@@ -54,13 +54,9 @@ def _check_column(schema: pa.Schema, name: str, path: str | Path) -> None:
         raise UserError(f"--text_columns: {path} has no column '{name}', only {', '.join(schema.names)}")
     data_type = schema.field(name).type
     data_type = data_type.value_type if pa.types.is_dictionary(data_type) else data_type
-    number = (
-        pa.types.is_integer(data_type)
-        or pa.types.is_floating(data_type)
-        or pa.types.is_boolean(data_type)
-        or pa.types.is_decimal(data_type)
-    )
-    if not (number or is_text(data_type) or pa.types.is_null(data_type)):
+    types = pa.types
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null, is_text)
+    if not any(is_kind(data_type) for is_kind in kinds):
         raise UserError(
             f"--text_columns: column '{name}' of {path} has type {data_type}; give columns of text or numbers"
         )

@@ -78,12 +78,10 @@ def _edges_of_own_table(
     trained = split.training_edges_of(table) if is_same else None
     if eval_edges is not None:
         return RunEdges(trained, read_held_out(eval_edges, nodes, nodes_fingerprint), table.rows)
-    changed = (
-        [] if is_same else [f"{config.edges} has changed since the run was trained, so all its edges count as known"]
-    )
-    if config.eval_edges is not None and Path(config.eval_edges).is_file():
-        if fingerprint(config.eval_edges) != split.held_out_fingerprint:
-            changed.append(f"{config.eval_edges} has changed since the run was trained (--eval_edges ranks its edges)")
+    changed = [] if is_same else [f"{config.edges} has changed since the training, so all its edges count as known"]
+    ranked = config.eval_edges
+    if ranked and Path(ranked).is_file() and fingerprint(ranked) != split.held_out_fingerprint:
+        changed.append(f"{ranked} has changed since the training (--eval_edges ranks its edges)")
     note = f"warning: {'; '.join(changed)}; the edges to rank are those in {split.folder / HELD_OUT}" if changed else ""
     return RunEdges(trained, split.held_out(nodes), None if is_same else table.rows, note)
 
