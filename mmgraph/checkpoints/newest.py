@@ -44,7 +44,7 @@ def _finished_epochs(folder: Path) -> float:
     """
     record = _final_record(folder)
     if record is not None:
-        return int(record["epoch"]) - 1 + (record["samples_in_epoch"] > 0) / 2
+        return int(record["epoch"]) - 1
     weights = _weights(final_file(folder))
     for path in reversed(epoch_files(folder)):
         other = _weights(path)
@@ -62,7 +62,7 @@ def _final_record(folder: Path) -> dict[str, Any] | None:
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             record = json.loads((state / RECORD).read_text(encoding="utf-8"))["components"].get("final")
             if isinstance(record, dict):
-                return {"time": str(record["time"]), **{n: int(record[n]) for n in ("epoch", "samples_in_epoch")}}
+                return {"time": str(record["time"]), "epoch": int(record["epoch"])}
     return None
 
 

@@ -37,6 +37,7 @@ from mmgraph.towers.tokens import Towers
 from mmgraph.utils.log import log
 
 HEADS = 8  # attention heads of the fusion
+MAX_LINKS = 40  # links to links that are followed, as in Linux
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -231,17 +232,18 @@ def model_name_of_run(checkpoint_path: str | Path) -> str | None:
 def run_folder(checkpoint_path: str | Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None if the checkpoint is in no run's folder.
 
-    The checkpoint is two levels below a folder with the settings of a run. It may be a link. First, the folder
-    above the link counts, as in a hub's cache, whose files are links to blobs. Then, the folder above the link's target
-    counts.
+    The checkpoint is two levels below a folder with the settings of a run. It may be a link. First, the folder above the
+    link counts, as in a hub's cache, whose files are links to blobs. Then, the folder above the link's target counts.
     """
-    absolute = Path(os.path.abspath(checkpoint_path))  # noqa: PTH100 - Path.absolute keeps "..", and resolve() links
-    relative = not Path(checkpoint_path).is_absolute()
-    for path in (absolute, absolute.resolve()):
-        folder = Path(os.path.relpath(path.parent.parent)) if relative else path.parent.parent
+    path = Path(checkpoint_path)
+    for _ in range(MAX_LINKS):
+        folder = path.parent.resolve().parent
         settings = read_settings(folder)
         if settings is not None and settings.keys() & VALUE_TYPES.keys():
-            return folder
+            return folder if Path(checkpoint_path).is_absolute() else Path(os.path.relpath(folder))
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
     return None
 
 

@@ -198,9 +198,8 @@ class _ShardBuilder(NamedTuple):
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if shard.modality == "text":
             tensors["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors.pop("lengths").cumsum(0)])
-        metadata = {"format": "pt"}
-        if shard.modality == "image":
-            metadata["remarks"] = take_remarks(tensors["causes"])
+        # One key only: safetensors writes several in random order, but builds of a shard must have equal bytes.
+        metadata = {"format": "pt"} if shard.modality == "text" else {"remarks": take_remarks(tensors["causes"])}
         tensors["hashes"] = torch.from_numpy(_bytes(shard.hashes).copy())
         return save(tensors, metadata=metadata)
 

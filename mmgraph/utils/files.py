@@ -27,7 +27,12 @@ def write_durably(path: Path, write: Callable[[Path], object], shared: bool = Fa
         path: file to write.
         write: called with the path of the temporary file, which it fills.
         shared: other processes may write ``path`` at the same time; the last rename wins.
+
+    Raises:
+        OSError: the file cannot be written, or ``path`` is a folder or a device.
     """
+    if path.exists() and not path.is_file():  # such as /dev/null, which the rename would replace
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
         write(temporary)

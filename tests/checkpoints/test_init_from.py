@@ -89,6 +89,26 @@ def test_init_from_at_a_resume(
         assert str(path) in error and tree(tmp_path / "run") == before
 
 
+def test_a_file_that_was_gone_for_one_start_is_still_known(
+    started: Path, files: tuple[Path, Path], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start without the file keeps the file's SHA-256 in the state."""
+    shutil.copytree(started / "run", tmp_path / "run")
+    start = started / "start.pt"
+    content = start.read_bytes()
+    flags = settings(graph, tmp_path / "run", f"--init_from={start}")
+    start.unlink()
+    try:
+        assert train_main([*flags, "--max_steps=3"]) == 0
+        shutil.copy(files[1], start)
+        capsys.readouterr()
+        assert train_main([*flags, "--max_steps=4"]) == 2
+        assert f"init_from {start}" in one_error(capsys)
+    finally:
+        start.write_bytes(content)
+    assert train_main([*flags, "--max_steps=4"]) == 0
+
+
 def test_a_run_without_init_from_does_not_take_it_at_a_resume(
     graph: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

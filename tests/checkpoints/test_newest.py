@@ -15,6 +15,7 @@ import pytest
 import targets
 import torch
 from conftest import settings
+from safetensors.torch import save_file
 
 from mmgraph.checkpoints.newest import last_checkpoint, newest_run
 from mmgraph.cli import train_main
@@ -121,6 +122,25 @@ def test_last_checkpoint_does_not_depend_on_file_times(case: str, tmp_path: Path
         assert last_checkpoint(folder) == folder / "checkpoints" / expected, order
     copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     assert last_checkpoint(copy) == copy / "checkpoints" / expected
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [(2.5, FINAL), (2.7, epoch_name(2)), (2.0, epoch_name(2)), (None, epoch_name(2))]
+)
+def test_newest_state_tells_whether_an_older_run_has_continued(
+    state: float | None, expected: str, tmp_path: Path
+) -> None:
+    """Without a record, a final file from inside an epoch is the newest file if the newest state has its weights.
+
+    A state without readable weights (None) does not show this.
+    """
+    folder = write_run(tmp_path / "run", (1, 2), 2.5, {20: None, 25: None})
+    weights = {20: 2.5} if state is None else {20: 2.0, 25: state}
+    for step, weight in weights.items():
+        tensor = torch.full((2, 3), weight)
+        save_file({"graph_proj.weight": tensor}, folder / f"state/step-{step:08d}/trainable.safetensors")
+    for order in orders_of_times(folder):
+        assert last_checkpoint(folder).name == expected, order
 
 
 def test_damaged_checkpoints_raise_no_error(tmp_path: Path) -> None:

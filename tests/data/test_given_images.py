@@ -192,6 +192,8 @@ A, B = {"short_name": "a", "image_path": None}, {"short_name": "b", "summary": "
         ([{"short_name": "a", "image_pth": "a.png"}], "image_path", "image_pth", "image_pth"),
         ([{"short_name": "a", "img": "a.png"}], "image_path", "img", "img"),
         ([{"short_name": "a", "Image": b""}], "image_path", "Image", "Image"),
+        ([{"short_name": "a", "image_url": "https://a.b/c.png"}], "image_path", "image_url", "image_url"),
+        ([{"short_name": "a", "picture-file": "a.png"}], "image_path", "picture-file", "picture-file"),
         ([A, {"short_name": "b"}], "image_path", "short_name", None),
         ([{"short_name": "b"}, A], "image_path", "short_name", None),
         ([{"short_name": "a", "sumary": "a text", "image_path": None}], "summary", "sumary", "sumary"),
@@ -245,6 +247,8 @@ def test_a_missing_text_column_is_an_error() -> None:
         ({"short_name": pd.NaT, "summary": np.float32("nan")}, " "),
         ({"short_name": "a", "summary": "one two three"}, "a"),
         ({"short_name": "a", "image_path": None, "node_id": 3, "degree": 5}, "a"),
+        ({"image_path": None, "node_id": 3}, " "),
+        ({"short_name": "a", "has_image": False, "picture_book": "yes", "imagined": 1}, "a"),
     ],
     ids=str,
 )
@@ -252,6 +256,12 @@ def test_texts_of_nodes(node: dict[str, Any], text: str) -> None:
     tokenizer = Tokenizer()
     assert InferenceCollator(tokenizer, Processor())([node])["pixel_values"].shape == (1, 3, SIDE, SIDE)
     assert tokenizer.texts == [text]
+
+
+def test_an_empty_batch_is_an_error() -> None:
+    for collate in (InferenceCollator(Tokenizer(), Processor()), InferenceCollator(Tokenizer(), Processor()).inputs):
+        with pytest.raises(UserError, match=r"^[^\n]*\bno nodes\b[^\n]*$"):
+            collate([])
 
 
 @pytest.mark.parametrize(

@@ -259,13 +259,37 @@ def test_sixteen_bits_of_grey(name: str) -> None:
     clipped = np.minimum(values, 255)
     pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
     scaled = np.rint(values / 257)
-    for rule, expected in (("clip", clipped), ("scale", scaled)):
+    for rule, expected, remark in (("clip", clipped, "16-bit grey"), ("scale", scaled, "")):
         rules = InputRules(sixteen_bit_images=rule)
         opened = convert_picture(Image.open(io.BytesIO(data)), rules)
         for pixels, status in (decode_picture(data, 0, rules), opened):
-            assert IMAGE_STATUS[status] == "16-bit grey" and pixels.dtype == torch.uint8
+            assert IMAGE_STATUS[status] == remark and pixels.dtype == torch.uint8
             assert np.array_equal(pixels.numpy(), np.broadcast_to(expected, (3, 60, 83)))
     assert np.array_equal(pillow, np.broadcast_to(clipped, (3, 60, 83)))
+
+
+@pytest.mark.parametrize(
+    ("values", "clip", "scale"),  # whether values are lost
+    [
+        pytest.param(np.arange(256, dtype=np.uint16), False, False, id="16 bits, up to 255"),
+        pytest.param(np.arange(257, dtype=np.uint16), True, False, id="16 bits, up to 256"),
+        pytest.param(np.arange(256, dtype=np.int32), False, False, id="32 bits, up to 255"),
+        pytest.param(np.array([0, 65_535], np.int32), True, False, id="32 bits, up to 65,535"),
+        pytest.param(np.array([0, 65_536], np.int32), True, True, id="32 bits, up to 65,536"),
+        pytest.param(np.array([0.0, 1.0], np.float32), True, True, id="float, up to 1"),
+        pytest.param(np.array([0.0, 255.0], np.float32), False, False, id="float, up to 255"),
+        pytest.param(np.array([0.0, 300.0], np.float32), True, True, id="float, up to 300"),
+        pytest.param(np.zeros(4, np.float32), False, False, id="float, black"),
+    ],
+)
+def test_grey_images_have_a_remark_if_values_are_lost(values: np.ndarray, clip: bool, scale: bool) -> None:
+    """Images with 16 or 32 bits or floating-point numbers; a TIFF file can have each."""
+    picture = Image.fromarray(values[None])
+    for rule, lost in (("clip", clip), ("scale", scale)):
+        pixels, status = decode_picture(encoded(picture, "TIFF"), 0, InputRules(sixteen_bit_images=rule))
+        assert IMAGE_STATUS[status] == ("16-bit grey" if lost else "")
+        if rule == "clip":
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(picture.convert("RGB")))
 
 
 def test_other_images_are_equal_under_all_rules() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,8 @@ ALL_RULES = {**IMAGE_RULES, "text_columns": "short_name,summary"}
         ("short_name,summary", {}, " "),
         ("title,year,price,new", {"title": "a", "year": 1984, "price": 2.5, "new": True}, "a 1984 2.5 True"),
         ("year", {"year": np.int32(7), "title": "not used"}, "7"),
+        ("price,new", {"price": Decimal("2.50"), "new": np.bool_(False)}, "2.50 False"),
+        ("price", {"price": Decimal("NaN")}, " "),
         ("year", {"year": np.float32("nan")}, " "),
         (
             "summary",
@@ -86,6 +89,12 @@ def test_wrong_backgrounds_are_refused(background: str) -> None:
             make()
 
 
+def test_other_values_of_rules_are_refused() -> None:
+    for name, values in (("truncated_images", "partial or black"), ("sixteen_bit_images", "clip or scale")):
+        with pytest.raises(UserError, match=rf"^{name} 'yes': must be {values}$"):
+            InputRules(**{name: "yes"})
+
+
 def test_rules_of_a_run_are_its_flags() -> None:
     rules = InputRules.of(parse_config([f"--{name}={value}" for name, value in ALL_RULES.items()]))
     assert dataclasses.asdict(rules) == ALL_RULES
@@ -98,12 +107,13 @@ def test_the_default_keys_have_no_later_rule() -> None:
     """Caches that older versions wrote have exactly this key."""
     assert InputRules().image_key() == InputRules().key() == {"truncated_images": "partial"}
     changed = {name: InputRules(**{name: value}) for name, value in ALL_RULES.items()}
-    for name, value in IMAGE_RULES.items():
+    for name, value in {**IMAGE_RULES, "background": "255,255,255"}.items():
         expected = {"truncated_images": "partial", name: value}
         assert changed[name].image_key() == changed[name].key() == expected
     assert changed["text_columns"].image_key() == {"truncated_images": "partial"}
     assert changed["text_columns"].key() == {"truncated_images": "partial", "text_columns": "short_name,summary"}
-    # The spelling of a list of columns does not change the texts.
+    # The spelling of a color or of a list of columns changes nothing.
+    assert InputRules(background="255, 255,255").image_key() == changed["background"].image_key()
     assert InputRules(text_columns=" short_name, summary").key() == changed["text_columns"].key()
 
 
@@ -326,11 +336,11 @@ def test_a_run_warns_of_unused_summaries(own_graph: Path, tmp_path: Path, capsys
             {"transparent": 4, "transparent, one color": 3}, {"background": "white"},
             [("3", "7", "--background", "white")],
         ),
-        ({"16-bit grey": 5}, {}, [("5", "16", "--sixteen_bit_images", "scale")]),
-        ({"16-bit grey": 5}, {"sixteen_bit_images": "scale"}, []),
+        ({"16-bit grey": 5}, {}, [("5", "8", "255", "--sixteen_bit_images", "scale")]),
+        ({"16-bit grey": 5}, {"sixteen_bit_images": "scale"}, [("5", "32")]),
         (
             {"transparent": 1, "16-bit grey": 2}, {},
-            [("1", "0", "--background", "white"), ("2", "16", "--sixteen_bit_images", "scale")],
+            [("1", "0", "--background", "white"), ("2", "8", "255", "--sixteen_bit_images", "scale")],
         ),
     ],
 )  # fmt: skip

@@ -200,6 +200,15 @@ def test_a_resumed_run_writes_other_held_out_edges(graph: Path, folder: Path, tm
         assert rows.sum() == 190 and record["held_out_edges"] == len(expected)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_written_again(graph: Path, folder: Path, tmp_path: Path, name: str) -> None:
+    config, loaded, split = written(graph, folder, tmp_path, "--eval_fraction=0.2")
+    content = (tmp_path / "split" / name).read_bytes()
+    (tmp_path / "split" / name).unlink()
+    write_split(tmp_path, config, loaded)
+    assert (tmp_path / "split" / name).read_bytes() == content and read_split(tmp_path) == split
+
+
 def test_an_interrupted_write_leaves_no_record(
     graph: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +317,9 @@ def test_files_that_do_not_belong_together_are_one_error(graph: Path, folder: Pa
         split.training_edges_of(loaded.edge_table)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"more": 1}, {"seed": ...}])
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"more": 1}, {"seed": ...}, {"seed": "42"}, {"relation_ids": None}, {"edge_rows": 9.5}]
+)
 def test_a_record_of_another_version_is_refused(
     graph: Path, folder: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -435,6 +446,10 @@ def test_split_refuses_wrong_arguments(
         assert line.startswith("mmgraph: error: ") and not out.exists()
         return line
 
+    out.write_text("mine")
+    assert main(["split", str(trained), str(out)]) == 2 and out.read_text() == "mine"
+    error_of(capsys.readouterr().err, out)
+    out.unlink()
     assert f"{tmp_path / 'out.txt'}: " in refused(trained, tmp_path / "out.txt")
     assert f"{graph}: " in refused(graph, out) and str(tmp_path / "none") in refused(tmp_path / "none", out)
     assert str(tmp_path / "gone.csv") in refused(trained, out, "--edges", tmp_path / "gone.csv")

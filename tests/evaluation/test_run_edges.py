@@ -202,6 +202,53 @@ def test_other_edges_are_ranked_and_leaks_counted(
         assert table["embeddings"]["z_graph"]["mrr"] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def other_run(graph: Path, folder: Path, held_out: Pairs) -> Path:
+    """A run of one step that ranks the edges of a separate table, with z_graph as a feature file."""
+    pd.DataFrame(held_out[:6], columns=ENDS).to_csv(folder / "eval.csv", index=False)
+    tables = [f"--nodes={folder / 'nodes.csv'}", f"--edges={folder / 'edges.csv'}"]
+    more = [f"--eval_edges={folder / 'eval.csv'}", "--max_steps=1"]
+    assert train_main(settings(graph, folder / "other", *tables, *more)) == 0
+    assert main(["encode", str(folder / "other"), "--features=z_graph"]) == 0
+    return folder / "other"
+
+
+def test_features_of_runs_with_different_held_out_edges(
+    run: Path, folder: Path, other_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "features", run / "features")
+    files = [run / "features/features_z_graph.parquet", other_run / "features/features_z_graph.pt"]
+    assert main(["evaluate", *map(str, files)]) == 2
+    error_of(capsys.readouterr().err, run, other_run)
+    same = Path(shutil.copytree(run, folder / "same"))
+    table = evaluate(folder, files[0], same / "features/features_z_graph.parquet")
+    assert len(table["embeddings"]) == 3 and table["edges"] == last_table(run)["edges"]
+    shutil.rmtree(same)
+
+
+def test_a_changed_table_of_edges_to_rank(
+    run: Path, folder: Path, other_run: Path, held_out: Pairs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's edges are ranked, with one warning. A flag with the same path ranks the edges that are there now."""
+
+    def remarks() -> list[str]:
+        return [line for line in warnings(capsys.readouterr().out) if "held-out edges link nodes" not in line]
+
+    features = other_run / "features/features_z_graph.pt"
+    table = evaluate(folder, features)
+    assert table["embeddings"]["z_graph"] == last_table(other_run)["embeddings"]["z_graph"]
+    assert not remarks()
+    pd.DataFrame(held_out[:3], columns=ENDS).to_csv(folder / "eval.csv", index=False)
+    assert evaluate(folder, features) == table
+    assert lines_with(*remarks(), folder / "eval.csv", other_run / "split")
+    append_edge(folder, "003", "005")
+    assert evaluate(folder, features)["edges"] == table["edges"]
+    assert lines_with(*remarks(), folder / "edges.csv", folder / "eval.csv")
+    assert evaluate(folder, features, f"--eval_edges={folder / 'eval.csv'}")["edges"] == len(set(held_out[:3]))
+    (folder / "eval.csv").unlink()
+    assert evaluate(folder, features)["edges"] == table["edges"]
+
+
 def test_other_edges_after_the_table_has_changed(run: Path, folder: Path, held_out: Pairs) -> None:
     append_edge(folder, "003", "005")
     pd.DataFrame(held_out[:5], columns=ENDS).to_csv(folder / "other.csv", index=False)

@@ -103,6 +103,15 @@ def test_features_of_the_same_nodes_are_ranked(run: Path, folder: Path, capsys: 
     assert not warnings(capsys.readouterr().out)
 
 
+def test_origins_are_no_feature_files(run: Path, folder: Path) -> None:
+    """The shell pattern features/* also names the origins. The four files with the same name are listed by path."""
+    names = [path for path in sorted((run / "features").iterdir()) if path.name != ".lock"]
+    assert len(names) == 8
+    assert main(["evaluate", *map(str, names), f"--json={folder / 'table.json'}"]) == 0
+    table = json.loads((folder / "table.json").read_text())
+    assert {*table["embeddings"]} == {str(feature_file(run, kind)) for kind in FORMATS} | {"random"}
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_features_after_the_nodes_were_sorted(run: Path, folder: Path, capsys: Capture, kind: str) -> None:
     """Without ids, the rows would belong to other nodes: this is refused. With ids, the rows are found."""

@@ -112,7 +112,13 @@ def test_a_shard_of_an_older_version_has_no_remarks(own_graph: Path, capsys: pyt
     assert torch.equal(source.pooled_tokens(rows, rows).patches, before.pooled_tokens(rows, rows).patches)
     capsys.readouterr()
     assert main(["cache", *flags(own_graph)]) == 0
-    assert not lines_with(capsys.readouterr().out, "warning:")
+    out = capsys.readouterr().out
+    assert not lines_with(out, "warning:") and line_with(out, "older version", "transparent", "not counted")
+
+
+def test_a_store_with_remarks_is_not_taken_for_an_older_one(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", *flags(built)]) == 0
+    assert not lines_with(capsys.readouterr().out, "older version")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +163,7 @@ def test_remarks_are_taken_and_put_back() -> None:
 
 # Facts of the lines about the images in REMARKS, with the default rules.
 TRANSPARENT = ("warning:", "3", "1", "--background", "white")
-GREY = ("warning:", "1", "16", "--sixteen_bit_images", "scale")
+GREY = ("warning:", "1", "8", "255", "--sixteen_bit_images", "scale")
 
 
 def test_a_run_with_a_store_warns_at_its_start(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
