@@ -232,8 +232,9 @@ def model_name_of_run(checkpoint_path: str | Path) -> str | None:
 def run_folder(checkpoint_path: str | Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None if the checkpoint is in no run's folder.
 
-    The checkpoint is two levels below a folder with the settings of a run. It may be a link. First, the folder above the
-    link counts, as in a hub's cache, whose files are links to blobs. Then, the folder above the link's target counts.
+    The checkpoint is two levels below a folder with the settings of a run. It may be a link. First, the folder above
+    the link counts, as in a hub's cache, whose files are links to blobs. Then, the folder above the link's target
+    counts.
     """
     path = Path(checkpoint_path)
     for _ in range(MAX_LINKS):
