@@ -108,7 +108,8 @@ class RunSplit(NamedTuple):
         path = self.folder / TRAINED
         try:
             bits = np.load(path)
-            if bits.dtype != np.uint8 or bits.shape != ((self.edge_rows + 7) // 8,):
+            fits = bits.dtype == np.uint8 and bits.shape == ((self.edge_rows + 7) // 8,)
+            if not fits or sum(int(rows.sum()) for rows in unpacked(bits, self.edge_rows)) != self.training_edges:
                 raise ValueError(f"it does not fit {RECORD}")
         except (OSError, ValueError, EOFError, TokenError) as error:  # TokenError: NumPy cannot parse the header
             raise UserError(f"{path}: cannot be read ({error}); restore the run's folder") from None

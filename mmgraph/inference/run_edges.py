@@ -77,7 +77,8 @@ def _edges_of_own_table(
     is_same = digest == split.edges_fingerprint
     trained = split.training_edges_of(table) if is_same else None
     if eval_edges is not None:
-        return RunEdges(trained, read_held_out(eval_edges, nodes, nodes_fingerprint), table.rows)
+        note = "" if is_same else f"warning: {config.edges} has changed since the training; leaks cannot be counted"
+        return RunEdges(trained, read_held_out(eval_edges, nodes, nodes_fingerprint), table.rows, note)
     changed = [] if is_same else [f"{config.edges} has changed since the training, so all its edges count as known"]
     ranked = config.eval_edges
     if ranked and Path(ranked).is_file() and fingerprint(ranked) != split.held_out_fingerprint:

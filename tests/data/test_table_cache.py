@@ -324,7 +324,7 @@ def test_concurrent_processes_convert_once(tmp_path: Path) -> None:
     for name in ("nodes.csv", "edges.csv"):  # each is converted by one process, which logs the seconds
         assert len([line for line in lines if re.search(rf"{name}: .*\b\d+\.\d s\b", line)]) == 1
     assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
-    assert len(cache_files(tmp_path)) == 4  # nodes, edges, relations, and the summary of the edges
+    assert len(cache_files(tmp_path)) == 5  # nodes, edges, which rows they are, relations, and the summary of the edges
 
 
 def test_killed_conversion_leaves_no_partial_table(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from accelerate import Accelerator
 from bokeh.document import Document
-from conftest import line_with, lines_with, newest, read_metrics, settings
+from conftest import line_with, lines_with, newest, read_metrics, settings, write_pending_log
 
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.cli import train_main
@@ -91,7 +91,8 @@ def test_mrr_at_start_is_in_the_first_row(tmp_path: Path) -> None:
     path.write_text(f"{json.dumps(row)}\n{later}\n")
     assert mrr_at_start(path) == {"z_graph": 0.1, "concat": 0.2}
     assert mrr_at_start(tmp_path / "none.jsonl") is None
-    for text in (later, "", "{", "[1]", "null", json.dumps({"step": 0}), json.dumps({**row, "eval/z_graph/mrr": None})):
+    others = [{"step": 0}, {**row, "step": 5}, {**row, "eval/z_graph/mrr": None}]
+    for text in (later, "", "{", "[1]", "null", *map(json.dumps, others)):
         path.write_text(text)
         assert mrr_at_start(path) is None, text
     path.write_bytes(b"\xff\n")
@@ -167,24 +168,19 @@ def test_a_better_run_has_a_verdict_without_a_warning(better: Path) -> None:
 
 
 def test_the_report_has_the_verdict_of_the_log(better: Path, untrained: Path) -> None:
-    runs = (better, untrained)
-    text = page([Shown(read_run(run)._replace(name=str(run)), None, "no map") for run in runs])
-    notes = re.findall(r'<p class="note">Verdict at step (\d+): (.*?)\.</p>', text)
-    logged = [line_with(log_of(run), "verdict:").partition("verdict: ")[2] for run in runs]
-    assert [step for step, _ in notes] == ["16", "4"]
-    assert all(line.startswith(note) for (_, note), line in zip(notes, logged, strict=True))
-
-
-def test_a_report_of_a_run_without_some_evaluations(better: Path) -> None:
     """Without step 0, the verdict has only the baselines. With step 0 only, or without z_graph, there is none."""
-    run = read_run(better)
-    later = {name: values[1:] for name, values in run.evaluations.items()}
-    text = page([Shown(run._replace(evaluations=later), None, "")])
-    assert "Verdict at step 16: " in text and "before training" not in text
+    run, other = read_run(better), read_run(untrained)
     assert run.table is not None
+    later = {name: values[1:] for name, values in run.evaluations.items()}
     only = {name: {"only": run.table[name]["fused"]} for name in ("embeddings", "sampled")}
-    for other in (None, {**run.table, "step": 0}, {**run.table, **only, "relations": {}}):
-        assert "Verdict at" not in page([Shown(run._replace(table=other), None, "")])
+    tables = (None, {**run.table, "step": 0}, {**run.table, **only, "relations": {}})
+    runs = [run, other, run._replace(evaluations=later), *(run._replace(table=table) for table in tables)]
+    text = page([Shown(run._replace(name=f"run {number}"), None, "no map") for number, run in enumerate(runs)])
+    notes = re.findall(r'<p class="note">Verdict at step (\d+): (.*?)\.</p>', text)
+    assert [step for step, _ in notes] == ["16", "4", "16"] and text.count("Verdict at") == 3
+    for run_folder, (_, note) in zip((better, untrained), notes, strict=False):
+        assert line_with(log_of(run_folder), "verdict:").partition("verdict: ")[2].startswith(note)
+    assert "before training" not in notes[2][1] and "better than each of them" in notes[2][1]
 
 
 def chance_warnings(run: Path) -> list[str]:
@@ -213,11 +209,12 @@ def test_a_graph_loss_at_chance_has_a_warning(untrained: Path) -> None:
     ],
 )
 def test_the_margin_of_chance_is_two_percent(
-    capsys: pytest.CaptureFixture[str], weight: float, loss: float, chance: float, warns: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], weight: float, loss: float, chance: float, warns: bool
 ) -> None:
     run_log = RunLog(Config(graph_loss_weight=weight), Accelerator(cpu=True), Progress(), None, 4)
     run_log.epoch(1, {"loss": 5.0, "loss_mm": 3.0, "loss_graph": loss}, 4, chance)
     assert bool(lines_with(capsys.readouterr().out, "warning:", "epoch 1")) == warns
+    write_pending_log(tmp_path / "log.txt")
 
 
 def test_a_graph_loss_below_chance_has_no_warning(better: Path) -> None:

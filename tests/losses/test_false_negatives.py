@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from conftest import LOSSES, loss_difference, read_metrics, settings
 from launches import launch, run_warm
+from targets import LOGIT_CHUNK
 
+from mmgraph.data.adjacency import Adjacency
 from mmgraph.data.content_hashes import HASH, ContentHashes, image_hash
 from mmgraph.data.images import IMAGE_STATUS
-from mmgraph.losses.negative_mask import image_numbers
+from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
+from mmgraph.losses.negative_mask import FalseNegatives, image_numbers
 
 EDGES, NODES = 12, 14  # a global batch with repeated nodes
 CASES = [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)]
@@ -109,6 +112,42 @@ def test_losses_against_brute_force(tmp_path: Path, config: str) -> None:
     assert len(totals) == len(CASES)  # each case has a different loss
 
 
+def brute_force_chance(inputs: dict, linked: bool) -> float:
+    """Return the mean of ln(candidates left) over both directions and all queries, from the definition."""
+    rows, pictures, graph = inputs["rows"].tolist(), inputs["pictures"].tolist(), inputs["graph"].tolist()
+    linked_pairs = {(a, b) for a, b in graph} | {(b, a) for a, b in graph} if linked else set()
+    logarithms = []
+    for nodes, others in ((rows[:EDGES], rows[EDGES:]), (rows[EDGES:], rows[:EDGES])):
+        for i in range(EDGES):
+            own = {pictures[nodes[i]], pictures[others[i]]}
+            masked = [pictures[other] in own or (nodes[i], other) in linked_pairs for other in others]
+            logarithms.append(math.log(sum(j == i or not masked[j] for j in range(EDGES))))
+    return sum(logarithms) / len(logarithms)
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 30])
+def test_chance_is_the_loss_of_equal_embeddings(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """The chance of a batch depends on its masks only. It is not computed if the graph loss masks nothing."""
+    monkeypatch.setattr(LOGIT_CHUNK, chunk)
+    inputs, chances = batch(), []
+    equal = torch.full((2 * EDGES, 6), 6**-0.5)
+    for same, linked, missing in CASES:
+        neighbors = Adjacency(inputs["keys"], NODES) if linked else None
+        masks = FalseNegatives(inputs["pictures"], same, neighbors, missing)
+        nodes = BatchNodes(inputs["rows"], inputs["missing"])
+        chance = contrastive_losses(*inputs["z"], 0.2, 0.7, masks, nodes).graph_chance
+        found = contrastive_losses(equal, equal, equal, 0.2, 0.7, masks, nodes)
+        if not same:
+            assert chance is None and found.graph_chance is None
+            assert found.graph.item() == pytest.approx(math.log(EDGES), rel=1e-6)
+            continue
+        assert chance is not None and found.graph_chance is not None and torch.equal(chance, found.graph_chance)
+        assert chance.item() == pytest.approx(brute_force_chance(inputs, linked), rel=1e-6)
+        assert found.graph.item() == pytest.approx(chance.item(), rel=1e-6)
+        chances.append(chance.item())
+    assert chances[1] == chances[2] < chances[0] < math.log(EDGES)  # missing images do not change the graph loss
+
+
 def test_images_are_identified_by_their_bytes() -> None:
     """Files with the same bytes have the same image number. Each node without a file has a unique number."""
     hashes = [image_hash(b"a", 0), image_hash(b"b", 0), image_hash(b"a", 0)]
@@ -154,6 +193,10 @@ def test_a_run_counts_masked_false_negatives(graph: Path, one_process: Path, gap
         assert np.allclose(counts[name], counts["neighbors"])
     assert all(a[0] == b[0] > 0 and a[1] > b[1] > 0 for a, b in zip(counts["neighbors"], counts["same"], strict=True))
     assert counts["plain"] == [(None, None)] * 6
+    chance = {name: [row.get("chance_graph") for row in read_metrics(tmp_path / name)] for name in counts}
+    assert np.allclose(chance["two"], chance["neighbors"]) and np.allclose(chance["live"], chance["neighbors"])
+    assert all(a < b < math.log(12) for a, b in zip(chance["neighbors"], chance["same"], strict=True))
+    assert chance["plain"] == [None] * 6
     first = [read_metrics(tmp_path / name)[0] for name in ("neighbors", "same", "plain")]
     assert first[0]["loss_graph"] < first[1]["loss_graph"] < first[2]["loss_graph"]  # fewer negatives, smaller loss
 

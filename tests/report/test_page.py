@@ -1,6 +1,7 @@
 """Report pages of runs of several kinds."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -49,6 +50,37 @@ def test_two_runs_side_by_side(runs: Path, browser: Browser, tmp_path: Path) -> 
         opened.check()
         maps = [place.bounding_box() for place in opened.page.locator(".chart.map").all()]
         assert maps[0] and maps[1] and maps[0]["y"] < maps[1]["y"]  # one below the other
+
+
+# Returns the names of the dashed lines of the chart of the graph loss.
+DASHED = """() => Bokeh.documents.flatMap((document) => document.roots())
+  .find((root) => root.name === "loss_graph").renderers
+  .filter((renderer) => renderer.name && renderer.glyph.line_dash.value.length).map((renderer) => renderer.name)"""
+
+
+def test_verdict_and_chance(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    """A run that was evaluated has a verdict. The chart of the graph loss has the chance of each run, dashed.
+
+    Chance is ln(batch size), or the value in the row of a step that masked false negatives.
+    """
+    masked = Path(shutil.copytree(runs / "evaluated", tmp_path / "masked"))
+    rows = [json.loads(line) for line in (masked / "metrics.jsonl").read_text().splitlines()]
+    chance = [1.5 + row["step"] / 100 if row["step"] > 10 else None for row in rows if "loss" in row]
+    for row in rows:
+        row |= {"chance_graph": 1.5 + row["step"] / 100} if row["step"] > 10 else {}
+    (masked / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(masked), str(runs / "plain"), "--output", str(tmp_path / "page.html")]) == 0
+    with Opened(browser, tmp_path / "page.html") as opened:
+        opened.check()
+        lines = {label: values for label, _, values in opened.page.evaluate(LINES)["loss_graph"]}
+        assert list(lines) == ["masked", "masked: chance", "plain", "plain: chance"]
+        assert lines["masked: chance"] == [math.log(12) if value is None else value for value in chance]
+        assert lines["plain: chance"] == [math.log(12)] * len(lines["plain"])
+        assert opened.page.evaluate(DASHED) == ["masked: chance", "plain: chance"]
+        [verdict] = opened.page.locator("p.note", has_text="Verdict at step").all_inner_texts()
+        table = json.loads((masked / "evaluation.json").read_text())
+        assert verdict.startswith(f"Verdict at step {table['step']}: ")
+        assert f"{table['embeddings']['z_graph']['mrr']:.4f}" in verdict and "before training" in verdict
 
 
 def test_over_ranks(runs: Path, browser: Browser) -> None:
