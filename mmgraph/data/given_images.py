@@ -97,7 +97,7 @@ def check_keys(nodes: Sequence[Mapping[str, Any]], rules: InputRules) -> None:
 
 def _check_missing(key: str, node: Mapping[str, Any], known: set[Any], rules: InputRules) -> None:
     others = [str(name) for name in node if name not in ("node_id", KEY, *rules.columns)]
-    near = get_close_matches(key, others, 1, cutoff=0.85)
+    near = get_close_matches(key, others, 1, cutoff=0.85 if key == KEY else 0.75)
     if key == KEY:
         words = {name: set(re.split(r"[\W_]+", name.lower())) for name in others}
         near += [name for name in others if words[name] & IMAGE_WORDS and words[name] <= IMAGE_WORDS | PATH_WORDS]

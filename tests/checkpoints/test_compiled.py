@@ -93,7 +93,7 @@ def plain(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("config", "more", "bound"),
     [
         pytest.param("cpu.yaml", (), 0, id="one batch"),
-        pytest.param("cpu.yaml", ("--micro_batch_size=16",), 2e-6, id="micro batches"),
+        pytest.param("cpu.yaml", ("--micro_batch_size=16",), 2e-6, id="micro batches", marks=pytest.mark.slow),
         pytest.param("cpu_2proc.yaml", (), 2e-6, id="DDP", marks=pytest.mark.slow),
         pytest.param(ZERO2, (), 2e-6, id="ZeRO-2", marks=pytest.mark.slow),
         pytest.param(ZERO2, ("--micro_batch_size=8",), 2e-6, id="ZeRO-2, micro batches", marks=pytest.mark.slow),
