@@ -232,7 +232,9 @@ def image_remarks(counts: Sequence[int], rules: InputRules) -> list[str]:
     """
     some, one, grey = counts[FIRST_REMARK:]
     lines = []
-    if some + one and rules.background == "keep":
+    if some and not one and rules.background == "keep":
+        lines.append(f"the transparency of {some:,} images is dropped; --background white lays them on a color")
+    elif one and rules.background == "keep":
         lines.append(
             f"warning: the transparency of {some + one:,} images is dropped; {one:,} of them become a single color, "
             "such as a black shape on a transparent ground; set --background white to keep such shapes"
