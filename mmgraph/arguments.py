@@ -17,6 +17,7 @@ from mmgraph.flags.data import DEMO_FOLDER
 from mmgraph.utils.fields import GROUPS
 from mmgraph.utils.log import is_main_process
 
+SETTINGS = {**VALUE_TYPES, "batch_size": int}  # names that a YAML file may have -> type of the value
 DEMO_SETTINGS: dict[str, Any] = {
     "nodes": str(DEMO_FOLDER / "nodes.csv"),
     "edges": str(DEMO_FOLDER / "edges.csv"),
@@ -108,10 +109,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise UserError(f"--config {path}: {error}") from None
-    known = [*VALUE_TYPES, "batch_size"]
     for name, value in settings.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(str(name), SETTINGS, 1)
             raise UserError(f"--config {path}: unknown key '{name}'" + (f", did you mean '{near[0]}'?" if near else ""))
         if isinstance(value, dict | list):
             raise UserError(f"--config {path}: '{name}' must be a single value")
@@ -140,14 +140,13 @@ def parse_settings(text: str) -> dict[str, Any]:
                 return {}
             raise ValueError(f"must contain 'flag: value' lines, not a {type(content).__name__}")
         settings: dict[str, Any] = {}
-        value_types = {**VALUE_TYPES, "batch_size": int}
         for key, node in root.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError("must contain 'flag: value' lines; a key is a list or a mapping")
             name = _constructed(loader, key)
             if name in settings:
                 raise ValueError(f"'{name}' occurs twice; remove one of the lines")
-            settings[name] = _typed(value_types.get(name), node, _constructed(loader, node))
+            settings[name] = _typed(SETTINGS.get(name), node, _constructed(loader, node))
         return settings
     finally:
         loader.dispose()

@@ -9,13 +9,18 @@ from mmgraph.checkpoints.files import TrainedState, parameters_by_name
 from mmgraph.distributed.deepspeed import is_engine
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrapper of ``torch.compile``, or ``module`` itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of ``torch.compile``, DDP and DeepSpeed, or ``module`` itself.
 
     Accelerate compiles the module last, so ``torch.compile`` has the outer wrapper. This function replaces
     ``accelerator.unwrap_model``, which imports DeepSpeed wherever DeepSpeed is installed.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = uncompiled(module)
     return getattr(module, "module", module)
 
 

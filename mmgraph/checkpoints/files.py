@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmgraph.errors import UserError
-from mmgraph.models.multimodal_graph_encoder import file_keys
+from mmgraph.models.multimodal_graph_encoder import file_keys, uncompiled_name
 from mmgraph.utils.files import write_durably
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,7 +30,7 @@ class TrainedState(NamedTuple):
 def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield a module's parameters with their names, without the prefix that ``torch.compile`` adds to names."""
     for name, parameter in module.named_parameters():
-        yield name.replace("_orig_mod.", ""), parameter
+        yield uncompiled_name(name), parameter
 
 
 class Checkpoint(NamedTuple):

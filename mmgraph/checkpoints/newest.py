@@ -3,20 +3,26 @@
 The order comes from what was trained, never from the times of files, because a copy of a run changes these times.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from mmgraph.checkpoints.files import epoch_files, epoch_of, final_file, load_safely
-from mmgraph.checkpoints.resume_state import RECORD, WEIGHTS, state_folders
+from mmgraph.checkpoints.resume_state import WEIGHTS, readable_records, state_folders
 from mmgraph.errors import UserError
 from mmgraph.utils.environment import read_starts
 
 COMPARED = "graph_proj.weight"  # trained tensor that differs between the epochs
+
+
+class FinalRecord(NamedTuple):
+    """What a resume state says of the final file."""
+
+    time: str  # when it was written, UTC
+    epoch: int  # the epoch in progress then, from 1
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -44,7 +50,7 @@ def _finished_epochs(folder: Path) -> float:
     """
     record = _final_record(folder)
     if record is not None:
-        return int(record["epoch"]) - 1
+        return record.epoch - 1
     weights = _weights(final_file(folder))
     for path in reversed(epoch_files(folder)):
         other = _weights(path)
@@ -56,13 +62,13 @@ def _finished_epochs(folder: Path) -> float:
     return float("inf")
 
 
-def _final_record(folder: Path) -> dict[str, Any] | None:
+def _final_record(folder: Path) -> FinalRecord | None:
     """Return the record of the final file in the newest state that has one, or None."""
-    for state in state_folders(folder / "state"):
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            record = json.loads((state / RECORD).read_text(encoding="utf-8"))["components"].get("final")
-            if isinstance(record, dict):
-                return {"time": str(record["time"]), "epoch": int(record["epoch"])}
+    for record in readable_records(folder / "state"):
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            final = record["components"].get("final")
+            if final is not None:
+                return FinalRecord(str(final["time"]), int(final["epoch"]))
     return None
 
 
@@ -97,5 +103,5 @@ def _finished_at(folder: Path) -> str:
     """Return the time (UTC) at which a run finished, as text that sorts by time; empty if no file shows it."""
     record = _final_record(folder)
     if record is not None:
-        return str(record["time"])
+        return record.time
     return str(next((start["time"] for start in reversed(read_starts(folder)) if "time" in start), ""))

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.config import FIXED_ON_RESUME, Config
 from mmgraph.errors import UserError
+from mmgraph.models.multimodal_graph_encoder import uncompiled_name
 from mmgraph.utils.environment import versions
 from mmgraph.utils.files import sync
 from mmgraph.utils.log import log
@@ -259,14 +260,19 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text({**record, "sha256": others}).encode()).hexdigest()
 
 
+def readable_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of the states in ``folder`` that can be read, newest first. Nothing in them is checked."""
+    for state in state_folders(folder):
+        with suppress(OSError, ValueError, RecursionError):
+            record = json.loads((state / RECORD).read_text(encoding="utf-8"))
+            if isinstance(record, dict):
+                yield record
+
+
 def read_identity(folder: Path) -> dict[str, Any]:
     """Return the run fingerprint in the newest readable state in ``folder``, or an empty dict. Tensors are not read."""
-    for state in state_folders(folder):
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            identity = json.loads((state / RECORD).read_text(encoding="utf-8"))["identity"]
-            if isinstance(identity, dict):
-                return identity
-    return {}
+    identities = (record.get("identity") for record in readable_records(folder))
+    return next((identity for identity in identities if isinstance(identity, dict)), {})
 
 
 def read_state(path: Path) -> tuple[Progress, TrainedState]:
@@ -276,7 +282,7 @@ def read_state(path: Path) -> tuple[Progress, TrainedState]:
     try:
         # Older versions wrote the prefix of torch.compile for compiled runs.
         weights, moments = (
-            {name.replace("_orig_mod.", ""): tensor for name, tensor in load_file(path / file).items()}
+            {uncompiled_name(name): tensor for name, tensor in load_file(path / file).items()}
             for file in (WEIGHTS, MOMENTS)
         )
     except (SafetensorError, OSError) as error:

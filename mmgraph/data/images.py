@@ -15,7 +15,6 @@ from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
 from mmgraph.data.input_rules import InputRules
-from mmgraph.flags.data import background_color
 
 # Image status: why a node has no image, or no complete image. Batches contain the index. Index 0: a complete image.
 # From FIRST_REMARK on: the image is complete, but the rules of the original trainer may spoil it.
@@ -163,11 +162,10 @@ def _to_rgb(picture: Image.Image, rules: InputRules) -> tuple[torch.Tensor, int]
     picture.load()
     with_alpha = picture.convert("RGBA")
     is_transparent = bool((np.asarray(with_alpha.getchannel("A")) < 255).any())
-    color = background_color(rules.background)
-    if color is None or not is_transparent:
+    if rules.color is None or not is_transparent:
         flat = picture.convert("RGB")
     else:
-        flat = Image.alpha_composite(Image.new("RGBA", picture.size, (*color, 255)), with_alpha).convert("RGB")
+        flat = Image.alpha_composite(Image.new("RGBA", picture.size, (*rules.color, 255)), with_alpha).convert("RGB")
     if not is_transparent:
         return _pixels(flat), 0
     pixels = _pixels(flat)

@@ -5,6 +5,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from decimal import Decimal
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -39,15 +40,19 @@ class InputRules:
         for name, values in (("truncated_images", ("partial", "black")), ("sixteen_bit_images", ("clip", "scale"))):
             if getattr(self, name) not in values:
                 raise UserError(f"{name} '{getattr(self, name)}': must be {' or '.join(values)}")
-        background_color(self.background)
-        column_names(self.text_columns)
+        _ = self.color, self.columns  # raise an error for a wrong value
+
+    @cached_property
+    def color(self) -> tuple[int, int, int] | None:
+        """Color under transparent pixels; None if the transparency is dropped."""
+        return background_color(self.background)
 
     @classmethod
     def of(cls, config: Config) -> "InputRules":
         """Return the rules of a run."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """Columns of the node table that :meth:`text` reads."""
         return column_names(self.text_columns) or ("short_name", "summary")
@@ -73,9 +78,8 @@ class InputRules:
         Rules that were added later are left out while they have their default, so that older caches stay valid.
         """
         key: dict[str, str] = {"truncated_images": self.truncated_images}
-        color = background_color(self.background)
-        if color is not None:
-            key["background"] = ",".join(map(str, color))
+        if self.color is not None:
+            key["background"] = ",".join(map(str, self.color))
         if self.sixteen_bit_images != "clip":
             key["sixteen_bit_images"] = self.sixteen_bit_images
         return key

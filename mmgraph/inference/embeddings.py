@@ -49,13 +49,13 @@ def embed_all_nodes(
         UserError: another process is writing embeddings to the folder; a vector is not finite; or the ranks are on
             several machines and ``folder`` cannot be written to.
     """
-    shards = FeatureShards(inference, folder / embedding, (embedding,), inference.outputs.inputs.rules)
+    shards = FeatureShards(inference, folder / embedding, (embedding,))
     with ExitStack() as stack:
         if missing_shards(shards, accelerator):
             opened = broadcast_from_main_process(
                 accelerator, lambda: _open(folder / embedding, stack, accelerator.num_processes)
             )
-            shards = FeatureShards(inference, opened, (embedding,), inference.outputs.inputs.rules)
+            shards = FeatureShards(inference, opened, (embedding,))
             build_shards(shards, accelerator, others=KEPT_FOLDERS)
         return raise_on_all_ranks(
             accelerator, lambda: _read(shards, embedding) if accelerator.is_main_process else NO_VECTORS

@@ -76,7 +76,7 @@ def _encode(
     features: Sequence[str],
     file_format: str,
 ) -> None:
-    shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)), inference.outputs.inputs.rules)
+    shards = FeatureShards(inference, output, tuple(dict.fromkeys(features)))
     rank, world_size = accelerator.process_index, accelerator.num_processes
     build_shards(shards, accelerator)
     with progress_bar(accelerator, len(inference.nodes) * len(shards.features), 0, "row") as bar:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from mmgraph.data.content_hashes import HASH, MIN_AGE_NS
 from mmgraph.data.images import IMAGE_STATUS, count_image_status
-from mmgraph.data.input_rules import InputRules
 from mmgraph.distributed.collectives import on_main_process, raise_on_all_ranks, work_on_all_ranks
 from mmgraph.errors import UserError
 from mmgraph.inference.feature_files import write_features
@@ -112,9 +111,9 @@ class FeatureShards:
     its image files, and the shard is rebuilt if the digest has changed.
     """
 
-    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...], rules: InputRules):
+    def __init__(self, inference: Inference, output: Path, features: tuple[str, ...]):
         self.inference, self.output, self.features = inference, output, features
-        truncated, *changed = rules.key().items()
+        truncated, *changed = inference.outputs.inputs.rules.key().items()
         key = [inference.nodes_fingerprint, inference.checkpoint_fingerprint, truncated[1], features, SHARD_NODES]
         key += changed
         self.folder = output / f".blocks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"

@@ -216,7 +216,7 @@ def _log_input_rules(checkpoint_path: str | Path) -> None:
     """Log the input rules of a checkpoint's run that differ from the defaults."""
     folder = run_folder(checkpoint_path)
     settings = {} if folder is None else read_settings(folder) or {}
-    defaults = vars(InputRules())
+    defaults = dataclasses.asdict(InputRules())
     changed = {name: settings[name] for name in defaults if settings.get(name, defaults[name]) != defaults[name]}
     if changed:
         arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())

@@ -194,6 +194,11 @@ class MultimodalGraphEncoder(TrainedModule):
         return Towers(text(self.text_model), image(self.vision_model))
 
 
+def uncompiled_name(name: str) -> str:
+    """Return the name of a parameter without the prefix that ``torch.compile`` adds to names."""
+    return name.replace("_orig_mod.", "")
+
+
 def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return an encoder's tensors under the original trainer's keys, without ``position_ids``.
 
@@ -201,11 +206,7 @@ def file_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state: tensors of a complete encoder. Tower keys may start with the tower's name once or twice. Other keys may
             have the prefix of ``torch.compile``, as in files of older versions of mmgraph.
     """
-    return {
-        file_key(key.removeprefix("_orig_mod.")): tensor
-        for key, tensor in state.items()
-        if not key.endswith("position_ids")
-    }
+    return {file_key(uncompiled_name(key)): tensor for key, tensor in state.items() if not key.endswith("position_ids")}
 
 
 def _use_file_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

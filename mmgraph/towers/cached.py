@@ -174,7 +174,7 @@ def open_store(
     cached = raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
     for remark in image_remarks(count_image_status(cached.image_status), inputs.rules):
         log(remark)
-    if lacks_remarks(store.images.files):
+    if accelerator.is_main_process and lacks_remarks(store.images.files):
         log("an older version built this store, so transparent and 16-bit grey images are not counted")
     return cached
 

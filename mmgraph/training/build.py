@@ -10,7 +10,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from mmgraph.checkpoints.consolidate import restore, set_loss_scale
+from mmgraph.checkpoints.consolidate import restore, set_loss_scale, uncompiled
 from mmgraph.checkpoints.files import TrainedState
 from mmgraph.checkpoints.progress import Progress
 from mmgraph.checkpoints.resume_state import compute_run_fingerprint
@@ -192,7 +192,7 @@ def _prepare(
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
     configure_deepspeed(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    if accelerator.num_processes > 1 and getattr(wrapped, "_orig_mod", wrapped) is module:
+    if accelerator.num_processes > 1 and uncompiled(wrapped) is module:
         raise UserError(
             "the trained module is not wrapped for data parallel training, so the ranks would not share gradients; "
             "start with a config file from accelerate_configs/"

@@ -136,11 +136,13 @@ class Caches:
         [texts] = folder.glob("texts-*.npy")
         cache = open_image_cache(config, data, Preprocessing(self.processor), folder)
         assert cache is not None
-        inference = SimpleNamespace(nodes_fingerprint=data.nodes_fingerprint, checkpoint_fingerprint="c")
+        inference = SimpleNamespace(
+            nodes_fingerprint=data.nodes_fingerprint, checkpoint_fingerprint="c", outputs=SimpleNamespace(inputs=inputs)
+        )
         return {
             "store": recipe(config, "no", inputs, "towers").folder.name,
             "images": cache.path.name,
-            "features": FeatureShards(inference, folder, ("fused",), rules).folder.name,  # type: ignore[arg-type]
+            "features": FeatureShards(inference, folder, ("fused",)).folder.name,  # type: ignore[arg-type]
             "texts": texts.name,
         }
 
