@@ -35,8 +35,8 @@ class NodeInputs:
 
     A call returns a dict with ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64 and ``pixel_values``
     (N, 3, S, S) float32. See :func:`mmgraph.data.given_images.given_image` for the images that the nodes may have.
-    Paths are opened without an image root. The first call in which an image is black or partial warns, and so does the
-    first call in which a complete image is spoiled.
+    Paths are opened without an image root. A warning tells that images are black, partial or spoiled, once for each
+    image status.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -63,7 +63,7 @@ class NodeInputs:
         self.rules = rules or InputRules()
         self.picture_file = picture_file
         self.decoded = 0
-        self._warned: set[str] = set()
+        self._warned: set[int] = set()  # image status
 
     def __call__(self, nodes: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         check_keys(nodes, self.rules)
@@ -87,23 +87,21 @@ class NodeInputs:
                 return self.cache.get(path, partial(self._read, UNRESOLVED_FILES, path, None))
 
     def _warn(self, given: Sequence[Given], image_status: Sequence[int]) -> None:
-        """Warn of images that are not as the caller expects, once of incomplete images and once of spoiled images.
+        """Warn of images that are not as the caller expects, once of each image status.
 
         In DataLoader workers, ``log()`` is silent.
         """
-        with_image = [status for image, status in zip(given, image_status, strict=True) if image is not None]
-        counts = count_image_status(with_image)
-        incomplete, remarks = describe_image_status(counts), image_remarks(counts, self.rules)
-        if incomplete:
-            numbers = [number for number, image in enumerate(given) if image is not None]
-            first = next(given[i] for i in numbers if 0 < image_status[i] < FIRST_REMARK)
+        with_image = [(i, status) for i, status in zip(given, image_status, strict=True) if i is not None]
+        new = [(image, status) for image, status in with_image if status not in self._warned]
+        self._warned.update(status for _, status in new)
+        counts = count_image_status([status for _, status in new])
+        texts = [line.removeprefix("warning: ") for line in image_remarks(counts, self.rules)]
+        if incomplete := describe_image_status(counts):
+            first = next(image for image, status in new if 0 < status < FIRST_REMARK)
             name = f", such as {first}" if isinstance(first, str) else ""
-            incomplete = f"images are black or partial in this batch of {len(given):,} nodes: {incomplete}{name}"
-        spoiled = "; ".join(line.removeprefix("warning: ") for line in remarks)
-        for kind, text in (("incomplete", incomplete), ("spoiled", spoiled)):
-            if text and kind not in self._warned:
-                self._warned.add(kind)
-                warnings.warn(f"{text} (later batches do not warn of this)", stacklevel=4)
+            texts.append(f"images are black or partial in this batch of {len(given):,} nodes: {incomplete}{name}")
+        for text in texts:
+            warnings.warn(f"{text} (later batches do not warn of this)", stacklevel=4)
 
     def tokenize(
         self, texts: Sequence[str], padding: Literal["longest", "max_length"] = "longest"

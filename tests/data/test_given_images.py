@@ -336,14 +336,17 @@ def test_truncated_images_are_warned(image: str, tmp_path: Path) -> None:
         assert np.allclose(pixel_values(given)[:, :8], normalized(RGB)[:, :8], atol=1e-6)
 
 
-def test_dropped_transparency_and_missing_files_warn_once_each(file: Path) -> None:
-    """A warning about transparent images does not hide a later one about missing files."""
+def test_each_image_status_warns_once(file: Path) -> None:
+    """A warning does not hide a later one about images of another status."""
     shape = np.zeros((SIDE, SIDE, 4), np.uint8)
     shape[8:24, 8:24, 3] = 255
     batches = [nodes_of(shape, Image.fromarray(RGBA)), nodes_of(str(file.with_name("gone.png"))), nodes_of(GREY16)]
-    first, second = (str(warning.message) for warning in record_warnings([*batches, *batches]))
+    batches.append(nodes_of(b"no picture", str(file.with_name("gone.png")), RGBA))
+    first, second, third, fourth = (str(warning.message) for warning in record_warnings([*batches, *batches]))
     assert re.search(r"\b2 images\b.*\b1\b.*\bsingle color\b.*--background\b", first)
     assert re.search(r"\b1 file not found\b.*gone\.png", second)
+    assert re.search(r"\b1 greyscale images\b.*--sixteen_bit_images\b", third)
+    assert "1 unreadable" in fourth and "not found" not in fourth and "such as" not in fourth
 
 
 def test_complete_images_do_not_warn(file: Path) -> None:
