@@ -77,6 +77,7 @@ def test_verdict_and_chance(runs: Path, browser: Browser, tmp_path: Path) -> Non
         assert lines["masked: chance"] == [math.log(12) if value is None else value for value in chance]
         assert lines["plain: chance"] == [math.log(12)] * len(lines["plain"])
         assert opened.page.evaluate(DASHED) == ["masked: chance", "plain: chance"]
+        assert "the dashed line is chance" in opened.page.locator("#training p.note").first.inner_text()
         [verdict] = opened.page.locator("p.note", has_text="Verdict at step").all_inner_texts()
         table = json.loads((masked / "evaluation.json").read_text())
         assert verdict.startswith(f"Verdict at step {table['step']}: ")
