@@ -35,7 +35,7 @@ class NodeInputs:
 
     A call returns a dict with ``input_ids`` (N, 77) int64, ``attention_mask`` (N, 77) int64 and ``pixel_values``
     (N, 3, S, S) float32. See :func:`mmgraph.data.given_images.given_image` for the images that the nodes may have.
-    Paths are opened without an image root. A warning tells that images are black, partial or spoiled, once for each
+    Paths are opened without an image root. Images that are black, partial or spoiled cause a warning, one for each
     image status.
 
     Args:
@@ -63,7 +63,7 @@ class NodeInputs:
         self.rules = rules or InputRules()
         self.picture_file = picture_file
         self.decoded = 0
-        self._warned: set[int] = set()  # image status
+        self._warned: set[int] = set()  # image statuses of earlier calls
 
     def __call__(self, nodes: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         check_keys(nodes, self.rules)
@@ -87,12 +87,15 @@ class NodeInputs:
                 return self.cache.get(path, partial(self._read, UNRESOLVED_FILES, path, None))
 
     def _warn(self, given: Sequence[Given], image_status: Sequence[int]) -> None:
-        """Warn of images that are not as the caller expects, once of each image status.
+        """Warn of images that are not as the caller expects, once for each image status.
 
         In DataLoader workers, ``log()`` is silent.
         """
-        with_image = [(i, status) for i, status in zip(given, image_status, strict=True) if i is not None]
-        new = [(image, status) for image, status in with_image if status not in self._warned]
+        new = [
+            (image, status)
+            for image, status in zip(given, image_status, strict=True)
+            if image is not None and status not in self._warned
+        ]
         self._warned.update(status for _, status in new)
         counts = count_image_status([status for _, status in new])
         texts = [line.removeprefix("warning: ") for line in image_remarks(counts, self.rules)]
