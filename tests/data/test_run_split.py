@@ -290,7 +290,7 @@ def test_a_damaged_file_is_one_error(graph: Path, folder: Path, tmp_path: Path, 
 
 
 def test_files_that_do_not_belong_together_are_one_error(graph: Path, folder: Path, tmp_path: Path) -> None:
-    """The parquet with other edges, relations, types or bytes, and the bitmap of a longer table."""
+    """The parquet with other edges, relations, types or bytes; the bitmap of a longer table, or with one more row."""
     _, loaded, split = written(graph, folder, tmp_path, "--eval_fraction=0.2")
     path = tmp_path / "split/held_out_edges.parquet"
     table = pd.read_parquet(path)
@@ -312,9 +312,15 @@ def test_files_that_do_not_belong_together_are_one_error(graph: Path, folder: Pa
             split.held_out(loaded.nodes)
     path.write_bytes(original)
     assert split.held_out(loaded.nodes) is not None
-    np.save(tmp_path / "split/training_rows.npy", np.zeros(26, np.uint8))
-    with pytest.raises(UserError, match=r"^[^\n]*training_rows\.npy: [^\n]*$"):
-        split.training_edges_of(loaded.edge_table)
+    bits = np.load(tmp_path / "split/training_rows.npy")
+    more = np.unpackbits(bits)
+    more[np.flatnonzero(more == 0)[0]] = 1
+    for wrong_bits in (np.zeros(26, np.uint8), np.packbits(more)):
+        np.save(tmp_path / "split/training_rows.npy", wrong_bits)
+        with pytest.raises(UserError, match=r"^[^\n]*training_rows\.npy: [^\n]*$"):
+            split.training_edges_of(loaded.edge_table)
+    np.save(tmp_path / "split/training_rows.npy", bits)
+    split.training_edges_of(loaded.edge_table)
 
 
 @pytest.mark.parametrize(
