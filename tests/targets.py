@@ -6,8 +6,8 @@ from typing import Any
 # training, faults
 TAKE_STEP = "mmgraph.training.train_step.TrainStep.__call__"  # (train step, batch): forward, backward, update
 RECORD_STEP = "mmgraph.training.step_log.StepLog.submit"  # (step log, step result), after each step
-HOST_COPY_START = "mmgraph.training.host_copy.HostCopy.__init__"
-HOST_COPY_READ = "mmgraph.training.host_copy.HostCopy.tolist"
+HOST_COPY_START = "mmgraph.utils.device_copies.HostCopy.__init__"
+HOST_COPY_READ = "mmgraph.utils.device_copies.HostCopy.tolist"
 SAVE = "mmgraph.training.checkpointer.Checkpointer.save"  # writes the state, and the epoch or final file
 EVALUATE = "mmgraph.training.trainer.Run.evaluate"  # evaluates, and writes the results
 BUILD_LOADER = "mmgraph.data.batches.build_loader"  # at the start, after the state was read
@@ -63,6 +63,15 @@ SHARD_ENTRIES = "mmgraph.towers.store_plan.SHARD"
 LOAD_ENCODER = "mmgraph.inference.pretrained._load_encoder"
 LOGIT_CHUNK = "mmgraph.losses.contrastive.LOGIT_CHUNK"
 INFO_NCE = "mmgraph.losses.contrastive._info_nce"
+CROSS_ENTROPY = "mmgraph.losses.contrastive._cross_entropy"
+CHUNKED_CROSS_ENTROPY = "mmgraph.losses.contrastive._chunked_cross_entropy"
+MASK_CHUNK = "mmgraph.losses.negative_mask.NegativeMask.chunk"
+LINKED = "mmgraph.data.adjacency.Adjacency.linked"
+PROJECT = "mmgraph.models.multimodal_graph_encoder.TrainedModule._project"
+RESIDENT_TOKENS = "mmgraph.towers.resident.ResidentTokens.tokens"
+POISON = "mmgraph.training.train_step.poison_if_nonfinite"
+HOST_COPY_OF_STEP_LOG = "mmgraph.training.step_log.HostCopy"
+REDUCE = "accelerate.Accelerator.reduce"
 
 # evaluation, inference, report, bench
 QUERY_CHUNK = "mmgraph.evaluation.ranking.QUERY_CHUNK"

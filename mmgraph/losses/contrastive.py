@@ -150,7 +150,7 @@ def _info_nce(
         weights: (n,) weights of the n queries' cross-entropies in their mean. Default: 1.
     """
     if len(local[0]) * len(gathered[0]) > LOGIT_CHUNK:
-        single_process = local[0].data_ptr() == gathered[0].data_ptr()
+        single_process = len(local[0]) == len(gathered[0])
         all_embeddings = (None, None) if single_process else gathered
         return _ChunkedInfoNCE.apply(*local, *all_embeddings, labels, temperature, masks, weights)
     (left, right), (all_left, all_right) = local, gathered

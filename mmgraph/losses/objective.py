@@ -13,6 +13,7 @@ from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.images import is_black
 from mmgraph.losses.contrastive import BatchNodes, contrastive_losses
 from mmgraph.losses.negative_mask import FalseNegatives
+from mmgraph.utils.device_copies import to_device
 
 GRAPH_CHANCE = "chance_graph"  # graph loss of equal embeddings in metrics.jsonl; only if it masks false negatives
 TOTAL = "loss"  # name of the weighted sum in metrics.jsonl
@@ -65,5 +66,5 @@ class Objective:
     def _nodes(self, batch: EdgeBatch) -> BatchNodes | None:
         if self.false_negatives is None or batch.image_status is None:
             return None
-        black = torch.from_numpy(is_black(batch.image_status, self.config.truncated_images))  # (U,) unique nodes
-        return BatchNodes(batch.rows, black.to(batch.rows.device)[batch.inverse])
+        black = is_black(batch.image_status, self.config.truncated_images)  # (U,) bool, unique nodes
+        return BatchNodes(batch.rows, to_device(black, batch.rows.device).index_select(0, batch.inverse))

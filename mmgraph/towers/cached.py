@@ -29,10 +29,12 @@ from mmgraph.errors import UserError
 from mmgraph.towers.fingerprint import check_same_towers, towers_fingerprint
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state
 from mmgraph.towers.remarks import lacks_remarks
-from mmgraph.towers.store import ResidentTokens, TowerStore
+from mmgraph.towers.resident import ResidentTokens
+from mmgraph.towers.store import TowerStore
 from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
 from mmgraph.towers.tokens import Tokens
+from mmgraph.utils.device_copies import to_device
 from mmgraph.utils.files import cache_folder, create_once
 from mmgraph.utils.log import log
 
@@ -74,7 +76,9 @@ class CachedTowers:
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterator[EdgeBatch]:
         """Yield the loader's batches with tokens. While a step runs, a thread reads the tokens of the next batch."""
-        with ThreadPoolExecutor(1) as reader:
+        # The current CUDA device belongs to a thread. A new thread would use the first GPU.
+        select_device = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        with ThreadPoolExecutor(1, initializer=select_device) as reader:
             waiting = deque[tuple[EdgeBatch, Future[Tokens]]]()
             for batch in loader:
                 waiting.append((batch, reader.submit(self._read, batch.unique)))
@@ -87,7 +91,7 @@ class CachedTowers:
         texts, images = self.texts[rows], self.images[rows if image_rows is None else image_rows]
         if self.resident is None:
             return self.store.tokens(texts, images, pin=self.device.type == "cuda")
-        text, image = (torch.from_numpy(indices).to(self.device) for indices in (texts, images))
+        text, image = to_device(texts, self.device), to_device(images, self.device)
         return self.resident.tokens(text, image, length=int(self.lengths[texts].max()))
 
     def _finish(self, batch: EdgeBatch, tokens: "Future[Tokens]") -> EdgeBatch:

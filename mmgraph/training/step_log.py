@@ -16,11 +16,11 @@ from mmgraph.distributed.signals import StopRequest
 from mmgraph.errors import UserError
 from mmgraph.losses.objective import GRAPH_CHANCE, TOTAL
 from mmgraph.training.batch_stream import BatchStream
-from mmgraph.training.host_copy import HostCopy
 from mmgraph.training.nonfinite import NonfiniteSteps
 from mmgraph.training.run_log import RunLog, count_image_status_of_all_ranks
 from mmgraph.training.schedule import Schedule
 from mmgraph.training.train_step import StepResult, TrainStep
+from mmgraph.utils.device_copies import HostCopy
 
 
 class InFlightStep(NamedTuple):

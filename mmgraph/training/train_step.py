@@ -83,8 +83,11 @@ class TrainStep:
         """Clip the gradients, unless DeepSpeed has clipped them. Return their norm before clipping, in float32."""
         engine: Any = self.module
         if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; clip_grad_norm_ would wait for the device
-            norm = engine.get_global_grad_norm()
-            return torch.as_tensor(UNKNOWN_NORM if norm is None else norm, device=self.accelerator.device).float()
+            norm = UNKNOWN_NORM if (norm := engine.get_global_grad_norm()) is None else norm
+            if isinstance(norm, torch.Tensor):
+                return norm.to(self.accelerator.device, torch.float32)
+            # full() creates the value on the device, without a copy from the host.
+            return torch.full((), norm, dtype=torch.float32, device=self.accelerator.device)
         # An infinite limit does not change the gradients, but the call still returns their norm.
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or math.inf)
         if self.accelerator.scaler is None:  # a loss scaler, if any, skips such a step itself

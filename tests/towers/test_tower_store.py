@@ -39,7 +39,8 @@ from mmgraph.towers import store_plan as tower_plan
 from mmgraph.towers.cached import CachedTowers
 from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
 from mmgraph.towers.fingerprint import towers_fingerprint
-from mmgraph.towers.store import ResidentTokens, TowerStore
+from mmgraph.towers.resident import ResidentTokens
+from mmgraph.towers.store import TowerStore
 from mmgraph.training.build import build_run
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import read_metrics, settings
 
 from mmgraph.cli import train_main
-from mmgraph.training.host_copy import HostCopy
+from mmgraph.utils.device_copies import HostCopy
 
 
 @pytest.fixture

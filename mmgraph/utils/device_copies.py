@@ -1,6 +1,19 @@
-"""Copies values from the device to the host without blocking the host."""
+"""Copies between host and device that do not make the host wait for the device."""
 
+import numpy as np
 import torch
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to the device. The host does not wait for work that is queued on the device.
+
+    On CUDA, the copy goes through pinned memory. A copy from other memory would wait for the current stream. On the
+    CPU, the tensor shares the array's memory.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class HostCopy:
