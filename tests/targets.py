@@ -95,6 +95,7 @@ DESCRIBE_WORLD = "mmgraph.training.preflight._world"
 HOST_MEMORY = "mmgraph.training.preflight._host_memory"
 GATHER_OF_TOWERS = "mmgraph.towers.fingerprint.gather_object"
 TENSORBOARD_IS_INSTALLED = "mmgraph.training.preflight.is_tensorboard_available"
+WANDB_IS_INSTALLED = "mmgraph.training.preflight.is_wandb_available"
 DEEPSPEED_IS_INSTALLED = "mmgraph.distributed.deepspeed.is_deepspeed_available"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmgraph.errors import UserError
 from mmgraph.models.multimodal_graph_encoder import file_keys, uncompiled_name
+from mmgraph.utils.error_text import one_line
 from mmgraph.utils.files import write_durably
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,7 +107,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = load_safely(Path(path))
     except Exception as error:  # torch raises many types of errors for broken zips and forbidden pickles
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{path}: cannot be read safely as a checkpoint ({type(error).__name__}: {reason})") from None
     is_epoch_file = isinstance(content, dict) and "model_state_dict" in content
     state = content["model_state_dict"] if is_epoch_file else content

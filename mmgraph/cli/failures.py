@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 
 from mmgraph.errors import UserError
+from mmgraph.utils.error_text import describe_missing_package, describe_out_of_memory, one_line
 from mmgraph.utils.exit import hooks_may_hang
 from mmgraph.utils.log import is_main_process
 
@@ -63,6 +64,13 @@ def _report(error: Exception) -> int | None:
         if description is not None:
             print(f"mmgraph: error: rank {rank} {description}; the last resume state is intact", file=sys.stderr)
             return 1
+    if (description := describe_out_of_memory(error)) is not None:
+        remedy = "use a device with more memory, or a smaller --global_batch_size; the last resume state is intact"
+        print(f"mmgraph: error: rank {rank}: {description}; {remedy}", file=sys.stderr)
+        return 1
+    if (description := describe_missing_package(error)) is not None:
+        print(f"mmgraph: error: {description}", file=sys.stderr)
+        return UserError.exit_code
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         print(f"mmgraph: error: {error}", file=sys.stderr)
         return 1
@@ -87,7 +95,7 @@ def end_workers() -> None:
 
 def _lost_worker(error: RuntimeError) -> str | None:
     """Return a description of a DataLoader worker that died or hangs, or None for other errors."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if reason.startswith("DataLoader timed out"):
         return f"waited longer than --collective_timeout for a DataLoader worker, which hangs ({reason})"
     if reason.startswith("DataLoader worker"):
@@ -102,7 +110,7 @@ def _lost_contact(error: RuntimeError) -> str | None:
     """
     from torch.distributed import DistError
 
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if (
         not isinstance(error, DistError) and "gloo" not in reason
     ):  # gloo raises plain RuntimeErrors, whose text contains paths of gloo's source

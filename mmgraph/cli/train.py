@@ -36,6 +36,7 @@ def write_report(run: "Run") -> None:
     The run is already saved, so an error of the report is only logged.
     """
     from mmgraph.distributed.collectives import raise_on_all_ranks
+    from mmgraph.utils.error_text import describe_error
     from mmgraph.utils.log import log
 
     nodes, edges_seen = len(run.graph.nodes), run.progress.step * run.config.global_batch_size
@@ -53,7 +54,7 @@ def write_report(run: "Run") -> None:
                 page = run.config.output_folder / make.FILE
                 run.run_log.trackers.show(run.progress.step, figures.pictures, figures.tables, page)
     except Exception as error:
-        log(f"no report ({type(error).__name__}: {' '.join(str(error).split())}); {hint}")
+        log(f"no report ({describe_error(error)}); {hint}")
     except KeyboardInterrupt:
         log(f"no report (interrupted); {hint}")
 

@@ -28,6 +28,7 @@ from mmgraph.data.node_table import NodeTable
 from mmgraph.data.split import HeldOut
 from mmgraph.data.tables import EDGE_COLUMNS, check_dropped, find_ids
 from mmgraph.errors import UserError
+from mmgraph.utils.error_text import one_line
 from mmgraph.utils.files import save_array, write_durably
 
 FOLDER, HELD_OUT, TRAINED, RECORD = "split", "held_out_edges.parquet", "training_rows.npy", "split.json"
@@ -74,9 +75,7 @@ class RunSplit(NamedTuple):
             if len(table) != self.held_out_edges or (relations is not None and (relations < 0).any()):
                 raise ValueError(f"it does not fit {RECORD}")
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise UserError(
-                f"{path}: cannot be read ({' '.join(str(error).split())}); restore the run's folder"
-            ) from None
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); restore the run's folder") from None
         with nodes.column("node_id") as ids:
             rows = find_ids(ids.cast(pa.large_string()), ends).reshape(2, -1).T  # (M, 2)
         known = np.all(rows >= 0, axis=1)

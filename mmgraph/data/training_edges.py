@@ -15,6 +15,7 @@ from mmgraph.data.readers import ARROW, PARQUET, fingerprint, read_chunks
 from mmgraph.data.run_split import RunSplit
 from mmgraph.data.tables import EDGE_COLUMNS
 from mmgraph.errors import UserError
+from mmgraph.utils.error_text import one_line
 from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 
@@ -47,7 +48,7 @@ def write_training_edges(split: RunSplit, edges: str | Path, output: Path) -> No
         with explain_disk_errors(output, "give a file in an existing folder with free disk space"):
             write_durably(output, lambda temporary: _write(temporary, output.suffix, _training_rows(split, edges)))
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{output}: {output.suffix} cannot hold a column of {edges} ({reason}); choose another format"
         ) from None

@@ -13,6 +13,7 @@ from accelerate.utils import (
 )
 
 from mmgraph.errors import RunError, UserError
+from mmgraph.utils.error_text import describe_error
 from mmgraph.utils.files import explain_disk_errors
 
 Result = TypeVar("Result")
@@ -37,7 +38,7 @@ def raise_on_all_ranks(accelerator: Accelerator, function: Callable[[], Result])
         result = function()
     except Exception as caught:
         error = caught
-    text = None if error is None else str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    text = None if error is None else str(error) if isinstance(error, UserError) else describe_error(error)
     outcome = text, getattr(error, "exit_code", 1)
     failures = [outcome] if accelerator.num_processes == 1 else gather_object([outcome])
     if error is not None:

@@ -13,6 +13,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_avai
 
 import mmgraph
 from mmgraph.errors import UserError
+from mmgraph.utils.error_text import one_line
 
 RESERVED_KEYS = {  # key of a DeepSpeed config that conflicts with flags of the run -> these flags
     "optimizer": "AdamW with --learning_rate and --weight_decay",
@@ -57,7 +58,7 @@ def build_plugin(cpu: bool) -> DeepSpeedPlugin:
     try:
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed config {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"DeepSpeed config {path}: {one_line(error)[:300]}") from None
     for key, flag in RESERVED_KEYS.items():
         harmless = ("auto", 1) if key == "gradient_accumulation_steps" else ("auto",)
         if plugin.deepspeed_config.get(key, "auto") not in harmless:

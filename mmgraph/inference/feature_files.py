@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmgraph.checkpoints.files import check_data, load_safely, save
 from mmgraph.errors import UserError
+from mmgraph.utils.error_text import one_line
 from mmgraph.utils.files import sync
 
 FORMATS = ("pt", "safetensors", "parquet", "npy")
@@ -133,7 +134,7 @@ def read_features(path: Path) -> tuple[torch.Tensor, list[str] | None]:
     except KeyError:
         raise UserError(f"{path}: not a feature file; the formats are .{', .'.join(FORMATS)}") from None
     except Exception as error:  # torch, pyarrow, NumPy and safetensors raise many types for a broken file
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{path}: not a readable feature file ({type(error).__name__}: {reason})") from None
     if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
         raise UserError(f"{path}: not a feature file: expected one (nodes, width) tensor of floating-point numbers")

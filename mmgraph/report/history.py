@@ -13,6 +13,7 @@ from mmgraph.arguments import parse_settings
 from mmgraph.errors import UserError
 from mmgraph.evaluation.evaluator import Table
 from mmgraph.utils.environment import read_starts
+from mmgraph.utils.error_text import one_line
 
 RANKS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 Columns = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ def read_run(folder: Path) -> Run:
     try:
         settings = parse_settings(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{config}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{config}: cannot be read: {one_line(error)}") from None
     steps, evaluations = _read_metrics(folder / "metrics.jsonl")
     name = str(settings.get("run_name") or folder.resolve().name)
     return Run(name, folder, settings, steps, evaluations, _read_table(folder / "evaluation.json"), read_starts(folder))

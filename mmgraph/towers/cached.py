@@ -35,6 +35,7 @@ from mmgraph.towers.store_builder import build
 from mmgraph.towers.store_plan import cost, missing_shards, recipe, refusal
 from mmgraph.towers.tokens import Tokens
 from mmgraph.utils.device_copies import to_device
+from mmgraph.utils.error_text import explain_out_of_memory
 from mmgraph.utils.files import cache_folder, create_once
 from mmgraph.utils.log import log
 
@@ -175,7 +176,10 @@ def open_store(
     resident = raise_on_all_ranks(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"tokens in the memory of {accelerator.device}" if resident else "tokens are read from disk as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
-    cached = raise_on_all_ranks(accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident))
+    with explain_out_of_memory("set --tower_cache_device cpu to read the tokens from disk"):
+        cached = raise_on_all_ranks(
+            accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident)
+        )
     for remark in image_remarks(count_image_status(cached.image_status), inputs.rules):
         log(remark)
     if accelerator.is_main_process and lacks_remarks(store.images.files):

@@ -29,6 +29,7 @@ from mmgraph.config import Config
 from mmgraph.errors import UserError
 from mmgraph.towers.cost import transformer_flops
 from mmgraph.towers.tokens import TowerOutput, Towers
+from mmgraph.utils.error_text import one_line
 
 DEFAULT_MODEL = Config.model_name
 RANDOM_WEIGHTS_MARK = "UNTRAINED.txt"  # file that marks the towers of a demo graph
@@ -241,7 +242,7 @@ def _weight_files(model_name: str) -> list[str]:
 
 def no_model(model_name: str, error: Exception) -> UserError:
     """Return the error for a model that cannot be loaded."""
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)[:200]
     return UserError(
         f"--model_name {model_name}: no CLIP model, tokenizer or image processor could be loaded; give a folder, or "
         f"a hub name on a machine with access to the hub ({reason})"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, is_tensorboard_available
+from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available
 
 from mmgraph.config import Config
 from mmgraph.data.graph import Graph
@@ -86,6 +86,8 @@ def check_run(config: Config, accelerator: Accelerator, graph: Graph) -> None:
 def _check_trackers(config: Config) -> None:
     if config.report_to in ("tensorboard", "all") and not is_tensorboard_available():
         raise UserError(f"--report_to {config.report_to}: TensorBoard is not installed; run pip install tensorboard")
+    if config.report_to in ("wandb", "all") and not is_wandb_available():
+        raise UserError(f"--report_to {config.report_to}: wandb is not installed; run pip install wandb")
 
 
 def _sizes(config: Config) -> estimate.Sizes:

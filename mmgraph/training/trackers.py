@@ -19,6 +19,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
 
 from mmgraph.config import Config
+from mmgraph.utils.error_text import describe_error
 from mmgraph.utils.exit import hook_may_hang
 from mmgraph.utils.log import log
 
@@ -111,7 +112,7 @@ class Trackers:
         except Exception as error:
             if offline_reason:
                 raise
-            offline_reason = _describe_error(error)
+            offline_reason = describe_error(error)
             tracker = start_tracker("offline")
         run = tracker.tracker
         self.wandb_id = run.id
@@ -197,7 +198,7 @@ class _TrackerThread:
             if not self._disabled:
                 log(
                     f"{self._name} is disabled{'' if phase == 'start' else ' for the rest of the run'}: "
-                    f"{_describe_error(error)}"
+                    f"{describe_error(error)}"
                 )
             self._disabled = True
             self._started.set()
@@ -276,7 +277,3 @@ def _why_offline(base_url: str) -> str | None:
     except OSError as error:
         return f"cannot reach {url.hostname}: {error}"
     return None
-
-
-def _describe_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

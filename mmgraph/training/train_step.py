@@ -14,6 +14,7 @@ from mmgraph.data.batches import EdgeBatch
 from mmgraph.losses.objective import TOTAL, Embeddings, Objective
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.training.nonfinite import poison_if_nonfinite, skip_if_nonfinite
+from mmgraph.utils.error_text import explain_out_of_memory
 
 UNKNOWN_NORM = -1.0  # stands for a gradient norm that the backend does not report
 
@@ -62,7 +63,14 @@ class TrainStep:
         """Train on this rank's batch.
 
         The host does not wait for the device, except in fp16, where the loss scaler waits.
+
+        Raises:
+            RunError: the memory of the device does not suffice.
         """
+        with explain_out_of_memory(self._memory_remedy()):
+            return self._train(batch)
+
+    def _train(self, batch: EdgeBatch) -> StepResult:
         tokens = self.source.tokens(batch, self.micro_batches)
         # The module embeds each of the batch's U unique nodes once. index_select then returns the embeddings of both
         # ends of this rank's b edges.
@@ -79,11 +87,18 @@ class TrainStep:
         self.optimizer.step()
         return StepResult({name: loss.detach() for name, loss in losses.items()}, norm.detach(), counters)
 
+    def _memory_remedy(self) -> str:
+        edges = math.ceil(self.edges / self.accelerator.num_processes / self.micro_batches)
+        if edges == 1:
+            return "set a smaller --global_batch_size"
+        return f"set --micro_batch_size {edges // 2} (now {edges} edges at a time), with the same result"
+
     def _clip_gradients(self) -> torch.Tensor:
         """Clip the gradients, unless DeepSpeed has clipped them. Return their norm before clipping, in float32."""
         engine: Any = self.module
         if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed; clip_grad_norm_ would wait for the device
-            norm = UNKNOWN_NORM if (norm := engine.get_global_grad_norm()) is None else norm
+            norm = engine.get_global_grad_norm()
+            norm = UNKNOWN_NORM if norm is None else norm
             if isinstance(norm, torch.Tensor):
                 return norm.to(self.accelerator.device, torch.float32)
             # full() creates the value on the device, without a copy from the host.

@@ -19,6 +19,7 @@ from targets import (
     GATHER_OF_TOWERS,
     HOST_MEMORY,
     TENSORBOARD_IS_INSTALLED,
+    WANDB_IS_INSTALLED,
 )
 
 from mmgraph.cli import train_main
@@ -148,13 +149,15 @@ def test_too_little_memory_is_a_warning(
     assert all(fact in warning for fact in ("rank 0 ", " 0.9 GB", " 0.5 GB", "--micro_batch_size 3"))
 
 
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed(
-    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(TENSORBOARD_IS_INSTALLED, lambda: False)
+    targets = {"tensorboard": TENSORBOARD_IS_INSTALLED, "wandb": WANDB_IS_INSTALLED}
+    monkeypatch.setattr(targets[package], lambda: False)
     assert train_main(settings(graph, tmp_path / "run", "--report_to=all")) == 2
     [error] = capsys.readouterr().err.splitlines()
-    assert error.startswith("mmgraph: error: --report_to all: ") and "pip install tensorboard" in error
+    assert error.startswith("mmgraph: error: --report_to all: ") and f"pip install {package}" in error
     assert not (tmp_path / "run").exists()
 
 

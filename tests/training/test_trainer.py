@@ -515,3 +515,28 @@ def test_a_wrong_world_size_and_fsdp_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP"):
         build_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ((), ("set --micro_batch_size", 6, "now", 12, "edges")),
+        (("--micro_batch_size=3",), ("set --micro_batch_size", 1, "now", 3, "edges")),
+        (("--micro_batch_size=1",), ("set a smaller --global_batch_size",)),
+    ],
+    ids=["whole", "micro", "one"],
+)
+def test_exhausted_memory_names_the_size_to_set(
+    flags: tuple[str, ...],
+    remedy: tuple[object, ...],
+    graph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. Advice.")
+
+    monkeypatch.setattr(targets.FORWARD, fail)
+    assert train_main(settings(graph, tmp_path / "run", "--max_steps=2", *flags)) == 1
+    error_of(capsys.readouterr().err, "CUDA out of memory", "Tried to allocate", "2.00 GiB", *remedy)
