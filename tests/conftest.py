@@ -27,6 +27,7 @@ from mmgraph.utils.log import log_file
 pytest_plugins = ["pages"]  # fixtures of the report's tests
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine without pytest-xdist can run the tests with -o addopts=""
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two workers for the suite. None with ``-s``, which workers do not support, and none for a single file."""
     single_file = len(config.args) == 1 and ".py" in config.args[0]

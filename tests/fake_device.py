@@ -49,7 +49,9 @@ class Unblocked(TorchDispatchMode):
         if name == "lift_fresh" or operator.namespace == "prim":
             return output  # an array becomes a tensor on the host, or a property is read; the tensor's use is checked
         uploads = name == "_to_copy" and keywords.get("non_blocking") and keywords.get("device") == DEVICE
-        on_host = [tensor for tensor in (*(() if uploads else inputs), *_tensors(output)) if tensor.device != DEVICE]
+        tensors = [*([] if uploads else inputs), *_tensors(output)]
+        # torch.utils.checkpoint makes an empty tensor on the host.
+        on_host = [tensor for tensor in tensors if tensor.device != DEVICE and tensor.numel()]
         if on_host:
             raise BlockedError(f"{operator} has a tensor on {on_host[0].device}, of shape {tuple(on_host[0].shape)}")
         return output

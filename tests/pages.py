@@ -1,16 +1,20 @@
 """Open and check report pages in a headless browser, and train the runs that the reports show."""
 
+from __future__ import annotations
+
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
 from conftest import settings
 from launches import launch
-from playwright.sync_api import Browser, Page, sync_playwright
+
+if TYPE_CHECKING:  # a machine without Playwright can run the other tests
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -85,6 +89,7 @@ LINES = """() => Object.fromEntries(Bokeh.documents.flatMap((document) => docume
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium here (Debian: apt install chromium)")
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
     with sync_playwright() as playwright:
         # Without a sandbox, because Chromium's sandbox does not work for root in a container.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -109,7 +114,7 @@ class Opened:
         self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
         self.page.wait_for_timeout(300)
 
-    def __enter__(self) -> "Opened":
+    def __enter__(self) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
