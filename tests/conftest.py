@@ -24,7 +24,7 @@ from mmgraph.data.input_rules import InputRules
 from mmgraph.demo.towers import build_towers
 from mmgraph.utils.log import log_file
 
-pytest_plugins = ["pages"]  # fixtures of the report's tests
+pytest_plugins = ["pages", "gpu_runs"]  # fixtures of the tests of the report, and of tests/gpu
 
 
 @pytest.hookimpl(optionalhook=True)  # a machine without pytest-xdist can run the tests with -o addopts=""

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,15 +33,13 @@ from mmgraph.training import build  # noqa: F401
 
 
 def main() -> None:
-    # Modules that mmgraph or its libraries import on first use.
-    import tensorboard  # noqa: F401
-    import wandb  # noqa: F401
-    from accelerate import tracking  # noqa: F401
-    from torch.utils import tensorboard as writer  # noqa: F401
-
-    from mmgraph.inference import encode  # noqa: F401
-    from mmgraph.report import make  # noqa: F401
-
+    # Modules that mmgraph or its libraries import on first use. A machine may lack some of them.
+    for name in (
+        "tensorboard", "wandb", "accelerate.tracking", "torch.utils.tensorboard", "mmgraph.inference.encode",
+        "mmgraph.report.make",
+    ):  # fmt: skip
+        with suppress(ModuleNotFoundError):
+            import_module(name)
     transformers.CLIPTextModel, transformers.CLIPVisionModel, transformers.CLIPTokenizerFast  # noqa: B018
     if sys.argv[1].endswith("deepspeed"):
         os.environ["DS_ACCELERATOR"] = "cpu"
