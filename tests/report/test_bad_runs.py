@@ -173,6 +173,7 @@ def test_an_older_run_with_gaps(runs: Path, browser: Browser, tmp_path: Path) ->
         opened.check()
 
 
+@pytest.mark.slow
 def test_long_names_and_links_as_output(graph: Path, runs: Path, browser: Browser, tmp_path: Path) -> None:
     nodes = pd.read_csv(graph / "nodes.csv", dtype=str)
     nodes["short_name"] = "word " * 40_000

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from transformers import CLIPTextModel, CLIPVisionModel
 from mmgraph.arguments import parse_config
 from mmgraph.bench.data import resident_mb
 from mmgraph.cli import main, train_main
+from mmgraph.data.batches import EdgeBatch
 from mmgraph.data.graph import load_graph
 from mmgraph.data.images import IMAGE_STATUS
 from mmgraph.data.input_rules import InputRules
@@ -41,6 +43,7 @@ from mmgraph.towers.clip import load_towers, read_tower_state, tower_state
 from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.resident import ResidentTokens
 from mmgraph.towers.store import TowerStore
+from mmgraph.towers.tokens import Tokens
 from mmgraph.training.build import build_run
 
 
@@ -511,6 +514,29 @@ def test_resident_tokens_are_the_same(own_graph: Path, monkeypatch: pytest.Monke
         pairs = zip(resident.pooled_tokens(rows, rows)[:3], stored.pooled_tokens(rows, rows)[:3], strict=True)
         for ours, theirs in pairs:
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def test_the_reader_thread_uses_pinned_memory_and_the_device_of_its_rank(
+    own_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls are recorded, without a GPU. Accelerate's device has no index if there is one process."""
+    assert main(["cache", *flags(own_graph)]) == 0
+    stored, calls = open_stored(own_graph), list[object]()
+
+    def select(device: object) -> None:
+        calls.append((device, threading.current_thread() is threading.main_thread()))
+
+    def read(store: TowerStore, texts: np.ndarray, images: np.ndarray, pin: bool = False) -> Tokens:
+        calls.append(pin)
+        return Tokens(torch.zeros(2, 1, 4), torch.ones(2, 1), torch.zeros(2, 1, 4))
+
+    stored.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", select)
+    monkeypatch.setattr(TowerStore, "tokens", read)
+    ends = torch.arange(2)
+    [batch] = stored.batches([EdgeBatch(torch.arange(1), ends, ends, ends.numpy())])
+    assert calls == [(3, False), True] and len(batch.prefetched.text) == 2
 
 
 def load_content_hashes(graph: Path) -> tower_cache.ContentHashes:
