@@ -1,6 +1,8 @@
 """``bench graph``: builds a graph for benchmarks. Edges are given or generated; texts and images are generated."""
 
 import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,17 @@ from mmgraph.errors import UserError
 from mmgraph.utils.log import log
 
 WORDS, ROW_CHUNK = 20_000, 100_000  # size of the vocabulary; rows of the node table that are written at once
+IMAGE_CHUNK = 1024  # images that are encoded at once
 
 
-def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges: int, num_images: int | None) -> None:
+def build_graph(
+    folder: Path,
+    structure: Path | None,
+    num_nodes: int,
+    num_edges: int,
+    num_images: int | None,
+    real_size: bool = True,
+) -> None:
     """Write ``nodes.csv``, ``edges.parquet``, ``images/`` and ``towers/``. The same arguments give the same bytes.
 
     Texts have 40 to 80 words. Images are JPEG files, 300 pixels wide and 200 to 300 pixels high. The towers have the
@@ -30,6 +40,7 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
         num_nodes, num_edges: size of a generated graph, in which node degrees follow a power law. Not used with
             ``structure``.
         num_images: number of different images, which are assigned to the nodes in turn. None: one image per node.
+        real_size: whether the towers have the size of ViT-B/32. Otherwise they are those of the demo.
 
     Raises:
         UserError: the folder is not empty, or ``structure`` cannot be read.
@@ -51,9 +62,9 @@ def build_graph(folder: Path, structure: Path | None, num_nodes: int, num_edges:
     count = len(ids) if num_images is None else min(num_images, len(ids))
     for start in tqdm(range(0, len(ids), ROW_CHUNK), unit="part", disable=None):
         _write_nodes(folder / "nodes.csv", ids[start : start + ROW_CHUNK], start, count, words, generator)
-    for i in tqdm(range(count), unit="image", disable=None):
-        (folder / f"images/{i}.jpg").write_bytes(_picture(generator))
-    build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=True)
+    for i, picture in enumerate(tqdm(_pictures(count, generator), total=count, unit="image", disable=None)):
+        (folder / f"images/{i}.jpg").write_bytes(picture)
+    build_towers(folder / "towers", [" ".join(generator.choice(words, 60)) for _ in range(2000)], real_size=real_size)
     log(
         f"{folder}: {len(ids):,} nodes, {count:,} images; to use the graph, set --nodes {folder}/nodes.csv "
         f"--edges {folder}/edges.parquet --model_name {folder}/towers"
@@ -80,10 +91,22 @@ def _write_nodes(
     table.to_csv(path, mode="a", header=first == 0, index=False)
 
 
-def _picture(generator: np.random.Generator) -> bytes:
-    """Return a JPEG of blurred noise. It has about as many bytes as a photograph of the same width and height."""
+def _pictures(count: int, generator: np.random.Generator) -> Iterator[bytes]:
+    """Yield JPEGs of blurred noise. Threads encode them; the noise is drawn in order, so that the bytes do not vary."""
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, count, IMAGE_CHUNK):
+            yield from pool.map(_encode, [_noise(generator) for _ in range(start, min(start + IMAGE_CHUNK, count))])
+
+
+def _noise(generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Return noise, (H // 6, 50, 3) uint8, and the height H of the picture to make from it."""
     height = int(generator.integers(200, 301))
-    noise = generator.integers(0, 256, (height // 6, 50, 3), dtype=np.uint8)
+    return generator.integers(0, 256, (height // 6, 50, 3), dtype=np.uint8), height
+
+
+def _encode(noise: tuple[np.ndarray, int]) -> bytes:
+    """Return a JPEG of blurred noise. It has about as many bytes as a photograph of the same width and height."""
+    pixels, height = noise
     file = io.BytesIO()
-    Image.fromarray(noise).resize((300, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
+    Image.fromarray(pixels).resize((300, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
     return file.getvalue()

@@ -68,7 +68,7 @@ def _measure(z: list[torch.Tensor], in_chunks: bool) -> tuple[float, float]:
     for tensor in z:
         tensor.grad = None
     losses.LOGIT_CHUNK = usual if in_chunks else 1 << 62
-    _reset_peak(device)
+    reset_peak_memory(device)
     before = peak_memory_gb(device)
     start = time.perf_counter()
     try:
@@ -80,8 +80,13 @@ def _measure(z: list[torch.Tensor], in_chunks: bool) -> tuple[float, float]:
     return time.perf_counter() - start, peak_memory_gb(device) - before
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
+    """Make :func:`mmgraph.distributed.launch.peak_memory_gb` start again from the memory that is in use now.
+
+    On CUDA, the host waits for the device first, so that no queued work counts.
+    """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, to the current resident memory

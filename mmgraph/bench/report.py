@@ -24,18 +24,20 @@ def report(title: str, rows: Sequence[Row], figures: Row, path: Path | None) -> 
     Raises:
         RunError: the file cannot be written.
     """
-    print(f"\n{title}")
-    columns = list(rows[0])
-    cells = [columns, *([shown(row[column]) for column in columns] for row in rows)]
-    for line in text_table(cells, "<" + ">" * (len(columns) - 1)):
-        print(line)
-    for name, value in figures.items():
-        print(f"{name}: {shown(value)}")
+    print("\n" + as_text(title, rows, figures))
     if path is not None:
         content = {"title": title, "rows": list(rows), "figures": dict(figures), "machine": machine()}
         with explain_disk_errors(path, "set --json to a file in an existing folder with free disk space"):
             write_durably(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
         print(f"wrote the results to {path}")
+
+
+def as_text(title: str, rows: Sequence[Row], figures: Row) -> str:
+    """Return a title, a table of the rows, and the figures below it, as :func:`report` prints them."""
+    columns = list(rows[0])
+    cells = [columns, *([shown(row[column]) for column in columns] for row in rows)]
+    table = text_table(cells, "<" + ">" * (len(columns) - 1))
+    return "\n".join([title, *table, *(f"{name}: {shown(value)}" for name, value in figures.items())])
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The kinds of step that ``bench step`` compares: the original trainer's, live towers, and stored tokens."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,32 @@ class PlainModule(nn.Module):
         )
 
 
+def plain_loss(z_graph: torch.Tensor, z_text: torch.Tensor, z_vis: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Compute the loss as the original trainer does: from complete matrices of logits. All z are (2b, proj_dim)."""
+    edges = len(z_graph) // 2
+    loss = info_nce_loss(z_text @ z_vis.T / temperature)
+    return loss + info_nce_loss(z_graph[:edges] @ z_graph[edges:].T / temperature)
+
+
+class PlainCollator:
+    """Collates edges into tower inputs as the original trainer does: both ends of each edge, also repeated nodes.
+
+    Args:
+        graph: the graph of the edges.
+        collator: the original trainer's collator.
+    """
+
+    def __init__(self, graph: Graph, collator: MultimodalCollator):
+        self.graph, self.collator = graph, collator
+
+    def __call__(self, edges: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+        return self.collator([(self._node(source), self._node(destination)) for _, source, destination in edges])
+
+    def _node(self, row: int) -> dict[str, Any]:
+        node = self.graph.nodes[row]
+        return {**node, "image_path": self.graph.images.locate(node)}
+
+
 class Steps:
     """Runs the three variants of a step on the same batches, in one precision.
 
@@ -102,7 +128,9 @@ class Steps:
         self.edges = [EdgeRows(graph.rows).__getitems__(batch) for batch in batches]
         tokenizer, processor = load_tokenizer_and_processor(config.model_name)
         self.inputs = NodeInputs(tokenizer, processor, config.cache_size, InputRules.of(config))
-        self.plain_collator = MultimodalCollator(tokenizer, processor, config.cache_size, rules=self.inputs.rules)
+        self.plain_collator = PlainCollator(
+            graph, MultimodalCollator(tokenizer, processor, config.cache_size, rules=self.inputs.rules)
+        )
         self.live_collator = BatchCollator(graph.nodes, graph.images, self.inputs)
         self.live = LiveTowers(towers, self.inputs.preprocessing, accelerator.device, dtype)
         self.modules, self.optimizers = {}, {}
@@ -178,14 +206,13 @@ class Steps:
         Returns:
             Seconds of each phase. In the phase ``data``, the step waits for its batch.
         """
-        clock = _Clock(self.accelerator.device)
+        clock = Clock(self.accelerator.device)
         embed = self._plain(number, clock) if variant == "plain" else self._unique(variant, number, clock)
         with self._autocast():
             z_graph, z_text, z_vis = embed()
-        temperature, edges = self.config.temperature, len(z_graph) // 2
+        temperature = self.config.temperature
         if variant == "plain":
-            loss = info_nce_loss(z_text @ z_vis.T / temperature)
-            loss = loss + info_nce_loss(z_graph[:edges] @ z_graph[edges:].T / temperature)
+            loss = plain_loss(z_graph, z_text, z_vis, temperature)
         else:
             loss = contrastive_losses(z_graph, z_text, z_vis, temperature, 1.0).total
         clock.done("forward")
@@ -199,16 +226,15 @@ class Steps:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _plain(self, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
-        pairs = [(self._node(source), self._node(destination)) for _, source, destination in self._edges(number)]
-        inputs = self._to_device(self.plain_collator(pairs))
+    def _plain(self, number: int, clock: "Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
+        inputs = self._to_device(self.plain_collator(self._edges(number)))
         clock.done("data")
         with torch.no_grad(), self._autocast():
             tokens = run_towers(self.live.towers, **inputs)
         clock.done("towers")
         return lambda: PlainModule(self.modules["plain"])(*tokens[:3])
 
-    def _unique(self, variant: str, number: int, clock: "_Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
+    def _unique(self, variant: str, number: int, clock: "Clock") -> Callable[[], tuple[torch.Tensor, ...]]:
         source: TokenSource = self.stored if variant == "stored" else self.live
         if variant == "stored":
             batch = next(self.stored_batches)
@@ -220,15 +246,11 @@ class Steps:
         module = self.modules[variant]
         return lambda: tuple(z.index_select(0, batch.inverse) for z in module(tokens))
 
-    def _node(self, row: int) -> dict[str, Any]:
-        node = self.graph.nodes[row]
-        return {**node, "image_path": self.graph.images.locate(node)}
-
     def _edges(self, number: int) -> list[Any]:
         return self.edges[number % len(self.edges)]
 
 
-class _Clock:
+class Clock:
     """Measures the seconds of each phase.
 
     At the end of a phase, the clock waits for the device, so that no work of this phase counts for the next one.

@@ -1,9 +1,14 @@
 """The command line of ``mmgraph bench``."""
 
 import argparse
+import os
 from pathlib import Path
+from typing import Any
 
 from mmgraph.errors import UserError
+
+MAX_WORKERS = 8  # default of bench gpu; each worker has batches of up to 1.2 GB in shared memory
+GPU_PARTS = ("steps", "profile", "loss", "store", "evaluation")  # not imported: the help should not import torch
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +69,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         )
         benchmark.add_argument("--json", type=Path, help="JSON file to write the figures to")
 
+    _add_gpu_arguments(benchmarks)
     graph = benchmarks.add_parser(
         "graph", help="build a graph for benchmarks, and towers with the size of ViT-B/32 and random weights"
     )
@@ -90,6 +96,29 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_gpu_arguments(benchmarks: Any) -> None:
+    gpu = benchmarks.add_parser(
+        "gpu",
+        help="measure a GPU in a few minutes, on a generated graph: steps, kernels, losses, tower store, evaluation",
+    )
+    add = gpu.add_argument
+    add("--out", type=Path, default=Path("bench_gpu"), help="folder for the results; a part that has its result there "
+        "is skipped (default: bench_gpu)")  # fmt: skip
+    add("--parts", nargs="+", choices=GPU_PARTS, default=GPU_PARTS, help="parts to measure (default: all)")
+    add("--device", choices=("cuda", "cpu"), help="device to measure (default: cuda)")
+    add("--precision", choices=("bf16", "no", "fp16"), default="bf16", help="mixed precision (default: bf16)")
+    add("--edges", type=positive, nargs="+", default=[64, 1024, 8192], help="edges per step (default: 64 1024 8192)")
+    add("--loss_edges", "--loss-edges", type=positive, nargs="+", default=[1024, 8192, 65536],
+        help="edges of the losses (default: 1024 8192 65536)")  # fmt: skip
+    add("--store_nodes", "--store-nodes", type=positive, default=4096,
+        help="nodes of the tower store that is built (default: 4096)")  # fmt: skip
+    add("--eval_nodes", "--eval-nodes", type=positive, default=100_000,
+        help="nodes of the evaluation (default: 100,000)")  # fmt: skip
+    add("--folder", type=Path, help="folder that keeps the generated graph for later starts (default: a temporary one)")
+    add("--small_towers", "--small-towers", action="store_true",
+        help="use the small towers of the demo instead of towers with the size of ViT-B/32")  # fmt: skip
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -114,6 +143,17 @@ def _bench(args: argparse.Namespace) -> None:
         return
     from mmgraph.arguments import parse_config
 
+    if args.what == "gpu":
+        from mmgraph.bench.gpu import Sizes, bench_gpu
+
+        for flag in args.flags:
+            if flag.split("=")[0].replace("-", "_") in ("__nodes", "__model_name", "__demo"):
+                raise UserError(f"bench gpu: {flag} is not used, because the benchmark generates its graph and towers")
+        # The last flag counts, so the user's number of workers replaces this one.
+        config = parse_config([f"--num_workers={min(MAX_WORKERS, os.cpu_count() or 1)}", *args.flags])
+        sizes = Sizes(args.edges, args.loss_edges, args.store_nodes, args.eval_nodes, not args.small_towers)
+        bench_gpu(config, sizes, args.parts, args.out, args.folder, args.device, args.precision)
+        return
     config = parse_config(args.flags)
     if args.what == "scale":
         from mmgraph.bench.scale import bench_scale

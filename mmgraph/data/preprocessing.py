@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from mmgraph.errors import UserError
+from mmgraph.utils.device_copies import to_device
 
 
 class Preprocessing:
@@ -41,7 +42,6 @@ class Preprocessing:
             )
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
-        self._device, self._mean_std = self.mean.device, (self.mean, self.std)  # of the latest normalize()
 
     def fits(self, picture: torch.Tensor) -> bool:
         """Return whether the image stays within Pillow's pixel limit after the resize. A 1 x 20,000 image does not."""
@@ -58,9 +58,5 @@ class Preprocessing:
 
     def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
         """Convert (N, 3, S, S) uint8 to float32 with mean 0 and standard deviation 1 over CLIP's training images."""
-        if pictures.device != self._device:
-            # Copied once: each copy from the host would make the host wait for the device.
-            self._device = pictures.device
-            self._mean_std = self.mean.to(self._device), self.std.to(self._device)
-        mean, std = self._mean_std
+        mean, std = (to_device(tensor.numpy(), pictures.device) for tensor in (self.mean, self.std))
         return (pictures.float() / 255 - mean) / std

@@ -77,8 +77,8 @@ class CachedTowers:
 
     def batches(self, loader: Iterable[EdgeBatch]) -> Iterator[EdgeBatch]:
         """Yield the loader's batches with tokens. While a step runs, a thread reads the tokens of the next batch."""
-        # The current CUDA device belongs to a thread. A new thread would use the first GPU. The device of Accelerate has
-        # no index if there is one process, and set_device() needs an index.
+        # The current CUDA device belongs to a thread. A new thread would use the first GPU. Accelerate's device has no
+        # index if there is one process, and set_device() needs an index.
         on_cuda = self.device.type == "cuda"
         select_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_cuda else None
         with ThreadPoolExecutor(1, initializer=select_device) as reader:

@@ -1,6 +1,7 @@
 """mmgraph bench gpu: each part writes its result, a second start skips it, and an error does not stop the others."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,7 @@ import pytest
 import torch
 from conftest import error_of
 
-from mmgraph.bench import gpu_steps
-from mmgraph.bench.gpu_profile import STEPS, _device_cells, busy_microseconds
+from mmgraph.bench import gpu, gpu_profile, gpu_steps
 from mmgraph.bench.gpu_workload import Workload
 from mmgraph.cli import main
 from mmgraph.errors import RunError
@@ -22,27 +22,38 @@ KINDS = ["plain", "live", "stored, disk", "stored, device"]
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure few steps. Reset the variables with which the benchmark sets precision and device."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measure few steps, in one thread. Reset the variables with which the benchmark sets precision and device."""
     for name, value in {"LOOP_SECONDS": 0.01, "LOOPS": 2, "MIN_PHASES": 1, "MAX_PHASES": 2}.items():
         monkeypatch.setattr(gpu_steps, name, value)
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, {"ACCELERATE_MIXED_PRECISION": "no"}.get(name, "false"))
+    monkeypatch.setattr(gpu_profile, "STEPS", 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small, and other tests run at the same time
+    yield
+    torch.set_num_threads(threads)
 
 
 def results(out: Path) -> dict[str, Any]:
     return {path.stem.removeprefix("gpu_"): json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
-def bench(tmp_path: Path, *more: str) -> int:
-    return main(["bench", "gpu", f"--out={tmp_path / 'out'}", f"--folder={tmp_path / 'data'}", *SMALL, *more])
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the generated graph, which the tests share."""
+    return tmp_path_factory.mktemp("gpu")
+
+
+def bench(data: Path, out: Path, *more: str) -> int:
+    return main(["bench", "gpu", f"--out={out}", f"--folder={data}", *SMALL, *more])
 
 
 @pytest.mark.usefixtures("quick")
-def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Steps of more than 8 nodes that read images are not measured here, so the tables have "-" in these rows."""
     monkeypatch.setattr(gpu_steps, "MAX_TOWER_NODES", 8)
-    assert bench(tmp_path) == 0
+    assert bench(data, tmp_path / "out") == 0
     parts = results(tmp_path / "out")
     assert parts.keys() == {"steps", "profile", "loss", "store", "evaluation"}
     assert all(content["machine"]["cpu"] and content["title"] for content in parts.values())
@@ -73,7 +84,7 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     capsys.readouterr()
     (tmp_path / "out/gpu_loss.json").unlink()
-    assert bench(tmp_path) == 0  # with the graph of the first start
+    assert bench(data, tmp_path / "out") == 0  # with the graph of the first start
     printed = capsys.readouterr().out
     assert printed.count("skipped") == 4 and "loss: started" in printed and "steps: started" not in printed
     assert results(tmp_path / "out").keys() == parts.keys()
@@ -82,9 +93,10 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("quick")
-def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exhausted memory in a row is in the table; a failed part does not stop the next one."""
-    import mmgraph.bench.gpu as gpu
 
     def exhausted(work: Workload, edges: int) -> None:
         try:
@@ -98,7 +110,7 @@ def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(gpu_steps, "PlainStep", exhausted)
     monkeypatch.setattr(gpu_steps, "open_source", broken)
     monkeypatch.setattr(gpu, "measure_loss", broken)
-    assert bench(tmp_path, "--parts", "steps", "loss", "evaluation") == 1
+    assert bench(data, tmp_path / "out", "--parts", "steps", "loss", "evaluation") == 1
     parts = results(tmp_path / "out")
     assert parts.keys() == {"steps", "evaluation"}
     cells = [row["edges/s"] for row in parts["steps"]["rows"]]
@@ -118,9 +130,11 @@ def test_events_of_a_gpu() -> None:
         {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 5},
         {"name": "process_name", "ph": "M"},
     ]
-    assert busy_microseconds([event for event in events if event.get("cat") == "kernel"]) == 4000
-    (kernels, copies, _, busy, idle, _, idle_profiled), top = _device_cells(events, seconds=0.002, profiled=0.005)
-    assert (kernels, copies, busy) == (3 / STEPS, 1 / STEPS, 5 / STEPS)
+    assert gpu_profile.busy_microseconds([event for event in events if event.get("cat") == "kernel"]) == 4000
+    (kernels, copies, _, busy, idle, _, idle_profiled), top = gpu_profile._device_cells(
+        events, seconds=0.002, profiled=0.005
+    )
+    assert (kernels, copies, busy) == (3 / 5, 1 / 5, 5 / 5)
     assert (idle, idle_profiled) == pytest.approx((0.5, 0.8))
     assert [line.split()[-1] for line in top.values()] == ["a", "b"]
 
@@ -130,4 +144,11 @@ def test_events_of_a_gpu() -> None:
 def test_without_cuda(tmp_path: Path, device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "gpu", f"--out={tmp_path / 'out'}", *device]) == 2
     error_of(capsys.readouterr().err, "CUDA", "--device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--nodes=nodes.csv", "--model-name=towers", "--demo"])
+def test_a_graph_is_refused(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu", f"--out={tmp_path / 'out'}", "--device=cpu", flag]) == 2
+    error_of(capsys.readouterr().err, flag.split("=")[0], "generates its graph")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """A training step and its record on a fake device: no tensor on the host, and nothing that makes the host wait.
 
-Not visible here, and left to tests/gpu: autocast, fused AdamW, the loss scaler, whether memory is pinned, index
-arguments on the wrong device, and calls of the CUDA runtime.
+Not visible here, and left to tests/gpu: autocast, fused AdamW, the loss scaler, whether memory is pinned, and calls of
+the CUDA runtime.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -167,6 +167,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "boolean_assignment": lambda t: t.clone().float().__setitem__(t > 0, 1.0),
     "tensor_on_the_host": lambda t: t + torch.ones(t.shape),
     "scalar_tensor_on_the_host": lambda t: t * torch.tensor(2.0),
+    "index_on_the_host": lambda t: t.flatten()[torch.tensor([0])],
     "upload": lambda t: torch.zeros(3).to(t.device),
     "unique": lambda t: t.unique(),
 }
