@@ -4,6 +4,7 @@
 are skipped then.
 """
 
+import json
 import os
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings
+from conftest import newest, settings
 from launches import launch_command, run
 
 CUDA = torch.cuda.is_available()
@@ -36,6 +37,20 @@ def train(config: str, output: Path, graph: Path, *flags: str, **environment: st
     return done.stdout
 
 
+def set_loss_scale(output: Path, scale: float) -> None:
+    """Set the fp16 loss scale in the newest resume state of a run."""
+    path = newest(output) / "state.json"
+    state = json.loads(path.read_text())
+    state["loss_scale"] = {"scale": scale, "_growth_tracker": 0}
+    del state["sha256"]["state.json"]  # the record's own hash; a record without it is accepted
+    path.write_text(json.dumps(state))
+
+
+def loss_scale(output: Path) -> float:
+    """Return the fp16 loss scale in the newest resume state of a run."""
+    return float(json.loads((newest(output) / "state.json").read_text())["loss_scale"]["scale"])
+
+
 @pytest.fixture(scope="session")
 def trained(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the output folder of a run of 30 steps on the device, by precision: ``no``, ``bf16`` or ``fp16``.
@@ -50,6 +65,11 @@ def trained(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         output, flags = folder / precision, (f"--max_steps={STEPS}", "--save_every=10")
         if precision == "cpu":
             train("cpu.yaml", output, graph, *flags, CUDA_VISIBLE_DEVICES="")
+        elif precision == "fp16":
+            # From the initial loss scale, 65,536, the first steps would be skipped.
+            train("single_gpu.yaml --mixed_precision no", output, graph, "--max_steps=1")
+            set_loss_scale(output, 1024.0)
+            train("single_gpu.yaml --mixed_precision fp16", output, graph, *flags)
         elif precision == "evaluated":
             train("single_gpu.yaml", output, graph, *flags, "--eval_fraction=0.1")
         else:

@@ -31,6 +31,7 @@ BUILD_STORE = "mmgraph.towers.store_builder.build"
 BUILD_ACCELERATOR = "mmgraph.distributed.launch.build_accelerator"
 RENDEZVOUS_ANSWER = "mmgraph.distributed.launch._answer"  # rank 0's part of the rendezvous
 RENDEZVOUS = "mmgraph.distributed.launch._join"
+CONFIGURE_CUDA = "mmgraph.distributed.launch._configure_cuda"
 RENDEZVOUS_PREFIX = "mmgraph"  # prefix of the rendezvous keys in the store
 FAIL = "mmgraph.cli.failures.end_workers"  # called first if a run ends with an error
 OTHERS_WAIT_SECONDS = (

@@ -104,7 +104,7 @@ class TrainedStep:
             module.parameters(),
             config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=work.accelerator.scaler is None,  # as in mmgraph.training.build
+            fused=True if work.accelerator.scaler is None else None,  # as in mmgraph.training.build
         )
         sampler = GlobalBatchSampler(len(work.graph.rows), edges, config.seed)
         loader = build_loader(work.graph, inputs, sampler, config.num_workers, config.collective_timeout)

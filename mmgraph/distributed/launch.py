@@ -37,6 +37,7 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
     _refuse_lone_process()
     if not cpu:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count())
+        _configure_cuda()
     timeout = timedelta(seconds=collective_timeout)
     process_group = InitProcessGroupKwargs(timeout=timeout)
     if cpu and deepspeed:
@@ -69,6 +70,15 @@ def build_accelerator(collective_timeout: float = 600) -> Accelerator:
         disable_zero3_for_towers()
     _check_world(accelerator)
     return accelerator
+
+
+def _configure_cuda() -> None:
+    """Set PyTorch's switches for CUDA. They have no effect on other devices."""
+    # cuDNN's attention builds a plan on the host for each new shape, and the numbers of unique nodes and of text tokens
+    # change from step to step. One user measured 1 s per shape (FunASR issue 3704).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # float32 means float32: by default, the convolution of the patches would round its inputs to TF32 (10 bits).
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _join(timeout: timedelta, backend: str) -> None:

@@ -92,7 +92,8 @@ class CrossAttentionFusion(nn.Module):
 
         # A softmax over zero keys is NaN in some kernels. So unmask all keys of nodes without text and drop the result.
         attended = self.vis2text_attn(vis, text, valid | ~has_text[:, None])
-        attended = torch.where(has_text[:, None, None], attended, self.vis2text_attn.out_proj.bias)
+        bias = self.vis2text_attn.out_proj.bias.to(attended.dtype)  # under autocast, float32 would make both float32
+        attended = torch.where(has_text[:, None, None], attended, bias)
         vis_pool = _pool(self.vis_ffn, attended + vis)  # (B, d_model)
 
         text_pool = _pool(self.text_ffn, self.text2vis_attn(text, vis) + text, valid)  # (B, d_model)

@@ -48,6 +48,7 @@ from mmgraph.training.schedule import Schedule
 from mmgraph.training.step_log import StepLog
 from mmgraph.training.train_step import TrainStep
 from mmgraph.training.trainer import Run
+from mmgraph.utils.error_text import explain_out_of_memory
 
 
 def build_run(config: Config, accelerator: Accelerator, graph: Graph) -> Run:
@@ -185,13 +186,15 @@ def _prepare(
         module.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        # Accelerate cannot detect that a loss scaler skips a step of a fused optimizer.
-        fused=accelerator.scaler is None,
+        # Accelerate cannot detect that a loss scaler skips a step of a fused optimizer. None lets PyTorch choose among
+        # the other implementations; False would choose a loop over the parameters.
+        fused=True if accelerator.scaler is None else None,
     )
     live = data.inputs if isinstance(data.source, LiveTowers) else None
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
     configure_deepspeed(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
-    wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    with explain_out_of_memory("set a smaller --fused_dim"):
+        wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     if accelerator.num_processes > 1 and uncompiled(wrapped) is module:
         raise UserError(
             "the trained module is not wrapped for data parallel training, so the ranks would not share gradients; "

@@ -1,6 +1,9 @@
 """torch.compile of the fusion on a GPU: its speed against eager mode, and its losses."""
 
+import shutil
+import sysconfig
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,12 @@ from mmgraph.losses.contrastive import contrastive_losses
 from mmgraph.models.multimodal_graph_encoder import TrainedModule
 from mmgraph.towers.tokens import Tokens
 
-pytestmark = [*on_a_gpu, needs_cuda]
+HEADERS = Path(sysconfig.get_path("include"), "Python.h")
+needs_compiler = pytest.mark.skipif(
+    not HEADERS.exists() or not any(map(shutil.which, ("cc", "gcc", "clang"))),
+    reason=f"Triton needs a C compiler and {HEADERS}",
+)
+pytestmark = [*on_a_gpu, needs_cuda, needs_compiler]
 NODES, EDGES, ROUNDS = 128, 64, 30
 
 
