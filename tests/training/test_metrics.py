@@ -2,13 +2,14 @@
 
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import read_metrics, settings
-from launches import accelerate_launch
+from launches import SCRIPT, accelerate_launch, run
 
 from mmgraph.cli import train_main
 from mmgraph.training.metrics_file import MetricsFile
@@ -66,23 +67,28 @@ def wandb_run(path: Path) -> tuple[str, dict[str, object], list[dict[str, object
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_offline_wandb_run_has_the_rows_of_metrics(
-    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ranks: int
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """All ranks write one run, which is offline without an API key. A resume on one process continues this run."""
+    """All ranks write one run, which is offline without an API key. A resume on one process continues this run.
+
+    In new processes: where others were forked, wandb may lose its file.
+    """
+
+    def train(*flags: str) -> str:
+        done = run([sys.executable, SCRIPT, *flags])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     output = tmp_path / "run"
     flags = ["--report_to=wandb", "--project=owls", "--tags=a,b", "--notes=a text"]
     first_flags = settings(graph, output, "--max_steps=8", *flags)
-    if ranks == 1:
-        assert train_main(first_flags) == 0
-        printed = capfd.readouterr().out
-    else:  # not in warm processes, which are forks: wandb may lose its file there
-        printed = accelerate_launch("cpu_2proc.yaml", *first_flags).stdout
+    printed = train(*first_flags) if ranks == 1 else accelerate_launch("cpu_2proc.yaml", *first_flags).stdout
     (first,) = output.glob("wandb/offline-run-*/*.wandb")
     assert printed.count(f"wandb sync {first.parent}") == 1
-    assert train_main(settings(graph, output, "--max_steps=12", *flags)) == 0
+    train(*settings(graph, output, "--max_steps=12", *flags))
     (second,) = set(output.glob("wandb/offline-run-*/*.wandb")) - {first}
     metrics, wandb_rows = read_metrics(output), []
     for path in (first, second):
