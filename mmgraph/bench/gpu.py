@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmgraph.bench import GPU_PARTS
 from mmgraph.bench.gpu_parts import measure_evaluation, measure_loss, measure_store
 from mmgraph.bench.gpu_profile import profile_steps
 from mmgraph.bench.gpu_steps import LOOPS, measure_steps
@@ -24,7 +25,6 @@ from mmgraph.utils.error_text import describe_error
 from mmgraph.utils.files import explain_disk_errors, write_durably
 from mmgraph.utils.log import log
 
-PARTS = ("steps", "profile", "loss", "store", "evaluation")
 TABLES, ERRORS = "gpu.txt", "gpu_errors.txt"
 
 Result = tuple[list[dict[str, Any]], dict[str, Any]]  # rows and figures of a part
@@ -56,7 +56,7 @@ def bench_gpu(
     Args:
         config: settings of a run. The benchmark replaces its tables, towers and store with generated ones.
         sizes: what to measure.
-        parts: names among :data:`PARTS`.
+        parts: names among :data:`mmgraph.bench.GPU_PARTS`.
         out: folder for the results. The results that it contains are not measured again.
         folder: folder for the generated graph and its store, so that a later start can use them. None uses a temporary
             folder.
@@ -74,8 +74,8 @@ def bench_gpu(
     device, start = device or "cuda", time.perf_counter()
     with explain_disk_errors(out, "set --out to another folder"):
         out.mkdir(parents=True, exist_ok=True)
-    open_parts = [part for part in PARTS if part in parts and not _path(out, part).exists()]
-    for part in (part for part in PARTS if part in parts and part not in open_parts):
+    open_parts = [part for part in GPU_PARTS if part in parts and not _path(out, part).exists()]
+    for part in (part for part in GPU_PARTS if part in parts and part not in open_parts):
         log(f"{part}: skipped, because {_path(out, part)} has its result; remove this file to measure it again")
     failed = []
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as used, _fast_collections():
@@ -145,7 +145,7 @@ def _title(part: str, sizes: Sizes, work: Workload) -> str:
 
 def _write_tables(out: Path) -> None:
     """Write the tables of all results in ``out`` to one text file."""
-    paths = [path for part in PARTS if (path := _path(out, part)).exists()]
+    paths = [path for part in GPU_PARTS if (path := _path(out, part)).exists()]
     results = [json.loads(path.read_text()) for path in paths]
     texts = [as_text(result["title"], result["rows"], result["figures"]) for result in results]
     content = "\n\n".join([*texts, f"machine: {json.dumps(machine())}"]) + "\n"

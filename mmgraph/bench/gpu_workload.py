@@ -26,6 +26,7 @@ from mmgraph.towers.fingerprint import towers_fingerprint
 from mmgraph.towers.load import load_tokenizer_and_processor, read_tower_state, tower_shapes
 from mmgraph.towers.store import TowerStore
 from mmgraph.training import estimate
+from mmgraph.utils.environment import host_memory
 from mmgraph.utils.error_text import describe_error, describe_out_of_memory
 from mmgraph.utils.log import log
 
@@ -155,8 +156,7 @@ class Workload:
         """Free memory of the device, in GB (10^9 bytes)."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0] / 1e9
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+        return host_memory()[0] / 1e9
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mmgraph.bench import GPU_PARTS
 from mmgraph.errors import UserError
 
 MAX_WORKERS = 8  # default of bench gpu; each worker has batches of up to 1.2 GB in shared memory
-GPU_PARTS = ("steps", "profile", "loss", "store", "evaluation")  # not imported: the help should not import torch
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:

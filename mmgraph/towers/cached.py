@@ -178,15 +178,17 @@ def open_store(
     resident = raise_on_all_ranks(accelerator, lambda: _is_resident(config, store, accelerator.device))
     where = f"tokens in the memory of {accelerator.device}" if resident else "tokens are read from disk as needed"
     log(f"tower store: {store.folder}, {len(graph.nodes):,} nodes, {where}")
-    with explain_out_of_memory("set --tower_cache_device cpu to read the tokens from disk"):
-        cached = raise_on_all_ranks(
-            accelerator, lambda: CachedTowers(store, content_hashes, accelerator.device, resident)
-        )
+    cached = raise_on_all_ranks(accelerator, lambda: _load(store, content_hashes, accelerator.device, resident))
     for remark in image_remarks(count_image_status(cached.image_status), inputs.rules):
         log(remark)
     if accelerator.is_main_process and lacks_remarks(store.images.files):
         log("an older version built this store, so transparent and 16-bit grey images are not counted")
     return cached
+
+
+def _load(store: TowerStore, content_hashes: ContentHashes, device: torch.device, resident: bool) -> CachedTowers:
+    with explain_out_of_memory("set --tower_cache_device cpu to read the tokens from disk"):
+        return CachedTowers(store, content_hashes, device, resident)
 
 
 def _reopen_after_build(folder: Path, content_hashes: ContentHashes) -> TowerStore:

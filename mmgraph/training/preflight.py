@@ -23,7 +23,7 @@ from mmgraph.towers.fingerprint import file_fingerprints
 from mmgraph.towers.load import empty_towers
 from mmgraph.towers.store_plan import nodes_seen
 from mmgraph.training import estimate
-from mmgraph.utils.environment import versions
+from mmgraph.utils.environment import host_memory, versions
 from mmgraph.utils.log import log
 from mmgraph.utils.units import size
 
@@ -102,7 +102,7 @@ def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
         free, total = torch.cuda.mem_get_info(device)
         name = f"{device} {torch.cuda.get_device_name(device)}"
     else:
-        free, total, name = *_host_memory(), f"{device.type}, {torch.get_num_threads()} thread(s)"
+        free, total, name = *host_memory(), f"{device.type}, {torch.get_num_threads()} thread(s)"
     same_everywhere = {
         "settings": dataclasses.asdict(config),
         "precision": f"{accelerator.mixed_precision}, {accelerator.distributed_type.value}",
@@ -117,16 +117,6 @@ def _inspect(config: Config, accelerator: Accelerator, graph: Graph) -> Rank:
     return Rank(
         platform.node(), name, free / 1e9, total / 1e9, local, torch.cuda.device_count(), speed, same_everywhere
     )
-
-
-def _host_memory() -> tuple[int, int]:
-    """Return the available and the total memory in bytes. A memory limit of the cgroup lowers both values."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (maximum := limit.read_text().strip()).isdigit():
-        free, total = min(free, int(maximum) - int(used.read_text())), min(total, int(maximum))
-    return free, total
 
 
 def _check_agreement(ranks: list[Rank]) -> None:

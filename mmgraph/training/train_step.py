@@ -58,6 +58,7 @@ class TrainStep:
         self.module, self.optimizer, self.objective, self.source = module, optimizer, objective, source
         self.accelerator, self.progress, self.edges, self.lr = accelerator, progress, edges, lr
         self.micro_batches, self.max_grad_norm = micro_batches, max_grad_norm
+        self._memory_remedy = self._find_memory_remedy()
 
     def __call__(self, batch: EdgeBatch) -> StepResult:
         """Train on this rank's batch.
@@ -67,7 +68,7 @@ class TrainStep:
         Raises:
             RunError: the memory of the device does not suffice.
         """
-        with explain_out_of_memory(self._memory_remedy()):
+        with explain_out_of_memory(self._memory_remedy):
             return self._train(batch)
 
     def _train(self, batch: EdgeBatch) -> StepResult:
@@ -87,7 +88,7 @@ class TrainStep:
         self.optimizer.step()
         return StepResult({name: loss.detach() for name, loss in losses.items()}, norm.detach(), counters)
 
-    def _memory_remedy(self) -> str:
+    def _find_memory_remedy(self) -> str:
         edges = math.ceil(self.edges / self.accelerator.num_processes / self.micro_batches)
         if edges == 1:
             return "set a smaller --global_batch_size"

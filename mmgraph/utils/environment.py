@@ -34,6 +34,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def host_memory() -> tuple[int, int]:
+    """Return the available and the total memory in bytes. A memory limit of the cgroup lowers both values."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (maximum := limit.read_text().strip()).isdigit():
+        free, total = min(free, int(maximum) - int(used.read_text())), min(total, int(maximum))
+    return free, total
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of the installed packages among ``packages``.
 
