@@ -46,7 +46,7 @@ def bench_gpu(
     parts: Sequence[str],
     out: Path,
     folder: Path | None,
-    device: str | None,
+    device: str,
     precision: str,
 ) -> None:
     """Measure the parts that ``out`` lacks. Write ``gpu_<part>.json`` after each part, and all tables to ``gpu.txt``.
@@ -60,18 +60,18 @@ def bench_gpu(
         out: folder for the results. The results that it contains are not measured again.
         folder: folder for the generated graph and its store, so that a later start can use them. None uses a temporary
             folder.
-        device: ``"cuda"`` or ``"cpu"``; None: CUDA, which must exist.
+        device: ``"cuda"`` or ``"cpu"``.
         precision: Accelerate's mixed precision: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         UserError: there is no CUDA device, or a folder cannot be used.
         RunError: a part failed. The other parts were measured.
     """
-    if device != "cpu" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "bench gpu: this machine has no CUDA device that torch can use; set --device cpu to measure the CPU"
         )
-    device, start = device or "cuda", time.perf_counter()
+    start = time.perf_counter()
     with explain_disk_errors(out, "set --out to another folder"):
         out.mkdir(parents=True, exist_ok=True)
     open_parts = [part for part in GPU_PARTS if part in parts and not _path(out, part).exists()]

@@ -62,15 +62,17 @@ def measure_store(work: Workload, nodes: int) -> tuple[list[dict[str, Any]], dic
         A row for each operation: nodes per second and seconds. A node is a text and an image. And the figures.
     """
     rows, reading, loading = _row_by_operation(work, nodes)
-    alone, size = rows[2][SECONDS], [0]
+    alone, size = rows[2][SECONDS], 0
 
     def measure() -> dict[str, Any]:
-        seconds = _build_seconds(work, nodes, size) - loading
+        nonlocal size
+        seconds, size = _build(work, nodes)
+        seconds -= loading
         return {RATE: nodes / seconds, SECONDS: seconds}
 
     rows.append(work.row({"operation": "build of the store, without loading the towers"}, (RATE, SECONDS), measure))
     built = rows[-1][SECONDS]
-    figures: dict[str, Any] = {"loading the towers, s": loading, "store, GB": size[0] / 1e9}
+    figures: dict[str, Any] = {"loading the towers, s": loading, "store, GB": size / 1e9}
     if isinstance(built, float):
         figures["reading images alone, as a share of the build's time"] = reading / built
         if isinstance(alone, float):
@@ -161,8 +163,8 @@ def _join(parts: Batches) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(ids), torch.cat(masks)
 
 
-def _build_seconds(work: Workload, nodes: int, size: list[int]) -> float:
-    """Build a store of the first nodes, and return the seconds. ``size[0]`` becomes the size of its files in bytes."""
+def _build(work: Workload, nodes: int) -> tuple[float, int]:
+    """Build a store of the first nodes. Return the seconds, and the size of its files in bytes."""
     config, accelerator, graph, inputs = work.config, work.accelerator, work.graph, work.inputs
     with tempfile.TemporaryDirectory(dir=work.folder) as temporary:
         folder = Path(temporary) / "store"
@@ -178,8 +180,7 @@ def _build_seconds(work: Workload, nodes: int, size: list[int]) -> float:
             build(config, accelerator, graph, inputs, store_recipe, shards, expected)
         work.synchronize()
         seconds = time.perf_counter() - start
-        size[0] = sum(file.stat().st_size for file in folder.iterdir())
-    return seconds
+        return seconds, sum(file.stat().st_size for file in folder.iterdir())
 
 
 def measure_evaluation(work: Workload, num_nodes: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

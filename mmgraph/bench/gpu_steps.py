@@ -30,6 +30,7 @@ from mmgraph.towers.load import load_towers, tower_shapes
 from mmgraph.towers.token_source import TokenSource
 from mmgraph.towers.tokens import Tokens
 from mmgraph.training import estimate
+from mmgraph.training.build import build_optimizer
 from mmgraph.training.train_step import TrainStep
 
 KINDS = ("plain", "live", "stored, disk", "stored, device")
@@ -100,12 +101,7 @@ class TrainedStep:
         self.clock: Clock | None = None
         torch.manual_seed(config.seed)
         module = TrainedModule(*tower_shapes(config.model_name).widths, config.fused_dim, config.proj_dim)
-        optimizer = torch.optim.AdamW(
-            module.parameters(),
-            config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True if work.accelerator.scaler is None else None,  # as in mmgraph.training.build
-        )
+        optimizer = build_optimizer(config, work.accelerator, module)
         sampler = GlobalBatchSampler(len(work.graph.rows), edges, config.seed)
         loader = build_loader(work.graph, inputs, sampler, config.num_workers, config.collective_timeout)
         module, optimizer, loader = work.accelerator.prepare(module, optimizer, loader)

@@ -105,7 +105,7 @@ def _add_gpu_arguments(benchmarks: Any) -> None:
     add("--out", type=Path, default=Path("bench_gpu"), help="folder for the results; a part that has its result there "
         "is skipped (default: bench_gpu)")  # fmt: skip
     add("--parts", nargs="+", choices=GPU_PARTS, default=GPU_PARTS, help="parts to measure (default: all)")
-    add("--device", choices=("cuda", "cpu"), help="device to measure (default: cuda)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="device to measure (default: cuda)")
     add("--precision", choices=("bf16", "no", "fp16"), default="bf16", help="mixed precision (default: bf16)")
     add("--edges", type=positive, nargs="+", default=[64, 1024, 8192], help="edges per step (default: 64 1024 8192)")
     add("--loss_edges", "--loss-edges", type=positive, nargs="+", default=[1024, 8192, 65536],

@@ -182,14 +182,7 @@ def _prepare(
     parameters = sum(parameter.numel() for parameter in module.parameters()), frozen
     if start.trained is not None:
         module.load_state_dict(start.trained.weights)
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        # Accelerate cannot detect that a loss scaler skips a step of a fused optimizer. None lets PyTorch choose among
-        # the other implementations; False would choose a loop over the parameters.
-        fused=True if accelerator.scaler is None else None,
-    )
+    optimizer = build_optimizer(config, accelerator, module)
     live = data.inputs if isinstance(data.source, LiveTowers) else None
     loader = build_loader(graph, live, sampler, config.num_workers, config.collective_timeout)
     configure_deepspeed(accelerator, config.global_batch_size // accelerator.num_processes, config.max_grad_norm)
@@ -205,6 +198,18 @@ def _prepare(
     if start.progress.loss_scale is not None:
         set_loss_scale(accelerator, wrapped, start.progress.loss_scale)
     return _Prepared(wrapped, optimizer, loader, parameters)
+
+
+def build_optimizer(config: Config, accelerator: Accelerator, module: nn.Module) -> torch.optim.AdamW:
+    """Build the optimizer of a run's trained module."""
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        # Accelerate cannot detect that a loss scaler skips a step of a fused optimizer. None lets PyTorch choose among
+        # the other implementations; False would choose a loop over the parameters.
+        fused=True if accelerator.scaler is None else None,
+    )
 
 
 def _micro_batches(config: Config, accelerator: Accelerator) -> int:
